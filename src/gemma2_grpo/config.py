@@ -1,0 +1,347 @@
+"""Run configuration: frozen dataclasses, TOML presets and validation.
+
+Nothing here imports JAX or looks at the machine, so a mistake in a configuration is
+reported before anything expensive has loaded.
+"""
+
+import dataclasses
+import json
+import tomllib
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from importlib import resources
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+from pydantic import ConfigDict, TypeAdapter, ValidationError
+
+
+class UserError(Exception):
+    """A mistake that the user can mend: one line, exit status 2, no traceback."""
+
+
+class ConfigError(UserError):
+    """A configuration that cannot run; the message names the field and the mend."""
+
+
+# TOML values are checked strictly ("16" is not 16) and unknown keys are refused.
+_STRICT = ConfigDict(strict=True, extra="forbid")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """Which weights, and how the policy is adapted and laid out."""
+
+    __pydantic_config__ = _STRICT
+
+    model: str = "google/gemma-2-2b-it"
+    """`embedded`, a directory of HF safetensors, a Hugging Face id, or `kaggle:HANDLE`."""
+    dtype: Literal["bfloat16", "float32"] = "bfloat16"
+    """Type of the base weights and activations. Adapters, loss and optimizer stay float32."""
+    lora_rank: int = 64
+    lora_alpha: float = 64.0
+    """Scale of the adapters: their output is multiplied by `lora_alpha / lora_rank`."""
+    lora_modules: tuple[str, ...] = (
+        "attn/(q_einsum|kv_einsum|qkv_einsum)",
+        "attn/attn_vec_einsum",
+        "mlp/(gate_proj|up_proj|down_proj)",
+    )
+    """Regular expressions on module paths; each must match at least one module."""
+    mesh_shape: tuple[int, int] = (2, 4)
+    """Devices along (fsdp, tp). Their product is the number of devices used."""
+    remat: Literal["none", "block", "decoder"] = "decoder"
+    """What the update recomputes instead of keeping: nothing, attention and MLP, or layers."""
+    logprob_chunk_tokens: int = 128
+    """Completion tokens whose logits exist at one time in the update."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    """Which problems are trained on and which are measured."""
+
+    __pydantic_config__ = _STRICT
+
+    dataset: str = "openai/gsm8k"
+    """`procedural`, `openai/gsm8k`, `kaggle:HANDLE`, a directory with train and test JSONL or
+    Parquet files, or one JSONL file."""
+    num_train_samples: int = 448
+    num_test_samples: int = 64
+    eval_split: Literal["test", "validation"] = "test"
+    """`validation` is disjoint from both; choose settings on it."""
+    data_seed: int = 0
+    """Seed of the selection and order of problems."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RolloutConfig:
+    """How completions are sampled."""
+
+    __pydantic_config__ = _STRICT
+
+    num_generations: int = 16
+    """Completions per prompt, the group of GRPO."""
+    prompts_per_step: int = 8
+    max_prompt_tokens: int = 256
+    """Longer prompts are dropped up front, with a count."""
+    max_completion_tokens: int = 768
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
+    """Sample from the k likeliest tokens; 0 keeps all."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class GrpoConfig:
+    """The objective and its updates."""
+
+    __pydantic_config__ = _STRICT
+
+    num_iterations: int = 3
+    """Updates per batch of rollouts (mu)."""
+    beta: float = 0.04
+    """Weight of the KL penalty to the reference model."""
+    epsilon: float = 0.2
+    """Clip range of the importance ratio, below (and above, unless epsilon_high is set)."""
+    epsilon_high: float | None = None
+    """Clip range above 1 (clip-higher, DAPO)."""
+    loss_type: Literal["grpo", "drgrpo", "token_mean", "gspo"] = "grpo"
+    prompts_per_micro_batch: int = 1
+    """Prompt groups whose gradient is computed at one time; the rest is accumulated."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimizerConfig:
+    """AdamW with linear warm-up, cosine decay and global-norm clipping."""
+
+    __pydantic_config__ = _STRICT
+
+    learning_rate: float = 2e-6
+    warmup_fraction: float = 0.1
+    """Part of all updates over which the learning rate rises from 0."""
+    final_lr_fraction: float = 0.0
+    """Learning rate at the end, as a part of `learning_rate`."""
+    weight_decay: float = 0.1
+    adam_b1: float = 0.9
+    adam_b2: float = 0.99
+    max_grad_norm: float = 0.1
+
+
+@dataclass(frozen=True, kw_only=True)
+class RewardConfig:
+    """Weights of the reward components; each component lies in [0, 1] before its weight."""
+
+    __pydantic_config__ = _STRICT
+
+    format_weight: float = 0.25
+    logic_weight: float = 0.30
+    accuracy_weight: float = 0.45
+    self_correction_weight: float = 0.05
+    length_weight: float = 0.05
+    reward: str | None = None
+    """`path.py:function`, added to the total with `reward_weight`. Trusted code: it is run."""
+    reward_weight: float = 1.0
+    shuffle_rewards: bool = False
+    """Control experiment: permute the rewards within each step, so that they teach nothing."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunConfig:
+    """Length, seed and rhythm of the run."""
+
+    __pydantic_config__ = _STRICT
+
+    max_steps: int = 600
+    """Steps; a step is one batch of rollouts and its `num_iterations` updates."""
+    seed: int = 0
+    """Seed of adapters and sampling."""
+    eval_every_steps: int = 100
+    """0 measures only before and after."""
+    eval_samples: int = 0
+    """Sampled completions per held-out problem, for pass@k before and after; 0 is greedy only."""
+    eval_batch_prompts: int = 16
+    checkpoint_every_steps: int = 50
+    keep_checkpoints: int = 2
+    sample_every_steps: int = 25
+    """Show one completion every so many steps; 0 never."""
+    tensorboard: bool = True
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    """A whole `train` run. The defaults are the flagship's, Gemma 2 2B-IT on a TPU v5e-8."""
+
+    __pydantic_config__ = _STRICT
+
+    model: ModelConfig = field(default_factory=ModelConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    rollout: RolloutConfig = field(default_factory=RolloutConfig)
+    grpo: GrpoConfig = field(default_factory=GrpoConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    rewards: RewardConfig = field(default_factory=RewardConfig)
+    run: RunConfig = field(default_factory=RunConfig)
+
+
+ConfigT = TypeVar("ConfigT")
+
+
+def preset_names() -> list[str]:
+    """Names of the TOML files that the package ships for `train`."""
+    folder = resources.files("gemma2_grpo") / "configs"
+    names = (entry.name.removesuffix(".toml") for entry in folder.iterdir())
+    return sorted(name for name in names if not name.startswith("sft-"))
+
+
+def read_toml(name_or_path: str) -> dict[str, Any]:
+    """Reads a shipped preset by name, or a TOML file by path.
+
+    Raises:
+        ConfigError: if there is no such preset or file, or it is not TOML.
+    """
+    shipped = resources.files("gemma2_grpo") / "configs" / f"{name_or_path}.toml"
+    source = shipped if shipped.is_file() else Path(name_or_path)
+    try:
+        return tomllib.loads(source.read_text(encoding="utf-8"))
+    except (FileNotFoundError, NotADirectoryError, IsADirectoryError):
+        raise ConfigError(
+            f"config {name_or_path!r}: no such file or preset; presets are {', '.join(preset_names())}"
+        ) from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError, OSError) as error:
+        raise ConfigError(f"config {name_or_path}: {error}") from None
+
+
+def from_mapping(kind: type[ConfigT], values: Mapping[str, Any], source: str) -> ConfigT:
+    """Builds a configuration dataclass from nested values, types and names checked.
+
+    Args:
+        kind: The configuration dataclass.
+        values: Nested values as TOML gives them; absent fields take their defaults.
+        source: Where the values come from, for the error message.
+
+    Raises:
+        ConfigError: naming the first wrong field.
+    """
+    try:
+        # By way of JSON, where a list may stand for a tuple although checking is strict.
+        return TypeAdapter(kind).validate_json(json.dumps(values, default=str))
+    except ValidationError as error:
+        first = error.errors()[0]
+        name = ".".join(str(part) for part in first["loc"])
+        if first["type"] == "unexpected_keyword_argument":
+            raise ConfigError(
+                f"config {source}: unknown field {name!r}{_nearest(kind, first['loc'])}"
+            ) from None
+        raise ConfigError(
+            f"config {source}: {name} = {first['input']!r}: {first['msg'].lower()}"
+        ) from None
+
+
+def load_config(name_or_path: str = "tiny") -> Config:
+    """Loads and checks a preset or a TOML file.
+
+    Raises:
+        ConfigError: if it cannot be read or cannot run.
+    """
+    return check(from_mapping(Config, read_toml(name_or_path), name_or_path))
+
+
+def _nearest(kind: type, location: tuple[int | str, ...]) -> str:
+    """Suggests the known field that is spelled most alike, or lists what is known."""
+    import difflib
+
+    for part in location[:-1]:
+        kind = next(f.type for f in dataclasses.fields(kind) if f.name == part)
+    names = [f.name for f in dataclasses.fields(kind)]
+    close = difflib.get_close_matches(str(location[-1]), names, n=1)
+    return f"; did you mean {close[0]!r}?" if close else f"; known are {', '.join(names)}"
+
+
+def check(config: Config) -> Config:
+    """Refuses combinations that cannot run, in one line that names the field and the mend.
+
+    Raises:
+        ConfigError: for the first impossible value or combination.
+    """
+    model, data, rollout, grpo = config.model, config.data, config.rollout, config.grpo
+    _check_ranges(config)
+    if rollout.prompts_per_step % grpo.prompts_per_micro_batch:
+        raise ConfigError(
+            f"prompts_per_micro_batch = {grpo.prompts_per_micro_batch} does not divide "
+            f"prompts_per_step = {rollout.prompts_per_step}; choose a divisor"
+        )
+    fsdp = model.mesh_shape[0]
+    rows = grpo.prompts_per_micro_batch * rollout.num_generations
+    if rows % fsdp:
+        raise ConfigError(
+            f"mesh_shape[0] = {fsdp} does not divide the micro-batch of "
+            f"{grpo.prompts_per_micro_batch} x {rollout.num_generations} completions; "
+            "change num_generations or the mesh"
+        )
+    if rollout.prompts_per_step > data.num_train_samples:
+        raise ConfigError(
+            f"prompts_per_step = {rollout.prompts_per_step} is more than num_train_samples = "
+            f"{data.num_train_samples}; lower it"
+        )
+    return config
+
+
+def _check_ranges(config: Config) -> None:
+    """Checks single values against the range in which they mean something."""
+    # Sections share no field name, which is also what lets the command line drop the sections.
+    values = {
+        f.name: getattr(section, f.name)
+        for section in (getattr(config, f.name) for f in dataclasses.fields(config))
+        for f in dataclasses.fields(section)
+    }
+    at_least = {
+        2: ("num_generations",),
+        1: (
+            "lora_rank",
+            "logprob_chunk_tokens",
+            "num_train_samples",
+            "num_test_samples",
+            "prompts_per_step",
+            "max_prompt_tokens",
+            "max_completion_tokens",
+            "num_iterations",
+            "prompts_per_micro_batch",
+            "max_steps",
+            "eval_batch_prompts",
+            "checkpoint_every_steps",
+            "keep_checkpoints",
+        ),
+        0: (
+            "top_k",
+            "beta",
+            "weight_decay",
+            "data_seed",
+            "seed",
+            "eval_every_steps",
+            "eval_samples",
+            "sample_every_steps",
+            "format_weight",
+            "logic_weight",
+            "accuracy_weight",
+            "self_correction_weight",
+            "length_weight",
+        ),
+    }
+    for minimum, names in at_least.items():
+        for name in names:
+            if not values[name] >= minimum:
+                raise ConfigError(f"{name} = {values[name]} must be at least {minimum}")
+    for name in ("lora_alpha", "temperature", "epsilon", "learning_rate", "max_grad_norm"):
+        if not values[name] > 0:
+            raise ConfigError(f"{name} = {values[name]} must be greater than 0")
+    for name in ("warmup_fraction", "final_lr_fraction", "adam_b1", "adam_b2"):
+        if not 0 <= values[name] <= 1:
+            raise ConfigError(f"{name} = {values[name]} must lie between 0 and 1")
+    if not 0 < values["top_p"] <= 1:
+        raise ConfigError(f"top_p = {values['top_p']} must lie in (0, 1]; 1 keeps all tokens")
+    if values["epsilon_high"] is not None and values["epsilon_high"] < values["epsilon"]:
+        raise ConfigError(
+            f"epsilon_high = {values['epsilon_high']} is below epsilon = {values['epsilon']}; raise it"
+        )
+    if min(values["mesh_shape"]) < 1:
+        raise ConfigError(f"mesh_shape = {values['mesh_shape']} must have two positive sizes")
+    if not values["lora_modules"]:
+        raise ConfigError("lora_modules is empty; name at least one module to adapt")
