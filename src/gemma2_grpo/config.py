@@ -6,12 +6,14 @@ reported before anything expensive has loaded.
 
 import dataclasses
 import json
+import math
+import re
 import tomllib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from importlib import resources
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal, TypeVar, get_type_hints
 
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 
@@ -39,6 +41,7 @@ class ModelConfig:
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
     """Type of the base weights and activations. Adapters, loss and optimizer stay float32."""
     lora_rank: int = 64
+    """Inner size of the adapters."""
     lora_alpha: float = 64.0
     """Scale of the adapters: their output is multiplied by `lora_alpha / lora_rank`."""
     lora_modules: tuple[str, ...] = (
@@ -65,7 +68,9 @@ class DataConfig:
     """`procedural`, `openai/gsm8k`, `kaggle:HANDLE`, a directory with train and test JSONL or
     Parquet files, or one JSONL file."""
     num_train_samples: int = 448
+    """Problems to train on, drawn from the official train split."""
     num_test_samples: int = 64
+    """Problems to measure on, before and after."""
     eval_split: Literal["test", "validation"] = "test"
     """`validation` is disjoint from both; choose settings on it."""
     data_seed: int = 0
@@ -81,11 +86,15 @@ class RolloutConfig:
     num_generations: int = 16
     """Completions per prompt, the group of GRPO."""
     prompts_per_step: int = 8
+    """Prompts in one batch of rollouts."""
     max_prompt_tokens: int = 256
     """Longer prompts are dropped up front, with a count."""
     max_completion_tokens: int = 768
+    """Longer completions are cut off, and counted."""
     temperature: float = 1.0
+    """Divides the logits, in sampling and in the loss."""
     top_p: float = 1.0
+    """Sample from the likeliest tokens that make up this probability; 1 keeps all."""
     top_k: int = 0
     """Sample from the k likeliest tokens; 0 keeps all."""
 
@@ -105,6 +114,7 @@ class GrpoConfig:
     epsilon_high: float | None = None
     """Clip range above 1 (clip-higher, DAPO)."""
     loss_type: Literal["grpo", "drgrpo", "token_mean", "gspo"] = "grpo"
+    """How tokens are averaged and advantages scaled."""
     prompts_per_micro_batch: int = 1
     """Prompt groups whose gradient is computed at one time; the rest is accumulated."""
 
@@ -203,7 +213,8 @@ def read_toml(name_or_path: str) -> dict[str, Any]:
         return tomllib.loads(source.read_text(encoding="utf-8"))
     except (FileNotFoundError, NotADirectoryError, IsADirectoryError):
         raise ConfigError(
-            f"config {name_or_path!r}: no such file or preset; presets are {', '.join(preset_names())}"
+            f"config {name_or_path!r}: no such file or preset; "
+            f"presets are {', '.join(preset_names())}"
         ) from None
     except (tomllib.TOMLDecodeError, UnicodeDecodeError, OSError) as error:
         raise ConfigError(f"config {name_or_path}: {error}") from None
@@ -245,14 +256,18 @@ def load_config(name_or_path: str = "tiny") -> Config:
 
 
 def _nearest(kind: type, location: tuple[int | str, ...]) -> str:
-    """Suggests the known field that is spelled most alike, or lists what is known."""
+    """Says where an unknown field belongs, what is spelled most alike, or what is known."""
     import difflib
 
+    fields = get_type_hints(kind)
     for part in location[:-1]:
-        kind = next(f.type for f in dataclasses.fields(kind) if f.name == part)
-    names = [f.name for f in dataclasses.fields(kind)]
-    close = difflib.get_close_matches(str(location[-1]), names, n=1)
-    return f"; did you mean {close[0]!r}?" if close else f"; known are {', '.join(names)}"
+        fields = get_type_hints(fields[str(part)])
+    name = str(location[-1])
+    for section, section_kind in fields.items():
+        if dataclasses.is_dataclass(section_kind) and name in get_type_hints(section_kind):
+            return f"; it belongs in [{section}]"
+    close = difflib.get_close_matches(name, fields, n=1)
+    return f"; did you mean {close[0]!r}?" if close else f"; known are {', '.join(fields)}"
 
 
 def check(config: Config) -> Config:
@@ -263,6 +278,10 @@ def check(config: Config) -> Config:
     """
     model, data, rollout, grpo = config.model, config.data, config.rollout, config.grpo
     _check_ranges(config)
+    if grpo.epsilon_high is not None and grpo.epsilon_high < grpo.epsilon:
+        raise ConfigError(
+            f"epsilon_high = {grpo.epsilon_high} is below epsilon = {grpo.epsilon}; raise it"
+        )
     if rollout.prompts_per_step % grpo.prompts_per_micro_batch:
         raise ConfigError(
             f"prompts_per_micro_batch = {grpo.prompts_per_micro_batch} does not divide "
@@ -284,6 +303,38 @@ def check(config: Config) -> Config:
     return config
 
 
+# Fields, what must hold, and how the message says so.
+_RANGES: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
+    ("num_generations", lambda value: value >= 2, "must be at least 2"),
+    (
+        "lora_rank logprob_chunk_tokens num_train_samples num_test_samples prompts_per_step "
+        "max_prompt_tokens max_completion_tokens num_iterations prompts_per_micro_batch max_steps "
+        "eval_batch_prompts checkpoint_every_steps keep_checkpoints",
+        lambda value: value >= 1,
+        "must be at least 1",
+    ),
+    (
+        "top_k beta weight_decay data_seed seed eval_every_steps eval_samples sample_every_steps "
+        "format_weight logic_weight accuracy_weight self_correction_weight length_weight",
+        lambda value: value >= 0,
+        "must be at least 0",
+    ),
+    (
+        "lora_alpha temperature epsilon learning_rate max_grad_norm",
+        lambda value: value > 0,
+        "must be greater than 0",
+    ),
+    (
+        "warmup_fraction final_lr_fraction adam_b1 adam_b2",
+        lambda value: 0 <= value <= 1,
+        "must lie between 0 and 1",
+    ),
+    ("top_p", lambda value: 0 < value <= 1, "must lie in (0, 1]; 1 keeps all tokens"),
+    ("mesh_shape", lambda value: min(value) >= 1, "must have two positive sizes"),
+    ("lora_modules", bool, "must name at least one module to adapt"),
+)
+
+
 def _check_ranges(config: Config) -> None:
     """Checks single values against the range in which they mean something."""
     # Sections share no field name, which is also what lets the command line drop the sections.
@@ -292,56 +343,17 @@ def _check_ranges(config: Config) -> None:
         for section in (getattr(config, f.name) for f in dataclasses.fields(config))
         for f in dataclasses.fields(section)
     }
-    at_least = {
-        2: ("num_generations",),
-        1: (
-            "lora_rank",
-            "logprob_chunk_tokens",
-            "num_train_samples",
-            "num_test_samples",
-            "prompts_per_step",
-            "max_prompt_tokens",
-            "max_completion_tokens",
-            "num_iterations",
-            "prompts_per_micro_batch",
-            "max_steps",
-            "eval_batch_prompts",
-            "checkpoint_every_steps",
-            "keep_checkpoints",
-        ),
-        0: (
-            "top_k",
-            "beta",
-            "weight_decay",
-            "data_seed",
-            "seed",
-            "eval_every_steps",
-            "eval_samples",
-            "sample_every_steps",
-            "format_weight",
-            "logic_weight",
-            "accuracy_weight",
-            "self_correction_weight",
-            "length_weight",
-        ),
-    }
-    for minimum, names in at_least.items():
-        for name in names:
-            if not values[name] >= minimum:
-                raise ConfigError(f"{name} = {values[name]} must be at least {minimum}")
-    for name in ("lora_alpha", "temperature", "epsilon", "learning_rate", "max_grad_norm"):
-        if not values[name] > 0:
-            raise ConfigError(f"{name} = {values[name]} must be greater than 0")
-    for name in ("warmup_fraction", "final_lr_fraction", "adam_b1", "adam_b2"):
-        if not 0 <= values[name] <= 1:
-            raise ConfigError(f"{name} = {values[name]} must lie between 0 and 1")
-    if not 0 < values["top_p"] <= 1:
-        raise ConfigError(f"top_p = {values['top_p']} must lie in (0, 1]; 1 keeps all tokens")
-    if values["epsilon_high"] is not None and values["epsilon_high"] < values["epsilon"]:
-        raise ConfigError(
-            f"epsilon_high = {values['epsilon_high']} is below epsilon = {values['epsilon']}; raise it"
-        )
-    if min(values["mesh_shape"]) < 1:
-        raise ConfigError(f"mesh_shape = {values['mesh_shape']} must have two positive sizes")
-    if not values["lora_modules"]:
-        raise ConfigError("lora_modules is empty; name at least one module to adapt")
+    for name, value in values.items():
+        if isinstance(value, float) and not math.isfinite(value):
+            raise ConfigError(f"{name} = {value} must be a finite number")
+    for names, holds, demand in _RANGES:
+        for name in names.split():
+            if not holds(values[name]):
+                raise ConfigError(f"{name} = {values[name]} {demand}")
+    for pattern in values["lora_modules"]:
+        try:
+            re.compile(pattern)
+        except re.error as error:
+            raise ConfigError(
+                f"lora_modules: {pattern!r} is not a regular expression: {error}"
+            ) from None

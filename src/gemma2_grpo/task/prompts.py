@@ -1,5 +1,8 @@
 """What the model is asked, and the form its answer must have."""
 
+import re
+from dataclasses import dataclass
+
 REASONING_START, REASONING_END = "<reasoning>", "</reasoning>"
 ANSWER_START, ANSWER_END = "<answer>", "</answer>"
 
@@ -31,3 +34,74 @@ def render_solution(steps: list[str], answer: str) -> str:
     return (
         f"{REASONING_START}\n{reasoning}\n{REASONING_END}\n{ANSWER_START}\n{answer}\n{ANSWER_END}"
     )
+
+
+# Misspelt tags (upper case, attributes, spaces) are events too, so that they break the form
+# instead of passing for text. No class here can run past the next "<": the scan is linear.
+_EVENT = re.compile(
+    r"<\s*/?\s*(?P<block>reasoning|answer)\b[^<>]*>|" + "|".join(map(re.escape, STOP_TOKENS)),
+    re.IGNORECASE,
+)
+_REASONING_TAGS = (REASONING_START, REASONING_END)
+_ANSWER_TAGS = (ANSWER_START, ANSWER_END)
+
+
+@dataclass(frozen=True)
+class Completion:
+    """What the parser finds in one completion."""
+
+    reasoning: str | None
+    """Text of the only reasoning block; None if there is none, or more than one."""
+    answer: str | None
+    """Text of the only answer block; None if there is none, or more than one."""
+    format: float
+    """1.0 both blocks in order and nothing else; 0.6 with other text outside; 0.3 in the wrong
+    order; 0.2 an answer block alone; 0 otherwise: a repeated, stray or misspelt tag, or an
+    empty block."""
+
+
+def parse_completion(text: str) -> Completion:
+    """Splits a completion into its blocks and judges its form, in one scan over the tags.
+
+    Stop tokens at the end are not part of the completion. Tags count only as INSTRUCTION
+    writes them; a block holds no other tag.
+    """
+    events = list(_EVENT.finditer(text))
+    end = len(text)
+    while events and not events[-1]["block"] and not text[events[-1].end() : end].strip():
+        end = events.pop().start()
+    tags = [event for event in events if event["block"]]
+    reasoning = _only_block(text, tags, _REASONING_TAGS)
+    answer = _only_block(text, tags, _ANSWER_TAGS)
+    form = _judge_form(text[:end], tags, reasoning, answer)
+    return Completion(reasoning=reasoning, answer=answer, format=form)
+
+
+def _only_block(text: str, tags: list[re.Match[str]], pair: tuple[str, str]) -> str | None:
+    """Text between the two tags of `pair` if they are the only ones of their kind, side by side."""
+    name = pair[0].strip("<>")
+    found = [i for i, tag in enumerate(tags) if tag["block"].lower() == name]
+    if len(found) != 2 or found[1] != found[0] + 1:
+        return None
+    start, end = tags[found[0]], tags[found[1]]
+    return text[start.end() : end.start()] if (start[0], end[0]) == pair else None
+
+
+def _judge_form(
+    text: str, tags: list[re.Match[str]], reasoning: str | None, answer: str | None
+) -> float:
+    """Format score of a completion whose trailing stop tokens are gone."""
+    sequence = tuple(tag[0] for tag in tags)
+    blocks = (answer,) if sequence == _ANSWER_TAGS else (reasoning, answer)
+    if not all(block and block.strip() for block in blocks):
+        return 0.0
+    if sequence == _ANSWER_TAGS:
+        return 0.2
+    if sequence == _ANSWER_TAGS + _REASONING_TAGS:
+        return 0.3
+    if sequence != _REASONING_TAGS + _ANSWER_TAGS:
+        return 0.0
+    edges = [0, *(edge for tag in tags for edge in tag.span()), len(text)]
+    # Edges 0-1, 4-5 and 8-9 bound the text before, between and after the blocks.
+    outside = "".join(text[edges[i] : edges[i + 1]] for i in (0, 4, 8))
+    return 0.6 if outside.strip() else 1.0

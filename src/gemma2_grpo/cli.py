@@ -1,0 +1,198 @@
+"""The `gemma2-grpo` command.
+
+Parses first and imports heavy libraries after, so that `--help` and mistakes answer at once.
+"""
+
+import difflib
+import os
+import re
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, field, is_dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn, TypeVar, Union, get_type_hints
+
+import tyro
+from tyro import _errors  # Private, but the one way to errors of one line; hence the exact minor.
+from tyro.conf import FlagCreatePairsOff, OmitArgPrefixes, Positional, arg, subcommand
+
+from gemma2_grpo.config import Config, UserError, check, from_mapping, read_toml
+
+if TYPE_CHECKING:
+    from tyro._arguments import ArgumentDefinition
+
+OLDEST_JAX = (0, 10)
+
+T = TypeVar("T")
+ConfigName = Annotated[Positional[str], arg(metavar="[CONFIG]")]
+Directory = Annotated[Path | None, arg(metavar="DIR")]
+Sections = Annotated[OmitArgPrefixes[T], arg(name="")]
+"""A configuration whose fields are options without a prefix: `--max-steps`."""
+
+
+class UsageError(UserError):
+    """A command line that cannot be understood."""
+
+
+@dataclass(frozen=True)
+class Train:
+    """Train with GRPO, and measure before and after."""
+
+    config_name: ConfigName = "tiny"
+    """Name of a preset, or path of a TOML file. The options below override its fields."""
+    run: Directory = None
+    """Where the run is written. Giving the same directory again resumes it."""
+    allow_config_change: FlagCreatePairsOff[bool] = False
+    """Resume although the run was made with another configuration."""
+    config: Sections[Config] = field(default_factory=Config)
+
+    def defaults(self) -> "Train":
+        """Returns the command as it would be if the values of the TOML file were the defaults."""
+        return Train(config=from_mapping(Config, read_toml(self.config_name), self.config_name))
+
+    def __call__(self) -> None:
+        """Checks the whole configuration, then trains."""
+        config = check(self.config)
+        require_jax()
+        from gemma2_grpo.runs.train import train
+
+        train(config, self.run, self.config_name, allow_config_change=self.allow_config_change)
+
+
+@dataclass(frozen=True)
+class Score:
+    """Score the completions of a JSONL file, without a model."""
+
+    file: Annotated[Positional[Path], arg(metavar="FILE.jsonl")]
+    """One JSON object a line, with `completion`, `answer` and optionally `question`."""
+    json: FlagCreatePairsOff[bool] = False
+    """Print one JSON object a line instead of a table."""
+
+    def defaults(self) -> None:
+        """Returns nothing: there is no TOML file."""
+
+    def __call__(self) -> None:
+        """Prints the scores."""
+        from gemma2_grpo.runs.score import score_file
+
+        score_file(self.file, self.json, Config().rewards)
+
+
+Command = Train | Score
+COMMANDS: dict[str, type[Command]] = {"train": Train, "score": Score}
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs the command line and returns the exit status; users' mistakes are one line and 2."""
+    try:
+        parse(sys.argv[1:] if arguments is None else arguments)()
+    except UserError as error:
+        print("error:", " ".join(str(error).split()), file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        return 130
+    except BrokenPipeError:  # The reader, `head` perhaps, has seen enough.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return 0
+
+
+def parse(arguments: Sequence[str]) -> Command:
+    """Reads the command line in two passes; the first finds the TOML file with the defaults.
+
+    Raises:
+        UserError: for a command line or a TOML file that cannot be understood.
+        SystemExit: with status 0, when help was asked for and printed.
+    """
+    without_help = [argument for argument in arguments if argument not in ("-h", "--help")]
+    help_wanted = len(without_help) < len(arguments)
+    try:
+        defaults = _parse_with_tyro(without_help).defaults()
+    except UsageError:
+        if help_wanted:
+            return _parse_with_tyro(arguments)
+        raise
+    # tyro leaves out of the help what stands before `--help`.
+    return _parse_with_tyro([without_help[0], "--help"] if help_wanted else arguments, defaults)
+
+
+def require_jax() -> None:
+    """Refuses a JAX that is absent or too old, without importing it.
+
+    Raises:
+        UserError: naming the version and the mend.
+    """
+    wanted = ".".join(map(str, OLDEST_JAX))
+    try:
+        found = metadata.version("jax")
+    except metadata.PackageNotFoundError:
+        raise UserError(f"JAX is not installed; pip install 'jax>={wanted}'") from None
+    if tuple(map(int, re.findall(r"\d+", found)[:2])) < OLDEST_JAX:
+        raise UserError(f"JAX {found} is too old; pip install 'jax>={wanted}'")
+
+
+def _parse_with_tyro(arguments: Sequence[str], defaults: Command | None = None) -> Command:
+    """Parses with the fields of `defaults` as defaults of the command of that type."""
+    kinds = []
+    for name, kind in COMMANDS.items():
+        own = defaults if isinstance(defaults, kind) else tyro.MISSING_NONPROP
+        kinds.append(Annotated[kind, subcommand(name, default=own)])
+    union: Any = Union[tuple(kinds)]  # noqa: UP007 (of a tuple, there is no other way)
+
+    def refuse(event: _errors.ParseErrorEvent) -> NoReturn:
+        raise UsageError(_explain(event, arguments[0] if arguments else ""))
+
+    with _errors.on_parse_error(refuse):
+        return tyro.cli(
+            union,
+            args=arguments,
+            prog="gemma2-grpo",
+            description="Teach Gemma 2 to show its work on word problems.",
+        )
+
+
+def _explain(event: _errors.ParseErrorEvent, command: str) -> str:
+    """Says in one line, with the mend, what tyro would say in a box."""
+    if command not in COMMANDS:
+        close = difflib.get_close_matches(command, COMMANDS, n=1)
+        mend = f"did you mean {close[0]}?" if close else f"it is one of {', '.join(COMMANDS)}"
+        return f"{command!r} is no command; {mend}" if command else f"a command is missing; {mend}"
+    see = f"see gemma2-grpo {command} --help"
+    match event:
+        case _errors.MissingArgs(missing_arguments=missing):
+            return f"{', '.join(_name(each.arg) for each in missing)} is missing; {see}"
+        case _errors.UnrecognizedArgs(tokens=[token, *_]):
+            known = _options(COMMANDS[command])
+            close = difflib.get_close_matches(token.replace("_", "-"), known, n=1, cutoff=0.75)
+            mend = f"did you mean {close[0]}?" if close else see
+            return f"{token!r} is not understood by {command}; {mend}"
+        case _errors.InvalidChoice(argument=argument, value=value, choices=choices):
+            return f"{_name(argument)} takes one of {', '.join(choices)}, not {value!r}"
+        case _errors.BadValue(argument=argument):
+            return f"{_name(argument)} takes {argument.lowered.metavar}; a value is missing"
+        case _errors.InstantiationFailure(argument=argument, message=message) if argument:
+            quoted = re.findall(r"""(['"])(.*?)\1""", message.splitlines()[0])
+            given = " ".join(text for _, text in quoted)
+            return f"{_name(argument)} takes {argument.lowered.metavar}, not {given!r}"
+    return f"the command line is not understood; {see}"
+
+
+def _name(argument: "ArgumentDefinition") -> str:
+    """Returns what a user calls an argument: `--max-steps`, or `CONFIG`."""
+    return str(argument.lowered.metavar if argument.is_positional() else argument.display_name())
+
+
+def _options(kind: type) -> list[str]:
+    """Lists the options that a dataclass gives, those of its sections included."""
+    options = []
+    for name, hint in get_type_hints(kind).items():
+        options += (
+            _options(hint)
+            if isinstance(hint, type) and is_dataclass(hint)
+            else ["--" + name.replace("_", "-")]
+        )
+    return options
+
+
+if __name__ == "__main__":
+    sys.exit(main())

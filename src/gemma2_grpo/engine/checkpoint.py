@@ -1,0 +1,113 @@
+"""Checkpoints that are written whole or not at all, and verified before they are trusted."""
+
+import hashlib
+import json
+import logging
+import shutil
+from pathlib import Path
+from typing import Any
+
+import jax
+import orbax.checkpoint as ocp
+
+_MANIFEST = "manifest.json"
+_STATE = "state"
+_PREFIX = "step_"
+_log = logging.getLogger(__name__)
+
+
+def save_checkpoint(folder: Path, step: int, state: Any, keep: int) -> Path:
+    """Writes the state after `step` steps and keeps the newest `keep` checkpoints.
+
+    Everything is written under a temporary name, listed with its SHA-256 in a manifest and then
+    renamed, so that a killed process leaves either the whole checkpoint or none.
+
+    Raises:
+        OSError: if it could not be written; earlier checkpoints are left as they were.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    final = folder / f"{_PREFIX}{step:06d}"
+    temporary = folder / f".{final.name}.tmp"
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir()
+    try:
+        with ocp.StandardCheckpointer() as checkpointer:
+            checkpointer.save((temporary / _STATE).absolute(), state)
+            # Without this, Orbax reports a full disk only when it is closed, if at all.
+            checkpointer.wait_until_finished()
+    except Exception as error:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise OSError(f"checkpoint of step {step} could not be written: {error}") from error
+    (temporary / _MANIFEST).write_text(
+        json.dumps({"step": step, "sha256": _hashes(temporary)}, indent=1), encoding="utf-8"
+    )
+    shutil.rmtree(final, ignore_errors=True)
+    temporary.rename(final)
+    for old in _steps(folder)[keep:]:
+        shutil.rmtree(folder / f"{_PREFIX}{old:06d}")
+    return final
+
+
+def restore_checkpoint(folder: Path, like: Any) -> tuple[int, Any] | None:
+    """Restores the newest checkpoint that verifies, onto the shardings of `like`.
+
+    A checkpoint that is incomplete or does not match its manifest is passed over with a warning.
+
+    Args:
+        folder: Where checkpoints are saved.
+        like: A state of the same structure, whose shapes, types and shardings are taken.
+
+    Returns:
+        Number of finished steps and the state; None where there is no checkpoint.
+
+    Raises:
+        OSError: if there are checkpoints but none of them can be trusted.
+    """
+    steps = _steps(folder)
+    for step in steps:
+        path = folder / f"{_PREFIX}{step:06d}"
+        problem = _problem(path, step)
+        if problem:
+            _log.warning("checkpoint %s is damaged (%s); falling back", path, problem)
+            continue
+        target = jax.tree.map(ocp.utils.to_shape_dtype_struct, like)
+        with ocp.StandardCheckpointer() as checkpointer:
+            return step, checkpointer.restore((path / _STATE).absolute(), target)
+    if steps:
+        raise OSError(f"{folder}: none of the checkpoints verifies; start a new run directory")
+    return None
+
+
+def clean_temporaries(folder: Path) -> None:
+    """Removes what a killed process left half-written."""
+    for path in folder.glob(f".{_PREFIX}*.tmp"):
+        shutil.rmtree(path, ignore_errors=True)
+
+
+def _steps(folder: Path) -> list[int]:
+    """Steps with a checkpoint, newest first."""
+    names = (path.name.removeprefix(_PREFIX) for path in folder.glob(f"{_PREFIX}*"))
+    return sorted((int(name) for name in names if name.isdigit()), reverse=True)
+
+
+def _hashes(folder: Path) -> dict[str, str]:
+    files = sorted(p for p in folder.rglob("*") if p.is_file() and p.name != _MANIFEST)
+    hashes = {}
+    for path in files:
+        with path.open("rb") as file:
+            digest = hashlib.file_digest(file, "sha256").hexdigest()
+        hashes[path.relative_to(folder).as_posix()] = digest
+    return hashes
+
+
+def _problem(path: Path, step: int) -> str | None:
+    """What is wrong with a checkpoint on disk, or None."""
+    try:
+        manifest = json.loads((path / _MANIFEST).read_text(encoding="utf-8"))
+        if manifest["step"] != step:
+            return f"its manifest is of step {manifest['step']}"
+        present = _hashes(path)
+    except (OSError, ValueError, KeyError) as error:
+        return f"no readable manifest: {error}"
+    wrong = [name for name, digest in manifest["sha256"].items() if present.get(name) != digest]
+    return f"{wrong[0]} differs from the manifest" if wrong else None

@@ -1,0 +1,171 @@
+"""Weights out: Hugging Face safetensors of a model, and the adapter file of a run."""
+
+import hashlib
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+from flax import nnx
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
+from tunix.models.gemma import model as gemma
+
+from gemma2_grpo.config import ModelConfig, UserError
+
+ADAPTER_FILE = "adapter.safetensors"
+_NORMS = {
+    "pre_attention_norm": "input_layernorm",
+    "post_attn_norm": "post_attention_layernorm",
+    "pre_ffw_norm": "pre_feedforward_layernorm",
+    "post_ffw_norm": "post_feedforward_layernorm",
+}
+
+
+def save_model(model: gemma.Gemma, path: Path, dtype: str, query_scale: float = 1.0) -> None:
+    """Writes the base weights of a model as one HF safetensors file.
+
+    Args:
+        model: A Gemma 2 without adapters, or whose adapters are left out.
+        path: The file.
+        dtype: Type to store, `bfloat16` or `float32`.
+        query_scale: What `engine.model.query_scale` multiplied the queries by, undone here.
+    """
+    kind = np.dtype(ml_dtypes.bfloat16) if dtype == "bfloat16" else np.dtype(dtype)
+    tensors = {
+        name: np.ascontiguousarray(value.astype(kind))
+        for name, value in _hf_tensors(model, query_scale)
+    }
+    save_file(tensors, path, metadata={"format": "pt"})
+
+
+def _hf_tensors(model: gemma.Gemma, query_scale: float) -> Iterator[tuple[str, np.ndarray]]:
+    """Names and values as transformers has them; linear layers are [out, in] there."""
+
+    def host(variable: nnx.Variable) -> np.ndarray:
+        return np.asarray(jax.device_get(variable.get_value()), np.float32)
+
+    yield "model.embed_tokens.weight", host(model.embedder.input_embedding)
+    yield "model.norm.weight", host(model.final_norm.scale)
+    for i, layer in enumerate(model.layers):
+        prefix = f"model.layers.{i}"
+        for ours, theirs in _NORMS.items():
+            yield f"{prefix}.{theirs}.weight", host(getattr(layer, ours).scale)
+        for name in ("gate_proj", "up_proj", "down_proj"):
+            yield f"{prefix}.mlp.{name}.weight", host(getattr(layer.mlp, name).kernel).T
+        attention = layer.attn
+        if attention.use_qkv_einsum:
+            query, key, value = host(attention.qkv_einsum.w)
+        else:
+            query = host(attention.q_einsum.w)
+            key, value = host(attention.kv_einsum.w)
+        for name, weight in (("q", query / query_scale), ("k", key), ("v", value)):
+            heads_first = weight.transpose(0, 2, 1)  # [N, D, H] -> [N, H, D]
+            yield f"{prefix}.self_attn.{name}_proj.weight", heads_first.reshape(-1, weight.shape[1])
+        output = host(attention.attn_vec_einsum.w)  # [N, H, D]
+        yield f"{prefix}.self_attn.o_proj.weight", output.reshape(-1, output.shape[-1]).T
+
+
+def merge_lora(policy: gemma.Gemma, base: gemma.Gemma, config: ModelConfig) -> gemma.Gemma:
+    """A copy of the base with the policy's adapters added into its weights."""
+    merged = nnx.merge(*nnx.split(base))
+    adapters = nnx.to_pure_dict(nnx.state(policy, nnx.LoRAParam))
+    scale = config.lora_alpha / config.lora_rank
+    for i, layer in enumerate(merged.layers):
+        for part in ("attn", "mlp"):
+            for name, pair in adapters["layers"].get(i, {}).get(part, {}).items():
+                variable = _weight(getattr(getattr(layer, part), name))
+                a, b = sorted(pair)
+                delta = _product(name, pair[a], pair[b], config.lora_rank)
+                weight = variable.get_value()
+                delta = (scale * delta).reshape(weight.shape)
+                variable.set_value((weight.astype(jnp.float32) + delta).astype(weight.dtype))
+    return merged
+
+
+def _weight(module: Any) -> nnx.Variable:
+    return module.kernel if hasattr(module, "kernel") else module.w
+
+
+def _product(name: str, a: jax.Array, b: jax.Array, rank: int) -> jax.Array:
+    """The weight change of one adapter, laid out like the weight it belongs to.
+
+    Qwix keeps the rank last in A and first in B. Query, key and value weights have their heads
+    before the width, [N, D, H]; their B is [r, N, H] (or [r, 2, K, H]) and their A is [D, r].
+    """
+    if name == "q_einsum":
+        return jnp.einsum("dr,rnh->ndh", a, b)
+    if name in ("kv_einsum", "qkv_einsum"):
+        return jnp.einsum("dr,rckh->ckdh", a, b)
+    return a.reshape(-1, rank) @ b.reshape(rank, -1)
+
+
+def fingerprint(directory: Path) -> str:
+    """A hash that tells one set of weights from another without reading all of them.
+
+    Sizes, and 64 blocks of 64 KiB spread evenly over each safetensors file.
+    """
+    digest = hashlib.sha256()
+    for path in sorted(directory.glob("*.safetensors")):
+        size = path.stat().st_size
+        digest.update(f"{path.name} {size}\n".encode())
+        with path.open("rb") as file:
+            for start in np.linspace(0, max(size - 65536, 0), 64).astype(int):
+                file.seek(int(start))
+                digest.update(file.read(65536))
+    return digest.hexdigest()
+
+
+def save_adapter(policy: gemma.Gemma, folder: Path, config: ModelConfig, base_sha256: str) -> Path:
+    """Writes the adapters in float32, with what they belong to in the file's metadata."""
+    folder.mkdir(parents=True, exist_ok=True)
+    tensors = {
+        "/".join(map(str, path)): np.asarray(jax.device_get(variable.get_value()))
+        for path, variable in nnx.to_flat_state(nnx.state(policy, nnx.LoRAParam))
+    }
+    described = {
+        "base": config.model,
+        "base_sha256": base_sha256,
+        "lora_rank": config.lora_rank,
+        "lora_alpha": config.lora_alpha,
+        "lora_modules": config.lora_modules,
+    }
+    temporary = folder / f".{ADAPTER_FILE}.tmp"
+    save_file(tensors, temporary, metadata={k: json.dumps(v) for k, v in described.items()})
+    return temporary.rename(folder / ADAPTER_FILE)
+
+
+def load_adapter(policy: gemma.Gemma, folder: Path, base_sha256: str) -> None:
+    """Puts a saved adapter into a policy that was made with the same rank and modules.
+
+    Raises:
+        UserError: if it is unreadable, belongs to another base, or has other shapes.
+    """
+    path = folder / ADAPTER_FILE
+    try:
+        with safe_open(path, framework="numpy") as file:
+            described = {k: json.loads(v) for k, v in (file.metadata() or {}).items()}
+            tensors = {name: file.get_tensor(name) for name in file.keys()}
+    except (OSError, SafetensorError, ValueError) as error:
+        raise UserError(f"{path}: not a readable adapter ({error})") from None
+    if described.get("base_sha256") != base_sha256:
+        raise UserError(
+            f"{path}: made for another base ({described.get('base')}); load it on that one"
+        )
+    state = nnx.state(policy, nnx.LoRAParam)
+    for parts, variable in nnx.to_flat_state(state):
+        name, current = "/".join(map(str, parts)), variable.get_value()
+        if name not in tensors or tensors[name].shape != current.shape:
+            raise UserError(
+                f"{path}: {name} does not fit; it was made with lora_rank = "
+                f"{described.get('lora_rank')} on {described.get('lora_modules')}"
+            )
+    placed = [
+        (parts, v.replace(jax.device_put(tensors["/".join(map(str, parts))], v.get_value().sharding)))
+        for parts, v in nnx.to_flat_state(state)
+    ]
+    nnx.update(policy, nnx.from_flat_state(placed))

@@ -1,0 +1,269 @@
+"""GRPO's loop on Tunix's cluster: rollouts, rewards, advantages, updates."""
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from enum import IntEnum
+from typing import Any
+
+import jax
+import numpy as np
+from flax import nnx
+from jax.sharding import Mesh
+from tunix.models.gemma import model as gemma
+from tunix.rl.rl_cluster import ClusterConfig, Mode, RLCluster, RLTrainingConfig, Role
+from tunix.rl.rollout.base_rollout import RolloutConfig as TunixRolloutConfig
+
+from gemma2_grpo.config import Config
+from gemma2_grpo.engine.loss import Advantages, group_advantages, token_weights
+from gemma2_grpo.engine.model import Tokenizer
+from gemma2_grpo.engine.rollout import GroupRollout
+from gemma2_grpo.engine.update import (
+    MicroBatch,
+    UpdateMetrics,
+    Updater,
+    learning_rate_schedule,
+    make_optimizer,
+)
+from gemma2_grpo.task.data import Example
+from gemma2_grpo.task.prompts import render_prompt
+
+
+class Stream(IntEnum):
+    """Independent streams of randomness, so that measuring never changes what training draws."""
+
+    TRAIN = 0
+    EVAL = 1
+    CONTROL = 2
+
+
+def fold_key(seed: int, stream: Stream, *counters: int) -> jax.Array:
+    """A key that is a pure function of seed, stream and counters."""
+    key = jax.random.fold_in(jax.random.key(seed), int(stream))
+    for counter in counters:
+        key = jax.random.fold_in(key, counter)
+    return key
+
+
+@dataclass(frozen=True)
+class Completions:
+    """N completions in the order of their prompts, groups together."""
+
+    texts: list[str]
+    tokens: list[np.ndarray]
+    """Token ids, with the stop token where one was drawn."""
+    is_truncated: np.ndarray
+    """True where the token limit came before a stop token, [N]."""
+
+    @property
+    def lengths(self) -> np.ndarray:
+        """Tokens of each completion, [N]."""
+        return np.array([len(row) for row in self.tokens])
+
+
+Rewards = Callable[[Sequence[Example], Sequence[str]], np.ndarray]
+"""Scores completions, aligned with their examples: float [N], NaN where one cannot be scored."""
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """What one step did."""
+
+    examples: list[Example]
+    """Of each completion, [B * G]."""
+    completions: Completions
+    rewards: np.ndarray
+    """[B, G]."""
+    advantages: Advantages
+    updates: list[UpdateMetrics]
+    """One per iteration; empty where the whole batch taught nothing."""
+    learning_rate: float
+    rollout_seconds: float
+    reward_seconds: float
+    update_seconds: float
+
+
+class Learner:
+    """A policy, its frozen reference and the optimizer, on one mesh."""
+
+    def __init__(
+        self,
+        config: Config,
+        policy: gemma.Gemma,
+        reference: gemma.Gemma,
+        tokenizer: Tokenizer,
+        mesh: Mesh,
+    ) -> None:
+        """Builds Tunix's cluster around models that share their base weights."""
+        self.config = config
+        self.tokenizer = tokenizer
+        self._num_updates = config.run.max_steps * config.grpo.num_iterations
+        self._schedule = learning_rate_schedule(config.optimizer, self._num_updates)
+        self.cluster = RLCluster(
+            actor=policy,
+            reference=reference,
+            tokenizer=tokenizer,
+            cluster_config=ClusterConfig(
+                role_to_mesh={Role.ACTOR: mesh, Role.REFERENCE: mesh, Role.ROLLOUT: mesh},
+                rollout_engine=GroupRollout,
+                rollout_config={
+                    Mode.TRAIN: self._rollout_config(config.rollout.temperature),
+                    Mode.EVAL: self._rollout_config(0.0),
+                },
+                training_config=RLTrainingConfig(
+                    actor_optimizer=make_optimizer(config.optimizer, self._num_updates),
+                    eval_every_n_steps=self._num_updates + 1,
+                ),
+            ),
+        )
+        self.updater = Updater(self.cluster.actor_trainer, reference, config, mesh)
+
+    def _rollout_config(self, temperature: float) -> TunixRolloutConfig:
+        rollout = self.config.rollout
+        return TunixRolloutConfig(
+            max_tokens_to_generate=rollout.max_completion_tokens,
+            max_prompt_length=rollout.max_prompt_tokens,
+            kv_cache_size=rollout.max_prompt_tokens + rollout.max_completion_tokens,
+            temperature=temperature,
+            top_p=rollout.top_p,
+            top_k=rollout.top_k or None,
+            eos_tokens=list(self.tokenizer.stop_ids),
+            return_logprobs=True,
+        )
+
+    def generate(
+        self, prompts: Sequence[str], group: int, key: jax.Array, *, greedy: bool = False
+    ) -> Completions:
+        """Completes each prompt `group` times, with randomness from `key` alone."""
+        mode = Mode.EVAL if greedy else Mode.TRAIN
+        # Tunix hands an engine the same seed at every call; here each call has its own.
+        self.cluster.get_rollout_config(mode).seed = key
+        repeated = [prompt for prompt in prompts for _ in range(group)]
+        output = self.cluster.generate(repeated, mode=mode)
+        stops = self.tokenizer.stop_ids
+        truncated = np.array([row[-1] not in stops for row in output.tokens])
+        return Completions(output.text, output.tokens, truncated)
+
+    def step(self, step: int, batch: Sequence[Example], rewards: Rewards) -> StepResult:
+        """One batch of rollouts and its updates.
+
+        Args:
+            step: Number of the step from 0; with the seed, it decides all randomness.
+            batch: One example per prompt.
+            rewards: Scores the completions.
+        """
+        group, seed = self.config.rollout.num_generations, self.config.run.seed
+        started = time.perf_counter()
+        prompts = [render_prompt(example.question) for example in batch]
+        completions = self.generate(prompts, group, fold_key(seed, Stream.TRAIN, step))
+        sampled = time.perf_counter()
+        examples = [example for example in batch for _ in range(group)]
+        values = check_rewards(rewards(examples, completions.texts), len(examples))
+        if self.config.rewards.shuffle_rewards:
+            values = np.random.default_rng([seed, Stream.CONTROL, step]).permutation(values)
+        values = values.reshape(len(batch), group)
+        advantages = group_advantages(values, scale_by_std=self.config.grpo.loss_type != "drgrpo")
+        scored = time.perf_counter()
+        updates = self.updater.update(self.micro_batches(prompts, completions, advantages))
+        return StepResult(
+            examples=examples,
+            completions=completions,
+            rewards=values,
+            advantages=advantages,
+            updates=updates,
+            learning_rate=float(self._schedule(step * self.config.grpo.num_iterations)),
+            rollout_seconds=sampled - started,
+            reward_seconds=scored - sampled,
+            update_seconds=time.perf_counter() - scored,
+        )
+
+    def micro_batches(
+        self, prompts: Sequence[str], completions: Completions, advantages: Advantages
+    ) -> list[MicroBatch]:
+        """Cuts a batch into micro-batches of whole groups, all of one shape.
+
+        Without a KL penalty, groups of equal rewards have no gradient and are put last, so that
+        whole micro-batches of them are left out.
+        """
+        rollout, grpo = self.config.rollout, self.config.grpo
+        group, width = rollout.num_generations, rollout.max_completion_tokens
+        mask = np.arange(width) < completions.lengths[:, None]
+        weights = token_weights(mask, advantages.is_scored.ravel(), grpo.loss_type, width)
+        order = np.arange(len(prompts))
+        count = len(order)
+        if grpo.beta == 0:
+            order = np.argsort(advantages.is_uniform, kind="stable")
+            count = int((~advantages.is_uniform).sum())
+        prompt_ids = [self.tokenizer.encode(prompt) for prompt in prompts]
+        batches = []
+        for start in range(0, count, grpo.prompts_per_micro_batch):
+            chosen = order[start : start + grpo.prompts_per_micro_batch]
+            rows = [prompt * group + i for prompt in chosen for i in range(group)]
+            batches.append(
+                MicroBatch(
+                    *_join(
+                        [prompt_ids[row // group] for row in rows],
+                        [completions.tokens[row] for row in rows],
+                        (rollout.max_prompt_tokens, width),
+                        self.tokenizer.pad,
+                    ),
+                    advantages=advantages.values.ravel()[rows],
+                    weights=weights[rows],
+                )
+            )
+        return batches
+
+    def state(self) -> dict[str, Any]:
+        """Everything that training changes: adapters and optimizer."""
+        trainer = self.cluster.actor_trainer
+        return {
+            "lora": nnx.to_pure_dict(nnx.state(trainer.model, nnx.LoRAParam)),
+            "optimizer": nnx.to_pure_dict(nnx.state(trainer.optimizer)),
+        }
+
+    def set_state(self, state: dict[str, Any]) -> None:
+        """Puts a state back that `state` gave."""
+        trainer = self.cluster.actor_trainer
+        for target, name in (
+            (nnx.state(trainer.model, nnx.LoRAParam), "lora"),
+            (nnx.state(trainer.optimizer), "optimizer"),
+        ):
+            nnx.replace_by_pure_dict(target, state[name])
+            nnx.update(trainer.model if name == "lora" else trainer.optimizer, target)
+
+
+def check_rewards(values: Any, expected: int) -> np.ndarray:
+    """Turns what a reward function returned into float64 [N], NaN where unscored.
+
+    Tunix takes NaN and None for 0 and spreads a single number over the batch; here an unscored
+    completion is left out and a result of another length is an error.
+
+    Raises:
+        ValueError: if the result is not one number (or None) per completion, or is infinite.
+    """
+    rewards = np.array([np.nan if v is None else v for v in values], np.float64)
+    if rewards.shape != (expected,):
+        raise ValueError(
+            f"rewards have shape {rewards.shape}; return one number for each of {expected} "
+            "completions"
+        )
+    if np.isinf(rewards).any():
+        raise ValueError("a reward is infinite; return a finite number, or None if unscorable")
+    return rewards
+
+
+def _join(
+    prompts: list[list[int]],
+    completions: list[np.ndarray],
+    limits: tuple[int, int],
+    pad_id: int,
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Rows of prompt and completion without a gap, prompt lengths, completions; right-padded."""
+    tokens = np.full((len(prompts), sum(limits)), pad_id, np.int32)
+    ids = np.full((len(prompts), limits[1]), pad_id, np.int32)
+    lengths = np.array([len(prompt) for prompt in prompts], np.int32)
+    for i, (prompt, completion) in enumerate(zip(prompts, completions, strict=True)):
+        end = len(prompt) + len(completion)
+        tokens[i, : len(prompt)], tokens[i, len(prompt) : end] = prompt, completion
+        ids[i, : len(completion)] = completion
+    return tokens, lengths, ids

@@ -1,0 +1,75 @@
+"""LoRA adapters on Gemma through Qwix: adding, counting, splitting the policy's state."""
+
+import re
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import qwix
+from flax import nnx
+from jax.sharding import Mesh
+from tunix.models.gemma import model as gemma
+
+from gemma2_grpo.config import ModelConfig, UserError
+
+
+@dataclass(frozen=True)
+class AdapterSize:
+    """How much of the model is adapted."""
+
+    matrices: int
+    """Weight matrices with an adapter; the fused keys and values of a layer count as one."""
+    parameters: int
+
+
+def add_lora(base: gemma.Gemma, config: ModelConfig, mesh: Mesh, seed: int) -> gemma.Gemma:
+    """Returns the policy: the base's own weights with trainable float32 adapters.
+
+    Adapters start as no change (B is zero). The base weights are shared, not copied.
+
+    Args:
+        base: The frozen model.
+        config: Rank, scale and module patterns.
+        mesh: Mesh on which the base lies.
+        seed: Seed of the A matrices.
+
+    Raises:
+        UserError: if a pattern matches no module; Qwix would pass over it in silence.
+    """
+    _check_patterns(base, config.lora_modules)
+    provider = qwix.LoraProvider(
+        module_path=".*(" + "|".join(config.lora_modules) + ")",
+        rank=config.lora_rank,
+        alpha=config.lora_alpha,
+    )
+    with mesh:
+        policy = qwix.apply_lora_to_model(
+            base, provider, **base.get_model_input(), rngs=nnx.Rngs(seed)
+        )
+    nnx.update(policy, _as_float32(nnx.state(policy, nnx.LoRAParam)))
+    return policy
+
+
+def _check_patterns(base: gemma.Gemma, patterns: tuple[str, ...]) -> None:
+    paths = ["/".join(map(str, path)) for path, _ in nnx.iter_modules(base)]
+    for pattern in patterns:
+        try:
+            matched = any(re.fullmatch(f".*({pattern})", path) for path in paths)
+        except re.error as error:
+            raise UserError(f"lora_modules: {pattern!r} is not a pattern ({error})") from None
+        if not matched:
+            raise UserError(
+                f"lora_modules: {pattern!r} matches no module; modules are named like "
+                f"{', '.join(sorted({p for p in paths if p.startswith('layers/0/')}))}"
+            )
+
+
+def _as_float32(state: nnx.State) -> nnx.State:
+    return jax.tree.map(lambda x: x.astype(jnp.float32), state)
+
+
+def adapter_size(policy: gemma.Gemma) -> AdapterSize:
+    """Counts adapted matrices and adapter parameters."""
+    leaves = jax.tree.leaves(nnx.state(policy, nnx.LoRAParam))
+    return AdapterSize(len(leaves) // 2, sum(int(np.prod(leaf.shape)) for leaf in leaves))

@@ -1,0 +1,158 @@
+"""The GRPO objective: advantages, KL estimate, clipped ratio and the weight of each token."""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from gemma2_grpo.config import GrpoConfig
+
+# Keeps an advantage finite where a group's rewards differ by rounding only.
+STD_FLOOR = 1e-6
+
+
+class Advantages(NamedTuple):
+    """Advantages of the completions of a batch, and which of them count."""
+
+    values: np.ndarray
+    """Float32 [B, G]; 0 where a completion is unscored or its group is uniform."""
+    is_scored: np.ndarray
+    """Bool [B, G]: the reward is a number."""
+    is_uniform: np.ndarray
+    """Bool [B]: all scored rewards of the group are equal, so it teaches nothing."""
+
+
+def group_advantages(rewards: np.ndarray, *, scale_by_std: bool) -> Advantages:
+    """Rewards relative to those of the same prompt.
+
+    Source: DeepSeekMath (arXiv:2402.03300), section 4.1.2, with the sample standard deviation;
+    without the division, Dr. GRPO (arXiv:2503.20783), section 3.2. A reward that is not a finite
+    number leaves its completion out; it is never taken for zero.
+
+    Args:
+        rewards: [B, G]; NaN where a completion could not be scored.
+        scale_by_std: Divide by the group's standard deviation.
+    """
+    rewards = np.asarray(rewards, np.float64)
+    is_scored = np.isfinite(rewards)
+    counts = is_scored.sum(axis=1, keepdims=True)
+    known = np.where(is_scored, rewards, 0.0)
+    means = known.sum(axis=1, keepdims=True) / np.maximum(counts, 1)
+    centred = np.where(is_scored, rewards - means, 0.0)
+    is_uniform = np.abs(centred).max(axis=1) < STD_FLOOR
+    if scale_by_std:
+        variance = (centred**2).sum(axis=1, keepdims=True) / np.maximum(counts - 1, 1)
+        centred = centred / (np.sqrt(variance) + STD_FLOOR)
+    values = np.where(is_uniform[:, None], 0.0, centred).astype(np.float32)
+    return Advantages(values, is_scored, is_uniform)
+
+
+def token_weights(
+    completion_mask: np.ndarray, is_scored: np.ndarray, loss_type: str, max_tokens: int
+) -> np.ndarray:
+    """The weight of each token in the loss of a whole batch of rollouts.
+
+    The loss is the weighted sum over all tokens, so that micro-batches of any size add up to the
+    same gradient.
+
+    - `grpo`, `gspo`: mean over tokens, then over completions (arXiv:2402.03300, equation 3).
+    - `token_mean`: mean over all tokens of the batch (DAPO, arXiv:2503.14476, equation 8).
+    - `drgrpo`: sum over tokens by a constant, mean over completions (arXiv:2503.20783); the
+      constant is the completion limit, so that length does not matter.
+
+    Args:
+        completion_mask: True for real completion tokens, [N, T].
+        is_scored: Completions that count, [N].
+        loss_type: One of the names above.
+        max_tokens: The completion limit.
+
+    Returns:
+        Float32 [N, T], zero at padding and for completions that do not count.
+    """
+    mask = (completion_mask & is_scored[:, None]).astype(np.float64)
+    lengths = np.maximum(mask.sum(axis=1, keepdims=True), 1)
+    completions = max(int(is_scored.sum()), 1)
+    divisor = {
+        "grpo": lengths * completions,
+        "gspo": lengths * completions,
+        "token_mean": max(mask.sum(), 1),
+        "drgrpo": max_tokens * completions,
+    }[loss_type]
+    return (mask / divisor).astype(np.float32)
+
+
+def k3_divergence(logps: jax.Array, ref_logps: jax.Array) -> jax.Array:
+    """Unbiased estimate of KL(policy || reference) per token, never negative.
+
+    Source: arXiv:2402.03300, equation 4 (k3 in Schulman's note on approximating KL divergence).
+    Tunix's default, log-ratio itself, has no expected gradient on-policy.
+    """
+    difference = ref_logps - logps
+    return jnp.expm1(difference) - difference
+
+
+class LossTerms(NamedTuple):
+    """The loss of a micro-batch and the token sums from which its metrics are made."""
+
+    loss: jax.Array
+    kl_sum: jax.Array
+    clipped_sum: jax.Array
+    entropy_sum: jax.Array
+    token_count: jax.Array
+    max_ratio: jax.Array
+
+
+def policy_loss(
+    logps: jax.Array,
+    old_logps: jax.Array,
+    ref_logps: jax.Array,
+    entropy: jax.Array,
+    advantages: jax.Array,
+    weights: jax.Array,
+    config: GrpoConfig,
+) -> LossTerms:
+    """Clipped policy objective with KL penalty, negated.
+
+    Source: arXiv:2402.03300, equation 3; ratios of whole sequences for `gspo` (arXiv:2507.18071,
+    equations 7 and 13); `epsilon_high` is DAPO's clip-higher (arXiv:2503.14476, equation 8).
+
+    Args:
+        logps: Log-probabilities under the policy that is trained, [R, T], the only input with a
+            gradient.
+        old_logps: Under the policy that sampled, [R, T].
+        ref_logps: Under the reference, [R, T].
+        entropy: Of the policy's distribution, for the metrics, [R, T].
+        advantages: [R].
+        weights: Weight of each token, from `token_weights`, [R, T].
+        config: Objective and its constants.
+    """
+    is_token = weights > 0
+    log_ratio = jnp.where(is_token, logps - old_logps, 0.0)
+    if config.loss_type == "gspo":
+        log_ratio = _sequence_log_ratio(log_ratio, is_token)
+    ratio = jnp.exp(log_ratio)
+    high = config.epsilon if config.epsilon_high is None else config.epsilon_high
+    gain = ratio * advantages[:, None]
+    clipped_gain = jnp.clip(ratio, 1 - config.epsilon, 1 + high) * advantages[:, None]
+    kl = jnp.where(is_token, k3_divergence(logps, ref_logps), 0.0)
+    per_token = -jnp.minimum(gain, clipped_gain) + config.beta * kl
+    return LossTerms(
+        loss=jnp.sum(weights * per_token),
+        kl_sum=jnp.sum(kl),
+        clipped_sum=jnp.sum(is_token & (clipped_gain < gain)),
+        entropy_sum=jnp.sum(jnp.where(is_token, entropy, 0.0)),
+        token_count=jnp.sum(is_token),
+        max_ratio=jnp.max(jnp.where(is_token, ratio, 1.0)),
+    )
+
+
+def _sequence_log_ratio(log_ratio: jax.Array, is_token: jax.Array) -> jax.Array:
+    """Mean log-ratio of each sequence, as the value of every token of it.
+
+    Every token carries the gradient of its own log-probability and the value of the mean; summed
+    with equal weights this is the gradient of the sequence ratio.
+    """
+    lengths = jnp.maximum(is_token.sum(axis=1, keepdims=True), 1)
+    mean = jax.lax.stop_gradient(log_ratio.sum(axis=1, keepdims=True) / lengths)
+    return jnp.where(is_token, mean + log_ratio - jax.lax.stop_gradient(log_ratio), 0.0)

@@ -1,0 +1,298 @@
+"""Gemma 2 on Tunix: architecture, mesh, weights from safetensors or at random, tokenizer."""
+
+import dataclasses
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax.sharding import Mesh
+from safetensors import SafetensorError, safe_open
+from tokenizers import Tokenizer as HfTokenizer
+from tunix.models.gemma import model as gemma
+from tunix.models.gemma import params_safetensors
+
+from gemma2_grpo.config import UserError
+from gemma2_grpo.task.prompts import STOP_TOKENS
+
+MESH_AXES = ("fsdp", "tp")
+
+
+def make_mesh(shape: tuple[int, int]) -> Mesh:
+    """Lays the first `fsdp x tp` devices out as a mesh with those axes.
+
+    Raises:
+        UserError: if there are fewer devices.
+    """
+    needed, present = shape[0] * shape[1], jax.device_count()
+    if needed > present:
+        raise UserError(
+            f"mesh_shape = {list(shape)} needs {needed} devices but {present} "
+            f"({jax.default_backend()}) are present; choose a mesh of at most {present}"
+        )
+    return Mesh(np.asarray(jax.devices()[:needed]).reshape(shape), MESH_AXES)
+
+
+def read_architecture(directory: Path) -> gemma.ModelConfig:
+    """Reads the architecture of a Gemma 2 of any size from its Hugging Face config.json.
+
+    Raises:
+        UserError: if the file is missing, or describes what Tunix's Gemma does not compute.
+    """
+    values = _read_config(directory)
+    fixed: dict[str, Any] = {
+        "model_type": "gemma2",
+        "rms_norm_eps": 1e-6,
+        "hidden_activation": "gelu_pytorch_tanh",
+        "attention_bias": False,
+    }
+    for name, only in fixed.items():
+        if values.get(name, only) != only:
+            raise UserError(
+                f"{directory / 'config.json'}: {name} = {values[name]!r} is not supported; "
+                f"only {only!r} is"
+            )
+    # Written flat up to transformers 4, nested from 5 on.
+    theta = values.get("rope_theta") or values.get("rope_parameters", {}).get("rope_theta", 10_000)
+    if theta != 10_000:
+        raise UserError(f"{directory / 'config.json'}: rope_theta = {theta} is not supported")
+    layers = values["num_hidden_layers"]
+    kinds = (gemma.AttentionType.LOCAL_SLIDING, gemma.AttentionType.GLOBAL)
+    return gemma.ModelConfig(
+        num_layers=layers,
+        num_embed=values["vocab_size"],
+        embed_dim=values["hidden_size"],
+        hidden_dim=values["intermediate_size"],
+        num_heads=values["num_attention_heads"],
+        head_dim=values["head_dim"],
+        num_kv_heads=values["num_key_value_heads"],
+        final_logit_softcap=values["final_logit_softcapping"],
+        attn_logits_soft_cap=values["attn_logit_softcapping"],
+        sliding_window_size=values["sliding_window"],
+        attention_types=tuple(kinds[i % 2] for i in range(layers)),
+        use_post_attn_norm=True,
+        use_post_ffw_norm=True,
+    )
+
+
+def _read_config(directory: Path) -> dict[str, Any]:
+    path = directory / "config.json"
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, json.JSONDecodeError) as error:
+        raise UserError(f"{path}: not a readable model configuration ({error})") from None
+
+
+def query_scale(directory: Path) -> float:
+    """Factor on the query weights that makes Tunix's attention scale the model's own.
+
+    Tunix divides by sqrt(head_dim); Gemma 2 by sqrt(query_pre_attn_scalar), which is the same
+    number for 2B and 9B but not for 27B.
+    """
+    values = _read_config(directory)
+    scalar = values.get("query_pre_attn_scalar", values["head_dim"])
+    return float(np.sqrt(values["head_dim"] / scalar))
+
+
+def load_weights(directory: Path, dtype: str, mesh: Mesh) -> gemma.Gemma:
+    """Loads a directory of HF safetensors, in one file or many, onto the mesh.
+
+    Tensors are mapped from the files into host memory, cast there and then placed on their
+    shards, so that no chip ever holds the whole model.
+
+    Raises:
+        UserError: if files or tensors are missing or unreadable.
+    """
+    architecture = read_architecture(directory)
+    check_heads(architecture, mesh)
+    _check_tensors(directory, architecture)
+    model = params_safetensors.create_model_from_safe_tensors(
+        str(directory), architecture, mesh, jnp.dtype(dtype)
+    )
+    return _prepare(model, query_scale(directory), mesh)
+
+
+def random_weights(
+    architecture: gemma.ModelConfig, dtype: str, mesh: Mesh, seed: int
+) -> gemma.Gemma:
+    """Builds a Gemma 2 with random weights, on its shards from the start.
+
+    Tunix initialises the MLP kernels to zero, with which nothing could be learned, and the rest
+    with a fixed deviation; here every matrix is drawn with the deviation 1/sqrt(fan-in), and the
+    embedding, which is scaled by sqrt(width) on the way in, with 0.02.
+    """
+    check_heads(architecture, mesh)
+    graphdef, abstract = nnx.split(
+        nnx.eval_shape(lambda: gemma.Gemma(architecture, rngs=nnx.Rngs(0)))
+    )
+    shardings = dict(nnx.to_flat_state(nnx.get_named_sharding(abstract, mesh)))
+
+    def draw(index: int, path: tuple[Any, ...], variable: nnx.Variable) -> nnx.Variable:
+        shape, scale = variable.get_value().shape, _initial_scale(path, variable.get_value().shape)
+        key = jax.random.fold_in(jax.random.key(seed), index)
+        fill = jax.jit(
+            lambda k: (scale * jax.random.normal(k, shape)).astype(dtype),
+            out_shardings=shardings[path].get_value(),
+        )
+        return variable.replace(fill(key))
+
+    flat = nnx.to_flat_state(abstract)
+    drawn = [(path, draw(i, path, variable)) for i, (path, variable) in enumerate(flat)]
+    return _prepare(nnx.merge(graphdef, nnx.from_flat_state(drawn)), 1.0, mesh)
+
+
+def _initial_scale(path: tuple[Any, ...], shape: tuple[int, ...]) -> float:
+    if "scale" in path:  # RMSNorm multiplies by 1 + scale.
+        return 0.0
+    if "input_embedding" in path:
+        return 0.02
+    if "attn_vec_einsum" in path:
+        return float(np.prod(shape[:2])) ** -0.5
+    return float(shape[-2]) ** -0.5
+
+
+def check_heads(architecture: gemma.ModelConfig, mesh: Mesh) -> None:
+    """Refuses a mesh over which the heads do not divide.
+
+    Raises:
+        UserError: naming the head counts and the tensor-parallel sizes that divide them.
+    """
+    tp, kv = mesh.shape["tp"], architecture.num_kv_heads
+    if kv % tp or architecture.num_heads % tp:
+        sizes = [n for n in range(1, kv + 1) if kv % n == 0 and architecture.num_heads % n == 0]
+        raise UserError(
+            f"mesh_shape[1] = {tp} does not divide the {kv} KV heads and "
+            f"{architecture.num_heads} query heads; use one of {sizes}"
+        )
+
+
+def _check_tensors(directory: Path, architecture: gemma.ModelConfig) -> None:
+    """Compares the tensor names and types in the files with what the architecture needs."""
+    files = sorted(directory.glob("*.safetensors"))
+    if not files:
+        raise UserError(f"{directory}: no *.safetensors file; is it a model directory?")
+    present: set[str] = set()
+    for path in files:
+        try:
+            with safe_open(path, framework="numpy") as tensors:
+                names = list(tensors.keys())
+                kinds = {tensors.get_slice(name).get_dtype() for name in names}
+        except (SafetensorError, OSError) as error:
+            raise UserError(f"{path}: not a readable safetensors file ({error})") from None
+        if len(kinds) > 1:  # Tunix's reader takes the type of the first tensor for all.
+            raise UserError(f"{path}: mixed tensor types {sorted(kinds)}; convert it to one type")
+        present.update(names)
+    missing = sorted(_required_tensors(architecture.num_layers) - present)
+    if missing:
+        raise UserError(
+            f"{directory}: {len(missing)} tensors are missing, such as {missing[0]}; "
+            "a shard may not have been downloaded"
+        )
+
+
+def _required_tensors(num_layers: int) -> set[str]:
+    inner = (
+        *(f"self_attn.{name}_proj" for name in "qkvo"),
+        *(f"mlp.{name}_proj" for name in ("gate", "up", "down")),
+        "input_layernorm",
+        "post_attention_layernorm",
+        "pre_feedforward_layernorm",
+        "post_feedforward_layernorm",
+    )
+    names = {f"model.layers.{i}.{name}.weight" for i in range(num_layers) for name in inner}
+    return names | {"model.embed_tokens.weight", "model.norm.weight"}
+
+
+class _Float32RMSNorm(gemma.RMSNorm):
+    """RMSNorm computed in float32, as Gemma 2 was trained.
+
+    Tunix's runs in the type of the activations; in bfloat16 that loses what the norm is for.
+    Source: Gemma2RMSNorm in transformers, which casts to float32 and back.
+    """
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        normed = super().__call__(x.astype(jnp.float32))
+        return normed.astype(x.dtype)
+
+
+def _prepare(model: gemma.Gemma, scale: float, mesh: Mesh) -> gemma.Gemma:
+    for _, module in nnx.iter_graph(model):
+        if type(module) is gemma.RMSNorm:
+            # Past nnx, which would record the class as one more attribute.
+            object.__setattr__(module, "__class__", _Float32RMSNorm)
+        elif isinstance(module, gemma.Attention) and scale != 1.0:
+            name = "qkv_einsum" if module.use_qkv_einsum else "q_einsum"
+            weight = getattr(module, name).w
+            factor = jnp.array([scale, 1.0, 1.0]).reshape(3, 1, 1, 1) if "kv" in name else scale
+            weight.set_value((weight.get_value() * factor).astype(weight.get_value().dtype))
+    return model
+
+
+def with_remat(model: gemma.Gemma, remat: Literal["none", "block", "decoder"]) -> gemma.Gemma:
+    """The same variables in a graph that recomputes activations as named.
+
+    Tunix fixes this when the model is built, but its remat cannot be traced while decoding, so
+    sampling and training need two graphs over one set of weights.
+    """
+    kind = gemma.RematConfig[remat.upper()]
+    copy = nnx.merge(*nnx.split(model))
+    for _, module in nnx.iter_graph(copy):
+        if isinstance(module, gemma.Attention):
+            module.remat_config = kind
+        elif isinstance(module, gemma.Gemma | gemma.DecoderLayer | gemma.FeedForward):
+            module.config = dataclasses.replace(module.config, remat_config=kind)
+    return copy
+
+
+@dataclass(frozen=True)
+class Tokenizer:
+    """A Hugging Face fast tokenizer with the special tokens of Gemma resolved.
+
+    It has the methods that Tunix asks of a tokenizer.
+    """
+
+    backend: HfTokenizer
+    pad: int
+    bos: int
+    stop_ids: tuple[int, ...]
+
+    def encode(self, text: str, **_: Any) -> list[int]:
+        """Token ids of text that already carries its special tokens."""
+        return self.backend.encode(text, add_special_tokens=False).ids
+
+    def decode(self, ids: Any, **_: Any) -> str:
+        """Text of token ids, special tokens left out."""
+        return self.backend.decode([int(i) for i in ids], skip_special_tokens=True)
+
+    def pad_id(self) -> int:
+        """Id of the padding token."""
+        return self.pad
+
+    def bos_id(self) -> int:
+        """Id of the token that begins every text."""
+        return self.bos
+
+    def eos_id(self) -> int:
+        """Id of the token that ends Gemma's turn."""
+        return self.stop_ids[0]
+
+
+def load_tokenizer(directory: Path) -> Tokenizer:
+    """Loads tokenizer.json from a model directory.
+
+    Raises:
+        UserError: if it is missing, or lacks one of Gemma's special tokens.
+    """
+    path = directory / "tokenizer.json"
+    if not path.is_file():
+        raise UserError(f"{path}: missing; copy the tokenizer.json of the model there")
+    backend = HfTokenizer.from_file(str(path))
+    ids = {name: backend.token_to_id(name) for name in ("<pad>", "<bos>", *STOP_TOKENS)}
+    for name, token in ids.items():
+        if token is None:
+            raise UserError(f"{path}: has no token {name}; is it Gemma's tokenizer?")
+    return Tokenizer(backend, ids["<pad>"], ids["<bos>"], tuple(ids[n] for n in STOP_TOKENS))

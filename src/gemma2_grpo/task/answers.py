@@ -1,0 +1,161 @@
+"""The grader: which number an answer block states, and whether it is the right one.
+
+Model output is untrusted. It is read by regular expressions that run in linear time, numbers
+have at most 30 digits, and nothing is evaluated but one division.
+"""
+
+import re
+from decimal import Context, Decimal
+from fractions import Fraction
+from itertools import islice
+
+from gemma2_grpo.task.prompts import parse_completion
+
+MAX_DIGITS = 30
+# A block that needs more room does not state one number; it also bounds the time.
+_MAX_ANSWER_CHARS = 500
+
+# ASCII digits only: Python would read other scripts' digits as well, but a reader of a
+# benchmark would not. A comma must part whole thousands.
+NUMBER = r"(?:[1-9][0-9]{0,2}(?:,[0-9]{3})+(?![0-9])|[0-9]+)(?:\.[0-9]+)?|\.[0-9]+"
+SCALES = {
+    "hundred": 100,
+    "thousand": 10**3,
+    "k": 10**3,
+    "K": 10**3,
+    "million": 10**6,
+    "M": 10**6,
+    "billion": 10**9,
+}
+_WORDS = """zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen
+fifteen sixteen seventeen eighteen nineteen"""
+_TENS = "twenty thirty forty fifty sixty seventy eighty ninety"
+NUMBER_WORDS = {word: value for value, word in enumerate(_WORDS.split())} | {
+    word: 10 * value for value, word in enumerate(_TENS.split(), start=2)
+}
+
+# Everything that looks like a number, well formed or not, with what belongs to it.
+_CURRENCY = r"(?:\b[A-Z]{1,2}\$|\b(?i:usd|eur|gbp|rs\.?)|\\?\$|[€£¥₹])\s?"
+_DIGITS = r"(?:(?<![A-Za-z])\.)?[0-9][0-9.,]*"
+_CANDIDATE = re.compile(
+    rf"(?P<sign>[-−–+]?)(?:{_CURRENCY})?(?P<inner>[-−–]?)(?P<top>{_DIGITS})(?:/(?P<bottom>{_DIGITS}))?"
+    r"(?P<scale>[kKM]\b|\s+(?:hundred|thousand|million|billion)\b)?"
+)
+_LATEX_FRACTION = re.compile(r"\\[dt]?frac\{([0-9]{1,30})\}\{([0-9]{1,30})\}")
+_AREA_OR_VOLUME = re.compile(r"(?:(?<=[A-Za-z][A-Za-z])|(?<= m))(?:[²³]|\^[23])")
+_LATEX = re.compile(r"\\([A-Za-z]+)")
+_LATEX_MARKUP = frozenset(
+    "approx boxed bf dollars left mathbf mathrm quad right rm text textbf textrm".split()
+)
+
+# What makes the one number something else than the answer. NUL stands for the number.
+_HEDGE = re.compile(
+    rf"""
+    \b(?:or|nor|not|cannot|never|either|neither|between)\b | n['’]t\b   # another
+    | \b(?:than|at\ least|at\ most|up\ to|over|under|nearly|almost)\b\W{{0,4}}\0        # a bound
+    | \b(?:minus|negative|plus|times|below|factorial|squared|cubed|sqrt|root|log)\b     # a term
+    | \b(?:half|third|quarter|twice|double|triple)\ (?:of\ )?\W{{0,4}}\0
+    | \band\ (?:an?\ )?(?:half|third|quarter|{"|".join(NUMBER_WORDS)})\b
+    | [+^<>≤≥≠±×÷·√∞|] | != | \A[^A-Za-z]*\0! | \s\*\s | /(?![A-Za-z])                     # a formula
+    | (?<![A-Za-z\0])[-−–] | [-−–](?![A-Za-z])    # a dash that is neither sign nor hyphen
+    | [A-Za-z]\(?\0                              # a name or a function
+    """,
+    re.IGNORECASE | re.VERBOSE,
+)
+
+# Source: openai/grade-school-math, grade_school_math/dataset.py.
+_OFFICIAL = re.compile(r"#### (\-?[0-9\.\,]+)")
+OFFICIAL_INVALID = "[invalid]"
+
+
+def extract_number(text: str) -> Fraction | None:
+    """Reads the one number that an answer block states.
+
+    Currency, percent (72% is 72), units, markdown, LaTeX markup, thousands commas, a/b and
+    "5 million" are allowed, and so is a sentence. Anything that leaves a doubt gives None: no
+    number or several, a malformed one ("1,08"), more than 30 digits, non-ASCII digits, a
+    formula, a negation, an alternative or a bound ("not 18", "18 or 20", "less than 18").
+    """
+    text = text.strip()
+    if len(text) > _MAX_ANSWER_CHARS:
+        return None
+    text = _AREA_OR_VOLUME.sub("", _LATEX_FRACTION.sub(r"\1/\2", text))
+    found = list(islice(_CANDIDATE.finditer(text), 2))
+    if len(found) != 1 or _has_foreign_number(text):
+        return None
+    if not _LATEX_MARKUP.issuperset(_LATEX.findall(text)):
+        return None
+    start, end = found[0].span()
+    if _HEDGE.search(f"{text[:start]}\0{text[end:]}"):
+        return None
+    return _value(found[0])
+
+
+def parse_number(text: str) -> Fraction | None:
+    """Value of a number written with ASCII digits; None if malformed or over 30 digits."""
+    if len(text) > 2 * MAX_DIGITS or not re.fullmatch(NUMBER, text):
+        return None
+    digits = text.replace(",", "")
+    return Fraction(digits) if len(digits.replace(".", "")) <= MAX_DIGITS else None
+
+
+def printable(value: Fraction) -> str:
+    """Writes a number as a decimal where that is exact, else as a fraction."""
+    context = Context(prec=3 * MAX_DIGITS)
+    decimal = context.divide(Decimal(value.numerator), Decimal(value.denominator))
+    return f"{decimal.normalize(context):f}" if Fraction(decimal) == value else str(value)
+
+
+def gold_answer(solution: str) -> str:
+    """The final answer of a GSM8K solution, what follows `####`; a bare answer is kept."""
+    return solution.rpartition("####")[2].strip()
+
+
+def is_correct(answer_text: str | None, gold: str) -> bool:
+    """Whether the answer block states exactly the number that `gold` holds.
+
+    Args:
+        answer_text: Text of the answer block; None if there is none.
+        gold: A number ("1,080") or a GSM8K solution. Without a number in it nothing is right.
+    """
+    if answer_text is None:
+        return False
+    value = extract_number(answer_text)
+    return value is not None and value == extract_number(gold_answer(gold))
+
+
+def official_answer(text: str) -> str:
+    """The official GSM8K extraction: the first number after `#### `, without its commas.
+
+    Source: `extract_answer` in openai/grade-school-math, grade_school_math/dataset.py.
+    """
+    match = _OFFICIAL.search(text)
+    return match[1].strip().replace(",", "") if match else OFFICIAL_INVALID
+
+
+def official_is_correct(completion_text: str, gold: str) -> bool:
+    """Whether the official extraction of completion and gold gives the same characters.
+
+    Our form has no `####`. Without one in the completion, its answer block is read as if it
+    came after `#### `; no other leniency is added, so "$18" is invalid and "18.0" is not "18".
+    """
+    if "####" not in completion_text:
+        completion_text = f"#### {(parse_completion(completion_text).answer or '').strip()}"
+    answer = official_answer(completion_text)
+    return answer != OFFICIAL_INVALID and answer == official_answer(f"#### {gold_answer(gold)}")
+
+
+def _has_foreign_number(text: str) -> bool:
+    """Whether a character other than 0-9 stands for a number, such as "½" or "١"."""
+    return any(c.isnumeric() and not c.isascii() for c in text)
+
+
+def _value(match: re.Match[str]) -> Fraction | None:
+    """Value of a candidate; None where it is malformed."""
+    top = parse_number(match["top"].rstrip(".,"))
+    bottom = parse_number((match["bottom"] or "1").rstrip(".,"))
+    if top is None or not bottom or (match["sign"] and match["inner"]):
+        return None
+    scale = SCALES[match["scale"].strip()] if match["scale"] else 1
+    negative = (match["sign"] or match["inner"] or "+") != "+"
+    return (-1 if negative else 1) * scale * top / bottom

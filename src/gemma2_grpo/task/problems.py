@@ -1,0 +1,241 @@
+"""Word problems of two or three operations with worked solutions, drawn without end.
+
+The embedded model learns on these, so they need no network and no licence. Every number given
+lies between 2 and 99 (no "1 books"), every result between 1 and 99.
+"""
+
+import hashlib
+import operator
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Literal, get_args
+
+import numpy as np
+
+from gemma2_grpo.task.problem_templates import NAMES, TEMPLATES, THINGS
+from gemma2_grpo.task.prompts import (
+    ANSWER_END,
+    ANSWER_START,
+    REASONING_END,
+    REASONING_START,
+    render_solution,
+)
+
+Split = Literal["train", "validation", "test"]
+Step = tuple[int, str, int, int]
+"""(left, operator, right, result), the operator one of `+`, `-`, `x`."""
+
+OPERATIONS: dict[str, Callable[[int, int], int]] = {
+    "+": operator.add,
+    "-": operator.sub,
+    "x": operator.mul,
+}
+MAX_VALUE = 99
+_MAX_FACTOR = 9
+_DRAWS_FOR_A_NEW_CHAIN = 20
+
+
+@dataclass(frozen=True)
+class Problem:
+    """A word problem and the chain of equations that solves it."""
+
+    question: str
+    steps: tuple[Step, ...]
+
+    @property
+    def answer(self) -> str:
+        """The result of the last step."""
+        return str(self.steps[-1][-1])
+
+    @property
+    def solution(self) -> str:
+        """The worked solution in the form the model is taught."""
+        return _render(self.steps)
+
+    @cached_property
+    def chain(self) -> str:
+        """The equations alone, which decide the split."""
+        return "; ".join(_equation(step) for step in self.steps)
+
+
+def make_problem(rng: np.random.Generator) -> Problem:
+    """Draws one problem, of any split."""
+    text, plan = TEMPLATES[rng.integers(len(TEMPLATES))]
+    values = None
+    while values is None:
+        values = _draw_values(rng, plan)
+    numbers, steps = values
+    name, other = (NAMES[i] for i in rng.choice(len(NAMES), 2, replace=False))
+    thing = THINGS[rng.integers(len(THINGS))]
+    return Problem(text.format(name=name, other=other, thing=thing, **numbers), steps)
+
+
+def split_of(problem: Problem) -> Split:
+    """The split of a problem: 80 % train, 10 % validation, 10 % test, by its chain of equations.
+
+    No chain of equations is in two splits, whatever the wording. Templates, names and single
+    facts such as `12 + 7 = 19` are shared: held-out problems measure new combinations of known
+    parts.
+    """
+    return split_by_hash(problem.chain)
+
+
+def split_by_hash(text: str) -> Split:
+    """Assigns a text to a split, 80/10/10, the same in every process and on every machine."""
+    bucket = int.from_bytes(hashlib.sha256(text.encode()).digest()[:8]) % 10
+    if bucket == 0:
+        return "test"
+    return "validation" if bucket == 1 else "train"
+
+
+def generate(split: Split, count: int, seed: int) -> list[Problem]:
+    """The first `count` problems of a split under a seed; more of them extend the same list.
+
+    Chains of equations are distinct for as long as new ones turn up in a few draws.
+    """
+    rng = np.random.default_rng([seed, get_args(Split).index(split)])
+    seen: set[str] = set()
+    problems: list[Problem] = []
+    for _ in range(count):
+        problem = _draw_of(split, rng)
+        for _ in range(_DRAWS_FOR_A_NEW_CHAIN):
+            if problem.chain not in seen:
+                break
+            problem = _draw_of(split, rng)
+        seen.add(problem.chain)
+        problems.append(problem)
+    return problems
+
+
+def sloppy(
+    problem: Problem,
+    rng: np.random.Generator,
+    *,
+    minus_rate: float = 0.55,
+    times_rate: float = 0.3,
+    slip_rate: float = 0.08,
+    tag_rate: float = 0.10,
+) -> str:
+    """The solution of a sloppy teacher, for a student with good arithmetic and bad habits.
+
+    Errors are carried forward: later steps use the wrong result. With the default rates a
+    little under half of the solutions have the right answer between clean tags.
+
+    Args:
+        problem: What is solved.
+        rng: Source of the errors.
+        minus_rate: Share of solutions, of those with a `-`, whose last one is taken for `+`.
+        times_rate: Share of solutions, of those with a `x`, where one is taken for `+`.
+        slip_rate: Share of solutions where one result is off by 1 or 10.
+        tag_rate: Share of solutions where one tag is left out or opens instead of closing.
+    """
+    operators = [op for _, op, _, _ in problem.steps]
+    minus = [i for i, op in enumerate(operators) if op == "-"]
+    times = [i for i, op in enumerate(operators) if op == "x"]
+    if minus and rng.random() < minus_rate:
+        operators[minus[-1]] = "+"
+    if times and rng.random() < times_rate:
+        operators[rng.choice(times)] = "+"
+    slips = [0] * len(operators)
+    if rng.random() < slip_rate:
+        slips[rng.integers(len(slips))] = int(rng.choice((-10, -1, 1, 10)))
+    text = _render(_redo(problem.steps, operators, slips))
+    return _break_tag(text, rng) if rng.random() < tag_rate else text
+
+
+def bare_equations(rng: np.random.Generator, count: int) -> list[str]:
+    """Single true equations such as `19 x 4 = 76`, to practise arithmetic on.
+
+    Single facts are shared between the splits, so these may be part of held-out chains.
+    """
+    equations = []
+    while len(equations) < count:
+        op = "+-x"[rng.integers(3)]
+        values = _draw_values(rng, f"a {op} b")
+        if values is not None:
+            equations.append(_equation(values[1][0]))
+    return equations
+
+
+def _draw_of(split: Split, rng: np.random.Generator) -> Problem:
+    while True:
+        problem = make_problem(rng)
+        if split_of(problem) == split:
+            return problem
+
+
+def _draw_values(
+    rng: np.random.Generator, plan: str
+) -> tuple[dict[str, int], tuple[Step, ...]] | None:
+    """Draws the numbers of a plan step by step; None where they left the range of values."""
+    known: dict[str, int] = {}
+    steps: list[Step] = []
+    for number, step in enumerate(plan.split(", "), start=1):
+        left, op, right = step.split()
+        if left not in known:
+            known[left] = _draw_left(rng, op, known.get(right, 0))
+        if right not in known:
+            known[right] = _draw_right(rng, op, known[left])
+        result = OPERATIONS[op](known[left], known[right])
+        if not 1 <= result <= MAX_VALUE:
+            return None
+        known[str(number)] = result
+        steps.append((known[left], op, known[right], result))
+    return {name: value for name, value in known.items() if name.isalpha()}, tuple(steps)
+
+
+def _draw_left(rng: np.random.Generator, op: str, right: int) -> int:
+    low, high = {
+        "+": (2, MAX_VALUE - 2),
+        "-": (max(right, 2) + 1, MAX_VALUE),
+        "x": (2, MAX_VALUE // 2),
+    }[op]
+    return int(rng.integers(low, max(low, high) + 1))
+
+
+def _draw_right(rng: np.random.Generator, op: str, left: int) -> int:
+    low, high = {
+        "+": (2, MAX_VALUE - left),
+        "-": (2, left - 1),
+        "x": (2, min(_MAX_FACTOR, MAX_VALUE // left)),
+    }[op]
+    return int(rng.integers(low, max(low, high) + 1))
+
+
+def _equation(step: Step) -> str:
+    left, op, right, result = step
+    return f"{left} {op} {right} = {result}"
+
+
+def _render(steps: tuple[Step, ...]) -> str:
+    lines = [f"Step {number}: {_equation(step)}" for number, step in enumerate(steps, start=1)]
+    answer = str(steps[-1][-1])
+    return render_solution([*lines, f"Therefore, the answer is {answer}."], answer)
+
+
+def _redo(steps: tuple[Step, ...], operators: list[str], slips: list[int]) -> tuple[Step, ...]:
+    """Works the steps again with other operators and slips, carrying wrong results forward."""
+    # An operand that equals an earlier result is taken to be that result.
+    carried: dict[int, int] = {}
+    redone: list[Step] = []
+    for step, op, slip in zip(steps, operators, slips, strict=True):
+        left, right = (carried.get(value, value) for value in (step[0], step[2]))
+        result = OPERATIONS[op](left, right)
+        if result + slip > 0:
+            result += slip
+        carried[step[3]] = result
+        redone.append((left, op, right, result))
+    return tuple(redone)
+
+
+def _break_tag(text: str, rng: np.random.Generator) -> str:
+    """Leaves out one tag, or writes it as closing for opening and the reverse."""
+    tag = str(rng.choice((REASONING_START, REASONING_END, ANSWER_START, ANSWER_END)))
+    lines = text.split("\n")
+    place = lines.index(tag)
+    if rng.random() < 0.5:
+        del lines[place]
+    else:
+        lines[place] = tag.replace("</", "<") if "/" in tag else tag.replace("<", "</")
+    return "\n".join(lines)

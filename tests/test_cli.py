@@ -1,0 +1,218 @@
+"""The command answers at once, passes on what was asked, and says mistakes in one line."""
+
+import dataclasses
+import os
+import subprocess
+import sys
+import tomllib
+from collections.abc import Callable
+from importlib import metadata
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from gemma2_grpo import cli
+from gemma2_grpo.config import Config, RewardConfig, UserError, load_config
+
+Recorder = list[tuple[tuple[Any, ...], dict[str, Any]]]
+
+
+def _stub(monkeypatch: pytest.MonkeyPatch, name: str, function: Callable[..., None]) -> None:
+    """Replaces `gemma2_grpo.runs.MODULE:FUNCTION`, so that nothing heavy loads."""
+    module, attribute = name.split(":")
+    stub = SimpleNamespace(**{attribute: function})
+    monkeypatch.setitem(sys.modules, f"gemma2_grpo.runs.{module}", stub)  # type: ignore[arg-type]
+
+
+@pytest.fixture
+def train_calls(monkeypatch: pytest.MonkeyPatch) -> Recorder:
+    """What `train` is called with, in place of training."""
+    calls: Recorder = []
+    _stub(monkeypatch, "train:train", lambda *args, **kwargs: calls.append((args, kwargs)))
+    return calls
+
+
+def _python(code: str) -> subprocess.CompletedProcess[str]:
+    environment = os.environ | {"COLUMNS": "80"}
+    command = [sys.executable, "-c", code]
+    return subprocess.run(command, env=environment, capture_output=True, text=True)
+
+
+def test_train_alone_is_the_tiny_preset(train_calls: Recorder) -> None:
+    assert cli.main(["train"]) == 0
+    arguments, keywords = train_calls[0]
+    assert arguments == (load_config("tiny"), None, "tiny")
+    assert keywords == {"allow_config_change": False}
+
+
+def test_options_override_the_preset(train_calls: Recorder) -> None:
+    command = "train gemma2-2b-v5e8 --run out --max-steps 10 --num_generations=4 --mesh-shape 1 1"
+    command += " --beta 0 --epsilon-high 0.3 --no-tensorboard --lora-modules a b"
+    assert cli.main([*command.split(), "--allow-config-change"]) == 0
+    (config, run, name), keywords = train_calls[0]
+    flagship = load_config("gemma2-2b-v5e8")
+    assert config == Config(
+        model=dataclasses.replace(flagship.model, mesh_shape=(1, 1), lora_modules=("a", "b")),
+        data=flagship.data,
+        rollout=dataclasses.replace(flagship.rollout, num_generations=4),
+        grpo=dataclasses.replace(flagship.grpo, beta=0.0, epsilon_high=0.3),
+        optimizer=flagship.optimizer,
+        rewards=flagship.rewards,
+        run=dataclasses.replace(flagship.run, max_steps=10, tensorboard=False),
+    )
+    assert (run, name) == (Path("out"), "gemma2-2b-v5e8")
+    assert keywords == {"allow_config_change": True}
+
+
+def test_config_may_be_a_file_and_may_come_last(train_calls: Recorder, tmp_path: Path) -> None:
+    file = tmp_path / "mine.toml"
+    file.write_text("[run]\nmax_steps = 7\nseed = 3\n")
+    assert cli.main(["train", "--seed", "5", str(file)]) == 0
+    (config, _, name), _ = train_calls[0]
+    assert (config.run.max_steps, config.run.seed, name) == (7, 5, str(file))
+
+
+def test_an_override_can_mend_a_file_that_cannot_run(train_calls: Recorder, tmp_path: Path) -> None:
+    file = tmp_path / "mine.toml"
+    file.write_text("[grpo]\nprompts_per_micro_batch = 3\n")
+    assert cli.main(["train", str(file)]) == 2
+    assert cli.main(["train", str(file), "--prompts-per-step", "6"]) == 0
+    assert len(train_calls) == 1
+
+
+def test_score_passes_file_and_format(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: Recorder = []
+    _stub(monkeypatch, "score:score_file", lambda *args: calls.append((args, {})))
+    assert cli.main(["score", "completions.jsonl", "--json"]) == 0
+    assert calls == [((Path("completions.jsonl"), True, RewardConfig()), {})]
+
+
+@pytest.mark.parametrize(
+    ("command", "message"),
+    [
+        ("", "a command is missing; it is one of train, score"),
+        ("trian", "'trian' is no command; did you mean train?"),
+        ("--max-steps 3", "'--max-steps' is no command; it is one of train, score"),
+        ("score", "FILE.jsonl is missing; see gemma2-grpo score --help"),
+        (
+            "train --max_stepz 10",
+            "'--max_stepz' is not understood by train; did you mean --max-steps?",
+        ),
+        ("train --json", "'--json' is not understood by train; see gemma2-grpo train --help"),
+        ("train tiny more", "'more' is not understood by train; see gemma2-grpo train --help"),
+        ("train --max-steps 1.5", "--max-steps takes INT, not '1.5'"),
+        ("train --max-steps", "--max-steps takes INT; a value is missing"),
+        ("train --learning-rate a'b", '--learning-rate takes FLOAT, not "a\'b"'),
+        ("train --mesh-shape 1 x", "--mesh-shape takes INT INT, not '1 x'"),
+        ("train --mesh-shape 1", "--mesh-shape takes INT INT; a value is missing"),
+        ("train --epsilon-high x", "--epsilon-high takes {None}|FLOAT, not 'x'"),
+        ("train --remat all", "--remat takes one of none, block, decoder, not 'all'"),
+        ("train --max-steps 0", "max_steps = 0 must be at least 1"),
+        (
+            "train gemma2-2b-v5e8 --num-generations 5",
+            "mesh_shape[0] = 2 does not divide the micro-batch of 1 x 5 completions; "
+            "change num_generations or the mesh",
+        ),
+        (
+            "train large --max-steps 3",
+            "config 'large': no such file or preset; presets are "
+            "gemma2-2b-gpu, gemma2-2b-gsm8k-strong, gemma2-2b-v5e8, tiny",
+        ),
+    ],
+)
+def test_a_mistake_is_one_line(
+    command: str, message: str, train_calls: Recorder, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.main(command.split()) == 2
+    assert capsys.readouterr() == ("", f"error: {message}\n")
+    assert not train_calls
+
+
+@pytest.mark.parametrize(
+    ("raised", "status", "stderr"),
+    [
+        (
+            UserError("prompts.jsonl:3: no field\n  `answer`"),
+            2,
+            "prompts.jsonl:3: no field `answer`",
+        ),
+        (KeyboardInterrupt(), 130, None),
+    ],
+)
+def test_what_a_run_raises_becomes_the_status(
+    raised: BaseException,
+    status: int,
+    stderr: str | None,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise raised
+
+    _stub(monkeypatch, "train:train", fail)
+    assert cli.main(["train"]) == status
+    assert capsys.readouterr() == ("", f"error: {stderr}\n" if stderr else "")
+
+
+def test_a_jax_that_is_old_or_absent_is_refused(
+    monkeypatch: pytest.MonkeyPatch, train_calls: Recorder, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def absent(name: str) -> str:
+        raise metadata.PackageNotFoundError(name)
+
+    for version in (lambda _: "0.9.12", absent):
+        monkeypatch.setattr(metadata, "version", version)
+        assert cli.main(["train"]) == 2
+    assert capsys.readouterr().err == (
+        "error: JAX 0.9.12 is too old; pip install 'jax>=0.10'\n"
+        "error: JAX is not installed; pip install 'jax>=0.10'\n"
+    )
+    monkeypatch.setattr(metadata, "version", lambda _: "0.10.0.dev1")
+    assert cli.main(["train"]) == 0
+    assert len(train_calls) == 1
+
+
+def test_the_oldest_jax_is_the_one_of_the_project_file() -> None:
+    project = Path(__file__).parents[1] / "pyproject.toml"
+    dependencies = tomllib.loads(project.read_text(encoding="utf-8"))["project"]["dependencies"]
+    assert "jax>=" + ".".join(map(str, cli.OLDEST_JAX)) in dependencies
+
+
+def test_an_old_python_is_refused() -> None:
+    old = "import sys; sys.version_info = (3, 10, 2); sys.version = '3.10.2 x'"
+    done = _python(f"{old}; import gemma2_grpo.cli")
+    message = "error: Python 3.10.2 is too old; use 3.11 or newer\n"
+    assert (done.returncode, done.stdout, done.stderr) == (2, "", message)
+
+
+@pytest.mark.parametrize("command", ["--help", "train --help", "train gemma2-2b-gpu -h"])
+def test_help_is_quick_and_fits_the_screen(command: str) -> None:
+    code = f"""
+import atexit, sys, time
+heavy = ("flax", "jax", "numpy", "rich", "transformers", "tunix")
+atexit.register(lambda: print(time.process_time(), *(m for m in heavy if m in sys.modules)))
+from gemma2_grpo.cli import main
+main({command.split()})
+"""
+    done = _python(code)
+    assert (done.returncode, done.stderr) == (0, "")
+    *text, last = done.stdout.splitlines()
+    seconds, *imported = last.split()
+    assert imported == []
+    assert float(seconds) < 1
+    assert max(map(len, text)) <= 80
+
+
+def test_help_names_every_field_and_the_values_of_the_preset() -> None:
+    text = _python(
+        "from gemma2_grpo.cli import main; main(['train', 'gemma2-2b-gpu', '-h'])"
+    ).stdout
+    for section in dataclasses.fields(Config):
+        assert f" {section.name} options " in text
+        for field in dataclasses.fields(getattr(Config(), section.name)):
+            assert "--" + field.name.replace("_", "-") in text
+    assert "[CONFIG]" in text
+    assert "(default: tiny)" in text
+    assert "google/gemma-2-2b-it" in text
