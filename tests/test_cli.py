@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from gemma2_grpo import cli
-from gemma2_grpo.config import Config, RewardConfig, UserError, load_config
+from gemma2_grpo.config import Config, RewardConfig, UserError, load_config, load_sft_config
 
 Recorder = list[tuple[tuple[Any, ...], dict[str, Any]]]
 
@@ -82,6 +82,17 @@ def test_an_override_can_mend_a_file_that_cannot_run(train_calls: Recorder, tmp_
     assert len(train_calls) == 1
 
 
+def test_sft_passes_config_and_directory(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: Recorder = []
+    _stub(monkeypatch, "sft:sft", lambda *args: calls.append((args, {})))
+    assert cli.main("sft sft-tiny --to out --steps 3 --data-seed 5".split()) == 0
+    [((config, to, name), _)] = calls
+    preset = load_sft_config("sft-tiny")
+    assert config.sft == dataclasses.replace(preset.sft, steps=3)
+    assert config.data == dataclasses.replace(preset.data, data_seed=5)
+    assert (config.optimizer, to, name) == (preset.optimizer, Path("out"), "sft-tiny")
+
+
 def test_score_passes_file_and_format(monkeypatch: pytest.MonkeyPatch) -> None:
     calls: Recorder = []
     _stub(monkeypatch, "score:score_file", lambda *args: calls.append((args, {})))
@@ -92,9 +103,11 @@ def test_score_passes_file_and_format(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize(
     ("command", "message"),
     [
-        ("", "a command is missing; it is one of train, score"),
+        ("", "a command is missing; it is one of train, sft, score"),
         ("trian", "'trian' is no command; did you mean train?"),
-        ("--max-steps 3", "'--max-steps' is no command; it is one of train, score"),
+        ("--max-steps 3", "'--max-steps' is no command; it is one of train, sft, score"),
+        ("sft", "CONFIG is missing; see gemma2-grpo sft --help"),
+        ("sft sft-tiny --steps 0", "steps = 0 must be at least 1"),
         ("score", "FILE.jsonl is missing; see gemma2-grpo score --help"),
         (
             "train --max_stepz 10",
@@ -118,7 +131,7 @@ def test_score_passes_file_and_format(monkeypatch: pytest.MonkeyPatch) -> None:
         (
             "train large --max-steps 3",
             "config 'large': no such file or preset; presets are "
-            "gemma2-2b-gpu, gemma2-2b-gsm8k-strong, gemma2-2b-v5e8, tiny",
+            "gemma2-2b-gpu, gemma2-2b-gsm8k-strong, gemma2-2b-v5e8, sft-tiny, tiny",
         ),
     ],
 )

@@ -8,9 +8,12 @@ import pytest
 from gemma2_grpo.config import (
     Config,
     ConfigError,
+    SftConfig,
     check,
+    check_sft,
     from_mapping,
     load_config,
+    load_sft_config,
     preset_names,
     read_toml,
 )
@@ -33,17 +36,18 @@ SPECIFICATION = {
     "rewards": {"format_weight": 0.25, "logic_weight": 0.30, "accuracy_weight": 0.45},
     "run": {"max_steps": 600},
 }
+PRESETS = "gemma2-2b-gpu, gemma2-2b-gsm8k-strong, gemma2-2b-v5e8, sft-tiny, tiny"
 FIXED = [(section, name) for section, values in SPECIFICATION.items() for name in values]
 
 
 def test_the_presets_are_these() -> None:
-    presets = ["gemma2-2b-gpu", "gemma2-2b-gsm8k-strong", "gemma2-2b-v5e8", "tiny"]
-    assert preset_names() == presets
+    assert ", ".join(preset_names()) == PRESETS
 
 
 @pytest.mark.parametrize("name", preset_names())
 def test_every_preset_loads(name: str) -> None:
-    assert isinstance(load_config(name), Config)
+    load = load_sft_config if name.startswith("sft-") else load_config
+    assert isinstance(load(name), Config | SftConfig)
 
 
 @pytest.mark.parametrize(("section", "name"), FIXED)
@@ -67,8 +71,9 @@ def test_gpu_preset_is_the_flagship_on_one_device() -> None:
         assert getattr(gpu, section) == getattr(flagship, section)
 
 
-def test_sections_share_no_field_name() -> None:
-    sections = (getattr(Config(), section.name) for section in dataclasses.fields(Config))
+@pytest.mark.parametrize("config", [Config(), SftConfig()])
+def test_sections_share_no_field_name(config: Config | SftConfig) -> None:
+    sections = (getattr(config, section.name) for section in dataclasses.fields(config))
     names = [f.name for section in sections for f in dataclasses.fields(section)]
     assert len(names) == len(set(names))
 
@@ -159,12 +164,32 @@ def test_what_cannot_run_is_refused(values: dict[str, dict[str, object]], messag
     assert str(refusal.value) == message
 
 
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        (
+            {"sft": {"batch_size": 5}},
+            "mesh_shape[0] = 2 does not divide batch_size = 5; change one of them",
+        ),
+        ({"sft": {"steps": 0}}, "steps = 0 must be at least 1"),
+        (
+            {"sft": {"arithmetic_fraction": 1.5}},
+            "arithmetic_fraction = 1.5 must lie between 0 and 1",
+        ),
+        ({"data": {"num_train_samples": 0}}, "num_train_samples = 0 must be at least 1"),
+    ],
+)
+def test_sft_that_cannot_run_is_refused(values: dict[str, dict[str, object]], message: str) -> None:
+    with pytest.raises(ConfigError) as refusal:
+        check_sft(from_mapping(SftConfig, values, "test"))
+    assert str(refusal.value) == message
+
+
 def test_an_unknown_preset_is_refused_with_the_known_ones(tmp_path: Path) -> None:
-    presets = "gemma2-2b-gpu, gemma2-2b-gsm8k-strong, gemma2-2b-v5e8, tiny"
     for name in ("large", str(tmp_path), str(tmp_path / "absent.toml")):
         with pytest.raises(ConfigError) as refusal:
             load_config(name)
-        message = f"config {name!r}: no such file or preset; presets are {presets}"
+        message = f"config {name!r}: no such file or preset; presets are {PRESETS}"
         assert str(refusal.value) == message
 
 

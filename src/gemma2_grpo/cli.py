@@ -17,7 +17,15 @@ import tyro
 from tyro import _errors  # Private, but the one way to errors of one line; hence the exact minor.
 from tyro.conf import FlagCreatePairsOff, OmitArgPrefixes, Positional, arg, subcommand
 
-from gemma2_grpo.config import Config, UserError, check, from_mapping, read_toml
+from gemma2_grpo.config import (
+    Config,
+    SftConfig,
+    UserError,
+    check,
+    check_sft,
+    from_mapping,
+    read_toml,
+)
 
 if TYPE_CHECKING:
     from tyro._arguments import ArgumentDefinition
@@ -25,8 +33,6 @@ if TYPE_CHECKING:
 OLDEST_JAX = (0, 10)
 
 T = TypeVar("T")
-ConfigName = Annotated[Positional[str], arg(metavar="[CONFIG]")]
-Directory = Annotated[Path | None, arg(metavar="DIR")]
 Sections = Annotated[OmitArgPrefixes[T], arg(name="")]
 """A configuration whose fields are options without a prefix: `--max-steps`."""
 
@@ -39,9 +45,9 @@ class UsageError(UserError):
 class Train:
     """Train with GRPO, and measure before and after."""
 
-    config_name: ConfigName = "tiny"
+    config_name: Annotated[Positional[str], arg(metavar="[CONFIG]")] = "tiny"
     """Name of a preset, or path of a TOML file. The options below override its fields."""
-    run: Directory = None
+    run: Annotated[Path | None, arg(metavar="DIR")] = None
     """Where the run is written. Giving the same directory again resumes it."""
     allow_config_change: FlagCreatePairsOff[bool] = False
     """Resume although the run was made with another configuration."""
@@ -58,6 +64,30 @@ class Train:
         from gemma2_grpo.runs.train import train
 
         train(config, self.run, self.config_name, allow_config_change=self.allow_config_change)
+
+
+@dataclass(frozen=True)
+class Sft:
+    """Train on worked solutions, and write a model directory."""
+
+    config_name: Annotated[Positional[str], arg(metavar="CONFIG")]
+    """Path of a TOML file, or `sft-tiny`, which made the embedded model."""
+    to: Annotated[Path, arg(metavar="DIR")] = Path("sft-model")
+    """Where the model is written."""
+    config: Sections[SftConfig] = field(default_factory=SftConfig)
+
+    def defaults(self) -> "Sft":
+        """Returns the command as it would be if the values of the TOML file were the defaults."""
+        values = read_toml(self.config_name)
+        return Sft(self.config_name, config=from_mapping(SftConfig, values, self.config_name))
+
+    def __call__(self) -> None:
+        """Checks the whole configuration, then trains."""
+        config = check_sft(self.config)
+        require_jax()
+        from gemma2_grpo.runs.sft import sft
+
+        sft(config, self.to, self.config_name)
 
 
 @dataclass(frozen=True)
@@ -79,8 +109,8 @@ class Score:
         score_file(self.file, self.json, Config().rewards)
 
 
-Command = Train | Score
-COMMANDS: dict[str, type[Command]] = {"train": Train, "score": Score}
+Command = Train | Sft | Score
+COMMANDS: dict[str, type[Command]] = {"train": Train, "sft": Sft, "score": Score}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -191,14 +191,48 @@ class Config:
     run: RunConfig = field(default_factory=RunConfig)
 
 
+@dataclass(frozen=True, kw_only=True)
+class SupervisedConfig:
+    """What supervised training sees, and for how long."""
+
+    __pydantic_config__ = _STRICT
+
+    init: Literal["pretrained", "random"] = "pretrained"
+    """`random` takes only architecture and tokenizer from the model, and draws its weights."""
+    steps: int = 500
+    batch_size: int = 24
+    max_tokens: int = 1024
+    """Prompt and solution together; longer ones are cut."""
+    train_base: bool = False
+    """Train all weights; else adapters, which are merged into the base at the end."""
+    arithmetic_fraction: float = 0.0
+    """Part of each batch that practises bare equations (procedural data only)."""
+    sloppy_steps: int = 0
+    """Last steps that follow a sloppy teacher (procedural data only)."""
+    sloppy_learning_rate: float = 1e-3
+    """Constant learning rate of those steps."""
+    seed: int = 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class SftConfig:
+    """A whole `sft` run: supervised training on worked solutions."""
+
+    __pydantic_config__ = _STRICT
+
+    model: ModelConfig = field(default_factory=ModelConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    sft: SupervisedConfig = field(default_factory=SupervisedConfig)
+
+
 ConfigT = TypeVar("ConfigT")
 
 
 def preset_names() -> list[str]:
-    """Names of the TOML files that the package ships for `train`."""
+    """Names of the TOML files that the package ships; those for `sft` begin with `sft-`."""
     folder = resources.files("gemma2_grpo") / "configs"
-    names = (entry.name.removesuffix(".toml") for entry in folder.iterdir())
-    return sorted(name for name in names if not name.startswith("sft-"))
+    return sorted(entry.name.removesuffix(".toml") for entry in folder.iterdir())
 
 
 def read_toml(name_or_path: str) -> dict[str, Any]:
@@ -255,6 +289,15 @@ def load_config(name_or_path: str = "tiny") -> Config:
     return check(from_mapping(Config, read_toml(name_or_path), name_or_path))
 
 
+def load_sft_config(name_or_path: str) -> SftConfig:
+    """Loads and checks a preset or a TOML file for `sft`.
+
+    Raises:
+        ConfigError: if it cannot be read or cannot run.
+    """
+    return check_sft(from_mapping(SftConfig, read_toml(name_or_path), name_or_path))
+
+
 def _nearest(kind: type, location: tuple[int | str, ...]) -> str:
     """Says where an unknown field belongs, what is spelled most alike, or what is known."""
     import difflib
@@ -303,29 +346,45 @@ def check(config: Config) -> Config:
     return config
 
 
+def check_sft(config: SftConfig) -> SftConfig:
+    """Refuses what cannot run, in one line that names the field and the mend.
+
+    Raises:
+        ConfigError: for the first impossible value or combination.
+    """
+    _check_ranges(config)
+    if config.sft.batch_size % config.model.mesh_shape[0]:
+        raise ConfigError(
+            f"mesh_shape[0] = {config.model.mesh_shape[0]} does not divide batch_size = "
+            f"{config.sft.batch_size}; change one of them"
+        )
+    return config
+
+
 # Fields, what must hold, and how the message says so.
 _RANGES: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
     ("num_generations", lambda value: value >= 2, "must be at least 2"),
     (
         "lora_rank logprob_chunk_tokens num_train_samples num_test_samples prompts_per_step "
         "max_prompt_tokens max_completion_tokens num_iterations prompts_per_micro_batch max_steps "
-        "eval_batch_prompts checkpoint_every_steps keep_checkpoints",
+        "eval_batch_prompts checkpoint_every_steps keep_checkpoints steps batch_size max_tokens",
         lambda value: value >= 1,
         "must be at least 1",
     ),
     (
         "top_k beta weight_decay data_seed seed eval_every_steps eval_samples sample_every_steps "
-        "format_weight logic_weight accuracy_weight self_correction_weight length_weight",
+        "format_weight logic_weight accuracy_weight self_correction_weight length_weight "
+        "sloppy_steps",
         lambda value: value >= 0,
         "must be at least 0",
     ),
     (
-        "lora_alpha temperature epsilon learning_rate max_grad_norm",
+        "lora_alpha temperature epsilon learning_rate max_grad_norm sloppy_learning_rate",
         lambda value: value > 0,
         "must be greater than 0",
     ),
     (
-        "warmup_fraction final_lr_fraction adam_b1 adam_b2",
+        "warmup_fraction final_lr_fraction adam_b1 adam_b2 arithmetic_fraction",
         lambda value: 0 <= value <= 1,
         "must lie between 0 and 1",
     ),
@@ -335,7 +394,7 @@ _RANGES: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
 )
 
 
-def _check_ranges(config: Config) -> None:
+def _check_ranges(config: Config | SftConfig) -> None:
     """Checks single values against the range in which they mean something."""
     # Sections share no field name, which is also what lets the command line drop the sections.
     values = {
@@ -348,7 +407,7 @@ def _check_ranges(config: Config) -> None:
             raise ConfigError(f"{name} = {value} must be a finite number")
     for names, holds, demand in _RANGES:
         for name in names.split():
-            if not holds(values[name]):
+            if name in values and not holds(values[name]):
                 raise ConfigError(f"{name} = {values[name]} {demand}")
     for pattern in values["lora_modules"]:
         try:

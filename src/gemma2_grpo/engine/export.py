@@ -149,7 +149,7 @@ def load_adapter(policy: gemma.Gemma, folder: Path, base_sha256: str) -> None:
     try:
         with safe_open(path, framework="numpy") as file:
             described = {k: json.loads(v) for k, v in (file.metadata() or {}).items()}
-            tensors = {name: file.get_tensor(name) for name in file.keys()}
+            tensors = {name: file.get_tensor(name) for name in list(file.keys())}
     except (OSError, SafetensorError, ValueError) as error:
         raise UserError(f"{path}: not a readable adapter ({error})") from None
     if described.get("base_sha256") != base_sha256:
@@ -165,7 +165,10 @@ def load_adapter(policy: gemma.Gemma, folder: Path, base_sha256: str) -> None:
                 f"{described.get('lora_rank')} on {described.get('lora_modules')}"
             )
     placed = [
-        (parts, v.replace(jax.device_put(tensors["/".join(map(str, parts))], v.get_value().sharding)))
+        (
+            parts,
+            v.replace(jax.device_put(tensors["/".join(map(str, parts))], v.get_value().sharding)),
+        )
         for parts, v in nnx.to_flat_state(state)
     ]
     nnx.update(policy, nnx.from_flat_state(placed))

@@ -1,7 +1,7 @@
 """GRPO's loop on Tunix's cluster: rollouts, rewards, advantages, updates."""
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import IntEnum
 from typing import Any
@@ -61,8 +61,8 @@ class Completions:
         return np.array([len(row) for row in self.tokens])
 
 
-Rewards = Callable[[Sequence[Example], Sequence[str]], np.ndarray]
-"""Scores completions, aligned with their examples: float [N], NaN where one cannot be scored."""
+Scores = Callable[[Sequence[Example], Sequence[str]], Mapping[str, np.ndarray]]
+"""Scores completions, aligned with their examples: columns [N], of which `total` is trained on."""
 
 
 @dataclass(frozen=True)
@@ -72,8 +72,8 @@ class StepResult:
     examples: list[Example]
     """Of each completion, [B * G]."""
     completions: Completions
-    rewards: np.ndarray
-    """[B, G]."""
+    scores: Mapping[str, np.ndarray]
+    """Columns [B * G] as the reward gave them; `total` is NaN where there is no score."""
     advantages: Advantages
     updates: list[UpdateMetrics]
     """One per iteration; empty where the whole batch taught nothing."""
@@ -144,13 +144,13 @@ class Learner:
         truncated = np.array([row[-1] not in stops for row in output.tokens])
         return Completions(output.text, output.tokens, truncated)
 
-    def step(self, step: int, batch: Sequence[Example], rewards: Rewards) -> StepResult:
+    def step(self, step: int, batch: Sequence[Example], score: Scores) -> StepResult:
         """One batch of rollouts and its updates.
 
         Args:
             step: Number of the step from 0; with the seed, it decides all randomness.
             batch: One example per prompt.
-            rewards: Scores the completions.
+            score: Scores the completions.
         """
         group, seed = self.config.rollout.num_generations, self.config.run.seed
         started = time.perf_counter()
@@ -158,17 +158,20 @@ class Learner:
         completions = self.generate(prompts, group, fold_key(seed, Stream.TRAIN, step))
         sampled = time.perf_counter()
         examples = [example for example in batch for _ in range(group)]
-        values = check_rewards(rewards(examples, completions.texts), len(examples))
+        scores = score(examples, completions.texts)
+        values = scores["total"]
         if self.config.rewards.shuffle_rewards:
             values = np.random.default_rng([seed, Stream.CONTROL, step]).permutation(values)
-        values = values.reshape(len(batch), group)
-        advantages = group_advantages(values, scale_by_std=self.config.grpo.loss_type != "drgrpo")
+        advantages = group_advantages(
+            values.reshape(len(batch), group),
+            scale_by_std=self.config.grpo.loss_type != "drgrpo",
+        )
         scored = time.perf_counter()
         updates = self.updater.update(self.micro_batches(prompts, completions, advantages))
         return StepResult(
             examples=examples,
             completions=completions,
-            rewards=values,
+            scores=scores,
             advantages=advantages,
             updates=updates,
             learning_rate=float(self._schedule(step * self.config.grpo.num_iterations)),
@@ -182,21 +185,18 @@ class Learner:
     ) -> list[MicroBatch]:
         """Cuts a batch into micro-batches of whole groups, all of one shape.
 
-        Without a KL penalty, groups of equal rewards have no gradient and are put last, so that
-        whole micro-batches of them are left out.
+        Groups without a gradient are put last, so that whole micro-batches of them are left out:
+        those without a score, and without a KL penalty those whose rewards are all equal.
         """
         rollout, grpo = self.config.rollout, self.config.grpo
         group, width = rollout.num_generations, rollout.max_completion_tokens
         mask = np.arange(width) < completions.lengths[:, None]
         weights = token_weights(mask, advantages.is_scored.ravel(), grpo.loss_type, width)
-        order = np.arange(len(prompts))
-        count = len(order)
-        if grpo.beta == 0:
-            order = np.argsort(advantages.is_uniform, kind="stable")
-            count = int((~advantages.is_uniform).sum())
+        teaches = ~advantages.is_uniform if grpo.beta == 0 else advantages.is_scored.any(axis=1)
+        order = np.argsort(~teaches, kind="stable")
         prompt_ids = [self.tokenizer.encode(prompt) for prompt in prompts]
         batches = []
-        for start in range(0, count, grpo.prompts_per_micro_batch):
+        for start in range(0, int(teaches.sum()), grpo.prompts_per_micro_batch):
             chosen = order[start : start + grpo.prompts_per_micro_batch]
             rows = [prompt * group + i for prompt in chosen for i in range(group)]
             batches.append(
@@ -230,26 +230,6 @@ class Learner:
         ):
             nnx.replace_by_pure_dict(target, state[name])
             nnx.update(trainer.model if name == "lora" else trainer.optimizer, target)
-
-
-def check_rewards(values: Any, expected: int) -> np.ndarray:
-    """Turns what a reward function returned into float64 [N], NaN where unscored.
-
-    Tunix takes NaN and None for 0 and spreads a single number over the batch; here an unscored
-    completion is left out and a result of another length is an error.
-
-    Raises:
-        ValueError: if the result is not one number (or None) per completion, or is infinite.
-    """
-    rewards = np.array([np.nan if v is None else v for v in values], np.float64)
-    if rewards.shape != (expected,):
-        raise ValueError(
-            f"rewards have shape {rewards.shape}; return one number for each of {expected} "
-            "completions"
-        )
-    if np.isinf(rewards).any():
-        raise ValueError("a reward is infinite; return a finite number, or None if unscorable")
-    return rewards
 
 
 def _join(

@@ -113,7 +113,7 @@ def load_weights(directory: Path, dtype: str, mesh: Mesh) -> gemma.Gemma:
     model = params_safetensors.create_model_from_safe_tensors(
         str(directory), architecture, mesh, jnp.dtype(dtype)
     )
-    return _prepare(model, query_scale(directory), mesh)
+    return _prepare(model, query_scale(directory))
 
 
 def random_weights(
@@ -142,7 +142,7 @@ def random_weights(
 
     flat = nnx.to_flat_state(abstract)
     drawn = [(path, draw(i, path, variable)) for i, (path, variable) in enumerate(flat)]
-    return _prepare(nnx.merge(graphdef, nnx.from_flat_state(drawn)), 1.0, mesh)
+    return _prepare(nnx.merge(graphdef, nnx.from_flat_state(drawn)), 1.0)
 
 
 def _initial_scale(path: tuple[Any, ...], shape: tuple[int, ...]) -> float:
@@ -219,7 +219,7 @@ class _Float32RMSNorm(gemma.RMSNorm):
         return normed.astype(x.dtype)
 
 
-def _prepare(model: gemma.Gemma, scale: float, mesh: Mesh) -> gemma.Gemma:
+def _prepare(model: gemma.Gemma, scale: float) -> gemma.Gemma:
     for _, module in nnx.iter_graph(model):
         if type(module) is gemma.RMSNorm:
             # Past nnx, which would record the class as one more attribute.

@@ -1,5 +1,6 @@
 """Sampling completions: one prefill per distinct prompt, its cache shared by the group."""
 
+import math
 from dataclasses import dataclass
 from functools import partial
 from itertools import groupby
@@ -78,11 +79,9 @@ class GroupRollout(base_rollout.BaseRollout):
             Texts, token ids with their stop token, and float32 log-probabilities under the
             distribution that was sampled from (temperature and truncation included).
         """
-        counted = [(prompt, len(list(copies))) for prompt, copies in groupby(prompts)]
-        group = counted[0][1]
-        if any(copies != group for _, copies in counted):  # A prompt that stands twice in a batch.
-            counted, group = [(prompt, 1) for prompt in prompts], 1
-        ids = [self._tokenizer.encode(prompt) for prompt, _ in counted]
+        # The largest group that every run of equal prompts is made of.
+        group = math.gcd(*(len(list(copies)) for _, copies in groupby(prompts)))
+        ids = [self._tokenizer.encode(prompt) for prompt in prompts[::group]]
         padded = pad_left(ids, rollout_config.max_prompt_length, self.pad_id())
         sampling = Sampling(
             temperature=rollout_config.temperature,

@@ -103,8 +103,8 @@ def train_supervised(
         updates, moments = optimizer.update(gradients, moments, trained)
         return optax.apply_updates(trained, updates), moments, value
 
-    # The first update gives its inputs' buffers away; the model keeps its own.
-    trained = jax.tree.map(jnp.copy, trained)
+    # Updates give their inputs' buffers away; the model keeps its own until the end.
+    trained = jax.jit(partial(jax.tree.map, jnp.copy))(trained)
     moments = jax.jit(optimizer.init)(trained)
     with mesh:
         for step, (tokens, targets) in enumerate(_packed(batches, width, pad_id), start=1):

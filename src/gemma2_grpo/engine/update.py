@@ -118,7 +118,7 @@ class Updater:
 
         self._gradients = jax.jit(jax.grad(loss, has_aux=True))
         self._add = jax.jit(partial(jax.tree.map, jnp.add), donate_argnums=0)
-        self._apply = jax.jit(self._applied, donate_argnums=(0, 2, 3))
+        self._apply = jax.jit(self._applied, donate_argnums=(0, 2))
 
     def update(self, batch: Sequence[MicroBatch]) -> list[UpdateMetrics]:
         """Makes the `num_iterations` updates of one batch of rollouts.
@@ -131,8 +131,10 @@ class Updater:
                 each shape is compiled.
 
         Returns:
-            Metrics of each iteration.
+            Metrics of each iteration; nothing, and no update, for an empty batch.
         """
+        if not batch:
+            return []
         with self._mesh:
             placed = [
                 jax.device_put(micro, batch_sharding(self._mesh, len(micro.tokens)))

@@ -10,13 +10,15 @@ import operator
 import re
 from dataclasses import dataclass
 from fractions import Fraction
-from itertools import zip_longest
 from typing import NamedTuple
 
 from gemma2_grpo.task.answers import NUMBER, SCALES, parse_number
 
-# Far beyond any solution of a word problem; it bounds the time that one text can take.
-MAX_CHARS = 16_384
+# Far beyond any solution of a word problem (GSM8K's longest has 1,228 characters). They bound
+# the time that one text can take.
+MAX_CHARS = 10_000
+MAX_EQUALS_SIGNS = 100
+_MAX_TOKENS = 100
 # Longer intermediate values are not judged, so that every operation takes constant time.
 _MAX_BITS = 256
 
@@ -34,8 +36,10 @@ class Equation:
     """The calculation without units and spaces, the same for every restatement."""
     operands: tuple[Fraction, ...]
     """Numbers that the calculation starts from."""
-    result: Fraction
-    """What the text says that the calculation gives."""
+    results: tuple[Fraction, ...]
+    """What it is said to equal; of "20%" and "2 million" also the 20 and the 2."""
+    rewritten: tuple[Fraction, ...]
+    """Numbers of the other side where that is a calculation too, as in `2 * (3 + 4) = 2 * 7`."""
     is_trivial: bool
     """Adds or subtracts 0, multiplies by 0 or 1, or divides by 1."""
     start: int
@@ -49,18 +53,18 @@ class _Token(NamedTuple):
     start: int
     end: int
     value: Fraction | None = None
-    place: Fraction = Fraction(0)
-    """What a one in the last written place of a number is worth."""
-    has_decimals: bool = False
-    is_percent: bool = False
+    """Of a number as its digits say; None if it is too long to judge."""
+    decimals: int = 0
+    scale: Fraction = Fraction(1)
+    """A hundredth for %, a million for "million"."""
 
 
 class _Side(NamedTuple):
     """An expression that may stand on one side of an equals sign."""
 
     tokens: list[_Token]
-    opens: bool
-    """Only a break or an equals sign stands before it."""
+    stands_alone: bool
+    """Only a break or an equals sign stands before it, and no unit after it."""
 
 
 # Replaced by as many characters, so that offsets stay those of the text.
@@ -71,20 +75,22 @@ _LATEX = re.compile(
 _LATEX_MEANING = {"times": "*", "cdot": "*", "div": "/", "approx": "≈"}
 _ANNOTATION = re.compile(r"<<([^<>\n]*)>>")
 
-# N number, S attached sign or operator, O operator, W word, P word that changes the number
-# after it, V variable, L R brackets, E equals, A about equals, X other mathematics, B break.
+# N number, S attached sign or operator, O operator, W word (of a unit), C word that joins
+# sentences, P word that changes the number after it, V variable, L R brackets, E equals,
+# A about equals, X other mathematics, B break.
 # No alternative has two repeated parts that match the same character: the scan is linear.
 _LETTER = r"[^\W\d_]"
 _BEFORE_NUMBER = r"[ ]?[$€£(.]{0,3}[0-9]"
 _TOKEN = re.compile(
     rf"""
     (?P<skip>[^\S\n]+|[$€£¥₹¢°_`{{}}"“”~#]+|[*][*]+)
-  | (?P<N>(?:(?P<whole>[0-9]{{1,4}})[ ](?P<top>[0-9]{{1,4}})/(?P<bottom>[0-9]{{1,4}})(?![0-9])
+  | (?P<N>(?:(?:(?P<whole>[0-9]{{1,4}})[ ]|(?<=/[ ]))(?P<top>[0-9]{{1,4}})/(?P<bottom>[0-9]{{1,4}})(?![0-9])
         |(?P<digits>{NUMBER}))
-      (?P<scale>[kKM]\b|[ ](?:hundred|thousand|million|billion)\b)?(?P<percent>[ ]?%)?)
+      (?P<scale>[ ]?(?:%|hundred\b|thousand\b|million\b|billion\b))?)
+  | (?P<C>(?:because|since|so|if|thus|then|therefore)\b)
   | (?P<P>(?:twice|thrice|half|double|triple|third|quarter|than|by|sum|product|difference)
       (?:[ ]of)?(?:[ ]the)?\b)
-  | (?P<S>(?<![\w)%.\]])[-−–](?=[$€£(.]{{0,3}}[0-9]))
+  | (?P<S>(?<![\w)%.\]])[-−–+](?=[$€£(.]{{0,3}}[0-9]))
   | (?P<O>(?:times|multiplied[ ]by|divided[ ]by|plus|minus|[xX])(?={_BEFORE_NUMBER})
       |(?:(?<=%[ ])|(?<=/[0-9][ ])|(?<=/[0-9][0-9][ ]))of(?={_BEFORE_NUMBER})
       |[-−–](?!>|{_LETTER}{{2}})|/(?![ ]?{_LETTER}{{2}})|[+*×·∙∗÷])
@@ -99,11 +105,10 @@ _OPERATORS = {
     **dict.fromkeys(["-", "−", "–", "minus"], "-"),
     **dict.fromkeys(["/", "÷", "divided by"], "/"),
 }
-_NOT_VARIABLES = frozenset("aAI")
 
 # An operand has up to five words of unit. Possessive quantifiers: no second thoughts.
 _OPERAND = r"(?:S?+L)*+S?+NR*+[WP]{0,5}+R*+"
-_PIECE = re.compile(rf"(?P<run>{_OPERAND}(?:[OS]{_OPERAND})*+)|.")
+_PIECE = re.compile(rf"(?P<run>{_OPERAND}(?:[OS]{_OPERAND})*+)|(?:S?+L)++|.")
 
 _APPLY = {
     "+": operator.add,
@@ -119,10 +124,10 @@ def find_equations(text: str) -> list[Equation]:
     """Finds and decides the equations of a text, in their order; repetitions are kept.
 
     A chain `A = B = C` gives two. GSM8K's annotations (`<<48/2=24>>`) are read on their own, and
-    the text around them as if they were not there. A text of more than MAX_CHARS characters
-    has none.
+    the text around them as if they were not there. A text of more than MAX_CHARS characters or
+    MAX_EQUALS_SIGNS is no solution and has none.
     """
-    if len(text) > MAX_CHARS:
+    if len(text) > MAX_CHARS or text.count("=") > MAX_EQUALS_SIGNS:
         return []
     text = _LATEX.sub(_plain_latex, text)
     found = _find(_ANNOTATION.sub(lambda match: " " * len(match[0]), text), 0)
@@ -139,6 +144,8 @@ def _plain_latex(match: re.Match[str]) -> str:
 
 def _find(text: str, offset: int) -> list[Equation]:
     """Equations of a text that stands at `offset` of the whole."""
+    if not re.search("[=≈]", text):
+        return []
     parts = _split(_tokenise(text))
     equations = []
     for left, sign, right in zip(parts, parts[1:], parts[2:], strict=False):
@@ -153,7 +160,7 @@ def _tokenise(text: str) -> list[_Token]:
     for match in _TOKEN.finditer(text):
         kind, word = match.lastgroup or "B", match[0]
         opens_line = not tokens or tokens[-1].text[0] == "\n"
-        if kind == "skip" or (kind == "O" and opens_line and text[match.end() :][:1] == " "):
+        if kind == "skip" or (kind == "O" and opens_line and text.startswith(" ", match.end())):
             continue  # An operator that opens a line is the mark of a list item.
         if kind in "EA" and tokens and opens_line:
             tokens.pop()
@@ -161,7 +168,7 @@ def _tokenise(text: str) -> list[_Token]:
             tokens.append(_Token("O", "*", match.start(), match.start()))
         if kind == "N":
             tokens.append(_number(match))
-        elif kind == "W" and len(word) == 1 and word not in _NOT_VARIABLES:
+        elif kind == "W" and len(word) == 1 and not _is_article(text, match):
             tokens.append(_Token("V", word, *match.span()))
         else:
             word = _OPERATORS.get(word, "*") if kind in "OS" else word
@@ -169,23 +176,26 @@ def _tokenise(text: str) -> list[_Token]:
     return tokens
 
 
+def _is_article(text: str, match: re.Match[str]) -> bool:
+    """Whether a single letter is a word ("3 a day"), not a variable ("3a")."""
+    return match[0] in "aAI" and not text[max(match.start() - 1, 0)].isdigit()
+
+
 def _number(match: re.Match[str]) -> _Token:
-    """Token of a number, which may be mixed ("1 1/2"), scaled ("2 million") or a percentage."""
-    scale = Fraction(SCALES[match["scale"].strip()] if match["scale"] else 1)
-    if match["digits"]:
-        value = parse_number(match["digits"])
+    """Token of a number: plain, mixed ("1 1/2"), a divisor ("/ 1/2"), scaled, a percentage."""
+    digits, scale = match["digits"], (match["scale"] or "").strip()
+    if digits:
+        value = parse_number(digits)
     else:
-        whole, top, bottom = (int(match[name]) for name in ("whole", "top", "bottom"))
+        whole, top, bottom = (int(match[name] or 0) for name in ("whole", "top", "bottom"))
         value = whole + Fraction(top, bottom) if top < bottom else None
-    decimals = len((match["digits"] or "").partition(".")[2])
     return _Token(
         "N",
         match[0],
         *match.span(),
-        value=None if value is None else value * scale,
-        place=Fraction(0) if value is None else scale / 10**decimals,
-        has_decimals=decimals > 0,
-        is_percent=match["percent"] is not None,
+        value=value,
+        decimals=len(digits.partition(".")[2]) if digits else 0,
+        scale=Fraction(1, 100) if scale == "%" else Fraction(SCALES.get(scale, 1)),
     )
 
 
@@ -199,35 +209,131 @@ def _split(tokens: list[_Token]) -> list[_Side | str | None]:
         if piece["run"]:
             before, after = kinds[start - 1 : start], kinds[end : end + 1]
             # Half of an expression, such as the "3" of "x + 3", must not be judged.
-            spoilt |= before in ("P", "X") or after in ("O", "S", "V", "X")
-            spoilt |= before == "N" and kind[0] == "L"
-            parts.append(None if spoilt else _Side(tokens[start:end], opens))
+            spoilt |= before in ("N", "P", "X") or after in ("O", "S", "V", "X")
+            spoilt |= kind[-1] + after == "NN" or len(kind) > _MAX_TOKENS
+            parts.append(None if spoilt else _Side(tokens[start:end], opens and kind[-1] != "W"))
             opens = False
             continue
         parts.append(kind if kind in "EA" else None)
         opens = kind in "EAB"
-        spoilt = not opens and (spoilt or kind in "OSVX")
+        spoilt = not opens and (spoilt or kind[0] in "OSVX")
     return parts
 
 
 def _decide(left: _Side, sign: str, right: _Side, text: str, offset: int) -> Equation | None:
     """Judges `left sign right`; None if it is no equation, or none that can be judged."""
-    sides = _calculation(left.tokens), _calculation(right.tokens)
-    bare = [side[-1] if sum(token.kind == "N" for token in side) == 1 else None for side in sides]
-    # Of "Day 1 = 5 + 3", "1" is no side; two bare numbers are no calculation.
-    if bare[0] and (bare[1] or not left.opens):
+    sides = _calculation(left.tokens, "L"), _calculation(right.tokens, "R")
+    left_is_bare, right_is_bare = (len(_numbers(side)) == 1 for side in sides)
+    # Two bare numbers calculate nothing, and "Day 1 = 5 + 3" does not say that 1 is 8.
+    if left_is_bare and (right_is_bare or not left.stands_alone):
         return None
-    rounded = bare[1] or bare[0]
-    if rounded and not rounded.has_decimals and sign == "E":
-        rounded = None
-    is_true, first, second, percent = False, None, None, Fraction(1)
+    calculation, claim = reversed(sides) if left_is_bare else sides
+    may_round = (left_is_bare or right_is_bare) and (sign == "A" or claim[-1].decimals > 0)
+    is_true, value, result, is_scaled = False, Fraction(0), Fraction(0), True
     # "10 / 50 = 20%" takes % for a hundredth, "10 / 50 * 100 = 20%" for a unit.
-    for percent in _percent_readings(sides):
-        first, second = (_evaluate(side, percent) for side in sides)
-        if first is None or second is None:
+    has_scale = any(number.scale != 1 for side in sides for number in _numbers(side))
+    for is_scaled in (True, False) if has_scale else (True,):
+        try:
+            value, result = (_evaluate(side, is_scaled) for side in (calculation, claim))
+        except ArithmeticError:
             return None
-        tolerance = rounded.place * (percent if rounded.is_percent else 1) / 2 if rounded else 0
-        is_true = abs(first - second) <= tolerance
+        place = claim[-1].scale if is_scaled else 1
+        tolerance = place / 10 ** claim[-1].decimals / 2 if may_round else 0
+        is_true = abs(value - result) <= tolerance
         if is_true:
             break
-    return None
+    operands, rewritten = (
+        tuple(_value(number, is_scaled) for number in _numbers(side))
+        for side in (calculation, claim)
+    )
+    is_bare = len(rewritten) == 1
+    start, end = sides[0][0].start, sides[1][-1].end
+    return Equation(
+        text=" ".join(text[start:end].split()),
+        left=result if left_is_bare else value,
+        right=value if left_is_bare else result,
+        is_true=is_true,
+        expression="".join(
+            str(token.value) if token.kind == "N" else token.text for token in calculation
+        ),
+        operands=operands,
+        results=(result, _value(claim[-1], is_scaled=False)) if is_bare else (result,),
+        rewritten=() if is_bare else rewritten,
+        is_trivial=len(operands) == 2 and _is_trivial(calculation, *operands),
+        start=offset + start,
+        end=offset + end,
+    )
+
+
+def _calculation(tokens: list[_Token], bracket: str) -> list[_Token]:
+    """Drops the units, and outer brackets whose partner stands beyond the equals sign."""
+    tokens = [token for token in tokens if token.kind not in "WP"]
+    surplus = sum({"L": 1, "R": -1}.get(token.kind, 0) for token in tokens)
+    if bracket == "L":
+        return tokens[max(surplus, 0) :]
+    return tokens[: len(tokens) + min(surplus, 0)]
+
+
+def _numbers(tokens: list[_Token]) -> list[_Token]:
+    """The numbers among tokens; a side with one number is bare, with more a calculation."""
+    return [token for token in tokens if token.kind == "N"]
+
+
+def _is_trivial(tokens: list[_Token], a: Fraction, b: Fraction) -> bool:
+    """Whether `a op b` holds without calculating: x + 0, x - 0, x * 0, x * 1, x / 1, 0 / x."""
+    sign = next(token.text for token in reversed(tokens) if token.kind in "OS")
+    return {
+        "+": a == 0 or b == 0,
+        "-": b == 0,
+        "*": not {a, b}.isdisjoint({0, 1}),
+        "/": b == 1 or a == 0,
+    }[sign]
+
+
+def _evaluate(tokens: list[_Token], is_scaled: bool) -> Fraction:
+    """Value of an expression, by two stacks.
+
+    Raises:
+        ArithmeticError: for a division by zero, unmatched brackets or an unwieldy value.
+    """
+    values: list[Fraction] = []
+    waiting: list[str] = []
+    after_operand = False
+    for token in tokens:
+        if token.kind == "N":
+            values.append(_value(token, is_scaled))
+        elif token.kind == "L":
+            waiting.append("(")
+        elif token.kind == "R":
+            _apply_down_to(0, values, waiting)
+            if not waiting:
+                raise ArithmeticError("unmatched bracket")
+            waiting.pop()
+        elif after_operand:
+            _apply_down_to(_PRECEDENCE[token.text], values, waiting)
+            waiting.append(token.text)
+        else:
+            values.append(Fraction(0))
+            waiting.append("negate" if token.text == "-" else "+")
+        after_operand = token.kind in "NR"
+    _apply_down_to(0, values, waiting)
+    if waiting:
+        raise ArithmeticError("unmatched bracket")
+    return values.pop()
+
+
+def _value(number: _Token, is_scaled: bool) -> Fraction:
+    """Value of a number, with its percent sign or "million" as a factor or as a mere unit."""
+    if number.value is None:
+        raise OverflowError("too many digits")
+    return number.value * number.scale if is_scaled else number.value
+
+
+def _apply_down_to(precedence: int, values: list[Fraction], waiting: list[str]) -> None:
+    """Applies waiting operators that bind at least as tightly, back to an open bracket."""
+    while waiting and waiting[-1] != "(" and _PRECEDENCE[waiting[-1]] >= precedence:
+        right, left = values.pop(), values.pop()
+        value = _APPLY[waiting.pop()](left, right)
+        if max(value.numerator.bit_length(), value.denominator.bit_length()) > _MAX_BITS:
+            raise OverflowError
+        values.append(value)

@@ -1,0 +1,166 @@
+"""Measuring a model on held-out problems, greedy and sampled."""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from itertools import cycle, islice
+from typing import Any
+
+import numpy as np
+
+from gemma2_grpo.engine.learner import Completions, Learner, Scores, Stream, fold_key
+from gemma2_grpo.task.data import Example
+from gemma2_grpo.task.prompts import render_prompt
+from gemma2_grpo.task.statistics import pass_at_k, wilson_interval
+
+
+@dataclass(frozen=True)
+class Sampled:
+    """Of several sampled completions per problem."""
+
+    samples: int
+    pass_at_1: float
+    pass_at_k: float
+    """With k = samples."""
+    format: float
+    """Share in perfect format."""
+    reward: float
+    """Mean total reward."""
+    true_equations: float
+    """Share of the written equations that hold."""
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """Of one model on one set of problems."""
+
+    problems: int
+    correct: int
+    """Right greedy answers."""
+    official_correct: int
+    """The same by GSM8K's own extraction."""
+    format: float
+    """Share of greedy completions in perfect format."""
+    true_equations: float
+    mean_tokens: float
+    truncated: float
+    """Share of greedy completions that ran into the limit."""
+    sampled: Sampled | None = None
+
+    @property
+    def accuracy(self) -> float:
+        """Greedy pass@1."""
+        return self.correct / self.problems
+
+    @property
+    def interval(self) -> tuple[float, float]:
+        """95 % Wilson interval of the accuracy."""
+        return wilson_interval(self.correct, self.problems)
+
+    def as_record(self) -> dict[str, Any]:
+        """All values by name, for a log."""
+        low, high = self.interval
+        return {**asdict(self), "accuracy": self.accuracy, "interval": [low, high]}
+
+
+def measure(
+    learner: Learner,
+    examples: Sequence[Example],
+    score: Scores,
+    *,
+    samples: int = 0,
+    on_batch: Callable[[int], None] = lambda done: None,
+    on_completion: Callable[[Example, str, dict[str, float]], None] | None = None,
+) -> Measurement:
+    """Measures the policy on examples; the same examples and seed give the same result.
+
+    Args:
+        learner: The policy.
+        examples: Held-out problems.
+        score: Scores the completions.
+        samples: Completions sampled per problem besides the greedy one.
+        on_batch: Called with the number of problems that are done.
+        on_completion: Called with each greedy completion and its scores.
+    """
+    texts, stats = _complete(learner, examples, 1, on_batch)
+    table = score(examples, texts)
+    for i, example in enumerate(examples if on_completion else ()):
+        assert on_completion is not None
+        on_completion(example, texts[i], {name: float(column[i]) for name, column in table.items()})
+    return Measurement(
+        problems=len(examples),
+        correct=int(table["correct"].sum()),
+        official_correct=int(table["official_correct"].sum()),
+        format=float((table["format"] == 1).mean()),
+        true_equations=_share(table["true_equations"], table["equations"]),
+        mean_tokens=float(np.mean([length for length, _ in stats])),
+        truncated=float(np.mean([cut for _, cut in stats])),
+        sampled=_sampled(learner, examples, score, samples, on_batch) if samples else None,
+    )
+
+
+def _sampled(
+    learner: Learner,
+    examples: Sequence[Example],
+    score: Scores,
+    samples: int,
+    on_batch: Callable[[int], None],
+) -> Sampled:
+    texts, _ = _complete(learner, examples, samples, on_batch)
+    table = score([example for example in examples for _ in range(samples)], texts)
+    correct = table["correct"].reshape(-1, samples).sum(axis=1).astype(int).tolist()
+    return Sampled(
+        samples=samples,
+        pass_at_1=pass_at_k(correct, samples, 1),
+        pass_at_k=pass_at_k(correct, samples, samples),
+        format=float((table["format"] == 1).mean()),
+        reward=float(np.nanmean(table["total"])),
+        true_equations=_share(table["true_equations"], table["equations"]),
+    )
+
+
+def _complete(
+    learner: Learner, examples: Sequence[Example], group: int, on_batch: Callable[[int], None]
+) -> tuple[list[str], list[tuple[int, bool]]]:
+    """Texts of `group` completions per example, and the length and truncation of each."""
+    texts: list[str] = []
+    stats: list[tuple[int, bool]] = []
+    done = 0
+    for index, batch in enumerate(_batches(learner, examples, group)):
+        prompts = [render_prompt(example.question) for example in batch]
+        # Greedy decoding draws nothing; sampling draws from a stream that training never sees.
+        key = fold_key(learner.config.run.seed, Stream.EVAL, group, index)
+        completions = learner.generate(
+            _filled(prompts, learner, group), group, key, greedy=group == 1
+        )
+        kept = len(batch) * group
+        texts += completions.texts[:kept]
+        stats += _stats(completions)[:kept]
+        done += len(batch)
+        on_batch(len(batch))
+    return texts, stats
+
+
+def _stats(completions: Completions) -> list[tuple[int, bool]]:
+    return list(zip(completions.lengths.tolist(), completions.is_truncated.tolist(), strict=True))
+
+
+def _batch_prompts(learner: Learner, group: int) -> int:
+    """Prompts at one time: as many completions whether they are greedy or sampled."""
+    return max(1, learner.config.run.eval_batch_prompts // group)
+
+
+def _batches(
+    learner: Learner, examples: Sequence[Example], group: int
+) -> Iterator[Sequence[Example]]:
+    size = _batch_prompts(learner, group)
+    for start in range(0, len(examples), size):
+        yield examples[start : start + size]
+
+
+def _filled(prompts: list[str], learner: Learner, group: int) -> list[str]:
+    """Fills a last, short batch up, so that one program serves all."""
+    return list(islice(cycle(prompts), _batch_prompts(learner, group)))
+
+
+def _share(part: np.ndarray, whole: np.ndarray) -> float:
+    return float(part.sum() / max(whole.sum(), 1))

@@ -1,0 +1,167 @@
+"""The directory of a run: what it was made with, its logs, and who may write to it."""
+
+import dataclasses
+import fcntl
+import json
+import platform
+import shutil
+import sys
+import time
+from collections.abc import Iterator, Mapping
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import tomli_w
+
+from gemma2_grpo.config import Config, ConfigError, UserError, from_mapping, read_toml
+
+# Fields of [run] that change nothing that is computed.
+_FREE_FIELDS = ("keep_checkpoints", "sample_every_steps", "tensorboard", "eval_every_steps")
+_PACKAGES = ("gemma2-grpo-reasoning", "google-tunix", "qwix", "jax", "jaxlib", "flax", "optax")
+
+
+class RunDirectory:
+    """A run on disk, locked against a second process for as long as it is open."""
+
+    def __init__(self, path: Path, config: Config, *, allow_config_change: bool = False) -> None:
+        """Opens a new or an existing run directory.
+
+        Raises:
+            UserError: if it cannot be written, is in use, or belongs to another configuration.
+        """
+        self.path = path
+        try:
+            path.mkdir(parents=True, exist_ok=True)
+            self._lock = (path / ".lock").open("w")
+        except OSError as error:
+            raise UserError(f"run directory {path}: cannot be written ({error.strerror})") from None
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise UserError(
+                f"run directory {path}: another process is writing to it; choose another --run"
+            ) from None
+        changed = self._changed_fields(config)
+        if changed and not allow_config_change:
+            raise ConfigError(
+                f"run directory {path} was made with {changed[0]}; choose another --run, or "
+                "resume with --allow-config-change"
+            )
+        values = _without_none(dataclasses.asdict(config))
+        self._write("config.toml", tomli_w.dumps(values))
+        if changed:
+            self.append("changes.jsonl", {"time": _now(), "changed": changed})
+
+    @property
+    def checkpoints(self) -> Path:
+        """Folder of the checkpoints."""
+        return self.path / "checkpoints"
+
+    @property
+    def result(self) -> dict[str, Any] | None:
+        """What a finished run measured; None while it is not finished."""
+        try:
+            return json.loads((self.path / "result.json").read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            return None
+
+    def _changed_fields(self, config: Config) -> list[str]:
+        """Fields whose value differs from the one the run was made with, as text."""
+        path = self.path / "config.toml"
+        if not path.exists():
+            return []
+        before = dataclasses.asdict(from_mapping(Config, read_toml(str(path)), str(path)))
+        return [
+            f"{name} = {old!r}, not {dataclasses.asdict(config)[section][name]!r}"
+            for section, fields in before.items()
+            for name, old in fields.items()
+            if name not in _FREE_FIELDS and old != dataclasses.asdict(config)[section][name]
+        ]
+
+    def describe(self, facts: Mapping[str, Any]) -> None:
+        """Writes run.json: versions, machine, command, and the facts of this run."""
+        versions = {"python": platform.python_version()}
+        for name in _PACKAGES:
+            try:
+                versions[name] = metadata.version(name)
+            except metadata.PackageNotFoundError:
+                continue
+        described = {
+            "started": _now(),
+            "command": ["gemma2-grpo", *sys.argv[1:]],
+            "machine": platform.platform(),
+            "versions": versions,
+            **facts,
+        }
+        self._write("run.json", json.dumps(described, indent=1))
+
+    def finish(self, result: Mapping[str, Any]) -> None:
+        """Writes result.json, which marks the run as finished."""
+        self._write("result.json", json.dumps(result, indent=1))
+
+    def append(self, name: str, record: Mapping[str, Any]) -> None:
+        """Appends a JSON line."""
+        with (self.path / name).open("a", encoding="utf-8") as file:
+            file.write(json.dumps(record, ensure_ascii=False) + "\n")
+
+    def records(self, name: str) -> Iterator[dict[str, Any]]:
+        """JSON lines written so far; a last line that was cut off is left out."""
+        path = self.path / name
+        if not path.exists():
+            return
+        with path.open(encoding="utf-8") as file:
+            for line in file:
+                try:
+                    yield json.loads(line)
+                except ValueError:
+                    return
+
+    def forget_after(self, steps: int) -> None:
+        """Drops the records of steps that a resumed run does again."""
+        for name in ("metrics.jsonl", "completions.jsonl", "evaluations.jsonl"):
+            kept = [record for record in self.records(name) if record["step"] <= steps]
+            lines = [json.dumps(record, ensure_ascii=False) + "\n" for record in kept]
+            self._write(name, "".join(lines))
+
+    def _write(self, name: str, text: str) -> None:
+        """Replaces a file as a whole, so that a killed process leaves the old or the new one."""
+        temporary = self.path / f".{name}.tmp"
+        try:
+            temporary.write_text(text, encoding="utf-8")
+            temporary.replace(self.path / name)
+        except OSError as error:
+            raise UserError(
+                f"run directory {self.path}: {name} cannot be written ({error.strerror})"
+            ) from None
+
+    def close(self) -> None:
+        """Lets another process have the directory."""
+        self._lock.close()
+
+
+def check_free_space(path: Path, needed_bytes: int) -> None:
+    """Refuses a disk that cannot hold what the run will write.
+
+    Raises:
+        UserError: naming what is free and what is needed.
+    """
+    free = shutil.disk_usage(path).free
+    if free < needed_bytes:
+        raise UserError(
+            f"run directory {path}: {free / 1e6:.0f} MB are free but checkpoints and logs need "
+            f"about {needed_bytes / 1e6:.0f} MB; free some space or choose another --run"
+        )
+
+
+def _without_none(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Nested values without None, which TOML cannot say; absent fields are None by default."""
+    return {
+        name: _without_none(value) if isinstance(value, Mapping) else value
+        for name, value in values.items()
+        if value is not None
+    }
+
+
+def _now() -> str:
+    return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())

@@ -1,0 +1,138 @@
+"""Everything a run needs, opened in the order of its price: cheap checks first, weights last."""
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from flax import nnx
+
+from gemma2_grpo.config import Config
+from gemma2_grpo.engine.checkpoint import clean_temporaries, restore_checkpoint, save_checkpoint
+from gemma2_grpo.engine.export import fingerprint, save_adapter
+from gemma2_grpo.engine.fetch import find_model
+from gemma2_grpo.engine.learner import Learner
+from gemma2_grpo.engine.lora import AdapterSize, adapter_size, add_lora
+from gemma2_grpo.engine.model import load_tokenizer, load_weights, make_mesh
+from gemma2_grpo.runs.run_directory import RunDirectory, check_free_space
+from gemma2_grpo.task.data import Example, Splits, drop_long
+
+# Two moments and the parameters themselves, in float32.
+_STATE_BYTES_PER_PARAMETER = 12
+
+
+@dataclass(frozen=True)
+class Session:
+    """A policy with its data, restored to where the run stands."""
+
+    config: Config
+    learner: Learner
+    train: tuple[Example, ...]
+    held_out: tuple[Example, ...]
+    finished_steps: int
+    facts: Mapping[str, Any]
+    """What run.json records."""
+    plan: Mapping[str, str]
+    """What is shown before the run starts."""
+    checkpoints: Path
+
+    def save(self, steps: int) -> None:
+        """Writes a checkpoint after so many finished steps."""
+        save_checkpoint(
+            self.checkpoints, steps, self.learner.state(), self.config.run.keep_checkpoints
+        )
+
+    def save_adapter(self, folder: Path) -> None:
+        """Writes the adapter as it is now."""
+        policy = self.learner.cluster.actor_trainer.model
+        save_adapter(policy, folder, self.config.model, self.facts["base_sha256"])
+
+    @contextmanager
+    def events(self, path: Path) -> Iterator[Callable[[Mapping[str, Any]], None]]:
+        """Yields what writes a step's record as TensorBoard events."""
+        if not self.config.run.tensorboard:
+            yield lambda record: None
+            return
+        from tensorboardX import SummaryWriter
+
+        with SummaryWriter(str(path / "tensorboard")) as writer:
+
+            def write(record: Mapping[str, Any]) -> None:
+                for name, value in record.items():
+                    writer.add_scalar(f"train/{name}", value, record["step"])
+
+            yield write
+
+
+def open_session(config: Config, splits: Splits, directory: RunDirectory) -> Session:
+    """Loads tokenizer and weights, adds adapters and restores the last checkpoint.
+
+    Raises:
+        UserError: for anything that the user can mend, before the weights load.
+    """
+    model_path = find_model(config.model.model)
+    mesh = make_mesh(config.model.mesh_shape)
+    tokenizer = load_tokenizer(model_path)
+
+    def count_tokens(prompt: str) -> int:
+        return len(tokenizer.encode(prompt))
+
+    limit = config.rollout.max_prompt_tokens
+    train, dropped = drop_long(splits.train, count_tokens, limit, config.rollout.prompts_per_step)
+    held_out, dropped_held_out = drop_long(
+        getattr(splits, config.data.eval_split), count_tokens, limit
+    )
+    reference = load_weights(model_path, config.model.dtype, mesh)
+    policy = add_lora(reference, config.model, mesh, config.run.seed)
+    size = adapter_size(policy)
+    needed = size.parameters * _STATE_BYTES_PER_PARAMETER * (config.run.keep_checkpoints + 1)
+    check_free_space(directory.path, needed)
+    learner = Learner(config, policy, reference, tokenizer, mesh)
+    clean_temporaries(directory.checkpoints)
+    restored = restore_checkpoint(directory.checkpoints, learner.state())
+    if restored:
+        learner.set_state(restored[1])
+    finished = restored[0] if restored else 0
+    facts = {
+        "devices": [str(device) for device in mesh.devices.ravel()],
+        "data": {"source": splits.source, "sha256": splits.sha256, "dropped": dropped},
+        "base_sha256": fingerprint(model_path),
+        "adapted_matrices": size.matrices,
+        "adapted_parameters": size.parameters,
+    }
+    plan = {
+        "devices": f"{mesh.devices.size} x {mesh.devices.ravel()[0].device_kind}, mesh "
+        f"{config.model.mesh_shape[0]} fsdp x {config.model.mesh_shape[1]} tp",
+        "model": _describe_model(config, reference),
+        "adapters": _describe_adapters(config, size),
+        "data": f"{splits.source}: {len(train)} train, {len(held_out)} {config.data.eval_split} "
+        f"problems; {dropped + dropped_held_out} too long, dropped",
+        "steps": _describe_steps(config, finished),
+        "run": str(directory.path),
+    }
+    return Session(config, learner, train, held_out, finished, facts, plan, directory.checkpoints)
+
+
+def _describe_model(config: Config, model: nnx.Module) -> str:
+    count = sum(int(np.prod(leaf.shape)) for leaf in jax.tree.leaves(nnx.state(model)))
+    return f"{config.model.model}, {count:,} parameters in {config.model.dtype}"
+
+
+def _describe_adapters(config: Config, size: AdapterSize) -> str:
+    return (
+        f"LoRA rank {config.model.lora_rank} on {size.matrices} matrices, "
+        f"{size.parameters:,} parameters in float32"
+    )
+
+
+def _describe_steps(config: Config, finished: int) -> str:
+    rollout, grpo = config.rollout, config.grpo
+    text = (
+        f"{config.run.max_steps} of {rollout.prompts_per_step} prompts x "
+        f"{rollout.num_generations} completions, {grpo.num_iterations} update"
+        f"{'s' if grpo.num_iterations > 1 else ''} each"
+    )
+    return f"{text}; {finished} done, resuming" if finished else text

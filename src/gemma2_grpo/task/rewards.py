@@ -1,0 +1,252 @@
+"""The reward of a completion: five components in [0, 1] and their weighted sum."""
+
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+from fractions import Fraction
+from itertools import groupby
+
+from gemma2_grpo.config import RewardConfig
+from gemma2_grpo.task.answers import (
+    NUMBER,
+    NUMBER_WORDS,
+    extract_number,
+    is_correct,
+    official_is_correct,
+    parse_number,
+    printable,
+)
+from gemma2_grpo.task.equations import Equation, find_equations
+from gemma2_grpo.task.prompts import parse_completion
+
+DEFAULT_WEIGHTS = RewardConfig()
+
+# Parts of the logic score.
+_RELEVANCE, _FOLLOWS, _TRANSITIONS = 0.75, 0.20, 0.05
+# What one false equation leaves of it. A share of the equations could be diluted by writing
+# more of them; a fixed price cannot.
+_AFTER_ERROR = 0.7
+# The answer must be the result of one of so many last equations.
+_LAST_EQUATIONS = 3
+
+_TRANSITION_WORDS = frozenset(
+    """altogether because finally first hence next now second since so step then therefore third
+    thus""".split()
+)
+_CUE_WORDS = frozenset("actually correction mistake oops recheck wait".split())
+_CUE = re.compile(
+    rf"\b(?:{'|'.join(sorted(_CUE_WORDS))}|correcting|error|wrong|incorrect|re-?do|re-check"
+    r"|double-check|check again|should be|let me (?:check|fix|correct|recompute|recalculate))\b",
+    re.IGNORECASE,
+)
+_KEYWORDS = _TRANSITION_WORDS | _CUE_WORDS
+# So many keywords, or equal words, side by side are no sentence.
+_STUFFING_RUN = 4
+# More corrected errors than this are a habit, not slips.
+_MAX_SLIPS = 3
+
+_WORDS_FROM, _WORDS_TO, _WORDS_END = 20, 200, 300
+
+_STEP_LABEL = re.compile(r"^\W*(?:step\s*)?[0-9]{0,3}[.:)]\s*")
+_SENTENCE_END = re.compile(r"\n|(?<=[.!?;])\s")
+
+# A solution may bring these along: neutral factors, the calendar, the clock, metric prefixes.
+_COMMON = frozenset(map(Fraction, (1, 2, 7, 10, 12, 24, 30, 31, 52, 60, 100, 365, 1000)))
+_WORDS = NUMBER_WORDS | {
+    **dict.fromkeys(["half", "halves", "halved", "twice", "double", "doubled", "doubles"], 2),
+    **dict.fromkeys(["couple", "pair", "second"], 2),
+    **dict.fromkeys(["third", "thirds", "thrice", "triple", "tripled", "triples"], 3),
+    **dict.fromkeys(["fourth", "fourths", "quarter", "quarters", "quadruple"], 4),
+    **dict.fromkeys(["fifth", "fifths"], 5),
+    **dict.fromkeys(["sixth", "sixths"], 6),
+    **dict.fromkeys(["dozen", "dozens"], 12),
+}
+
+
+@dataclass(frozen=True)
+class Score:
+    """What a completion earns and why. Components lie in [0, 1], before their weights."""
+
+    format: float
+    logic: float
+    accuracy: float
+    self_correction: float
+    length: float
+    total: float
+    """Weighted sum of the components."""
+    extracted: str | None
+    """The number of the answer block; None if it does not state exactly one."""
+    correct: bool
+    official_correct: bool
+    """By the official GSM8K extraction, to report beside `correct`."""
+    equations: tuple[Equation, ...]
+    """The distinct equations of the reasoning."""
+
+
+def score_completion(
+    completion: str,
+    answer: str,
+    question: str | None = None,
+    weights: RewardConfig = DEFAULT_WEIGHTS,
+) -> Score:
+    """Scores one completion. Never raises, whatever the model wrote, and takes linear time.
+
+    Args:
+        completion: What the model generated, with or without its stop token.
+        answer: The right answer: a number, or a GSM8K solution.
+        question: The problem, to see where numbers come from; without it all count as given.
+        weights: Weights of the components.
+    """
+    parsed = parse_completion(completion)
+    reasoning = parsed.reasoning or ""
+    value = extract_number(parsed.answer or "")
+    correct = is_correct(parsed.answer, answer)
+    equations = _distinct(find_equations(reasoning))
+    logic = _logic(reasoning, equations, value, correct, question)
+    components = {
+        "format": parsed.format,
+        "logic": logic,
+        "accuracy": float(correct),
+        "self_correction": logic if correct and _is_corrected(reasoning, equations, value) else 0.0,
+        "length": _length(reasoning) if correct and parsed.format == 1.0 and logic > 0 else 0.0,
+    }
+    return Score(
+        **components,
+        total=sum(getattr(weights, f"{name}_weight") * part for name, part in components.items()),
+        extracted=None if value is None else printable(value),
+        correct=correct,
+        official_correct=official_is_correct(completion, answer),
+        equations=tuple(equations),
+    )
+
+
+def _distinct(equations: Iterable[Equation]) -> list[Equation]:
+    """Drops repetitions, such as a calculation that a GSM8K annotation repeats."""
+    return list({_key(equation): equation for equation in reversed(list(equations))}.values())[::-1]
+
+
+def _key(equation: Equation) -> tuple[str, Fraction]:
+    """What makes two equations the same."""
+    return equation.expression, equation.results[0]
+
+
+def _logic(
+    reasoning: str,
+    equations: list[Equation],
+    answer: Fraction | None,
+    correct: bool,
+    question: str | None,
+) -> float:
+    """Whether the written equations are true, start from what is given and lead to the answer.
+
+    Nothing is paid without one true step that counts. Halved if the answer is wrong or does not
+    follow; scaled by the share of sentences that are no repetition.
+    """
+    steps = [step for step in equations if not (step.is_true and step.is_trivial)]
+    if question is not None:
+        copied = set(map(_key, find_equations(question)))
+        steps = [step for step in steps if _key(step) not in copied]
+    relevance = _relevance(steps, answer, None if question is None else _stated_numbers(question))
+    if relevance == 0:
+        return 0.0
+    follows = any(answer in step.results for step in steps[-_LAST_EQUATIONS:])
+    quality = _RELEVANCE * relevance + _FOLLOWS * follows + _TRANSITIONS * _has_transition(reasoning)
+    errors = sum(not step.is_true for step in steps)
+    halved = 1.0 if correct and follows else 0.5
+    return quality * _AFTER_ERROR**errors * halved * _distinct_share(reasoning)
+
+
+def _relevance(
+    steps: list[Equation], answer: Fraction | None, given: frozenset[Fraction] | None
+) -> float:
+    """Mean over the true steps of how much of each is known before and of use after it.
+
+    A step counts by the share of its operands that the question states or an earlier true step
+    has found, if its result is the answer or an operand of a later step; else it counts 0.
+    """
+    last_use = {operand: i for i, step in enumerate(steps) for operand in step.operands}
+    known = set(given or ())
+    counts: list[float] = []
+    for i, step in enumerate(steps):
+        if not step.is_true:
+            continue
+        is_used = any(r == answer or last_use.get(r, -1) > i for r in step.results)
+        is_known = [given is None or operand in known for operand in step.operands]
+        # Calendar and metric numbers are welcome, but start no calculation.
+        shared = [k or o in _COMMON for k, o in zip(is_known, step.operands, strict=True)]
+        counts.append(sum(shared) / len(shared) if is_used and any(is_known) else 0.0)
+        known.update(step.results, step.rewritten)
+    return sum(counts) / len(counts) if counts else 0.0
+
+
+def _stated_numbers(question: str) -> frozenset[Fraction]:
+    """Numbers that a question states in digits or words, with their hundredths and inverses."""
+    numbers = [parse_number(match[0]) for match in re.finditer(NUMBER, question)]
+    numbers += [Fraction(_WORDS[w]) for w in re.findall("[a-z]+", question.lower()) if w in _WORDS]
+    stated = {number for number in numbers if number is not None}
+    stated |= {number / 100 for number in stated}
+    return frozenset(stated | {1 / number for number in stated if number})
+
+
+def _is_corrected(reasoning: str, equations: list[Equation], answer: Fraction | None) -> bool:
+    """Whether there are false equations, and each was noticed, restated truly and made use of."""
+    errors = [equation for equation in equations if not equation.is_true]
+    return 0 < len(errors) <= _MAX_SLIPS and all(
+        any(
+            other.is_true
+            and other.expression == error.expression
+            and other.start > error.end
+            and _CUE.search(reasoning, error.end, other.start)
+            and _is_used(other, error, equations, answer)
+            for other in equations
+        )
+        for error in errors
+    )
+
+
+def _is_used(
+    fix: Equation, error: Equation, equations: list[Equation], answer: Fraction | None
+) -> bool:
+    """Whether what came out in place of an error is the answer, or calculated with after it."""
+    return answer in fix.results or any(
+        not set(fix.results).isdisjoint(other.operands) and other.expression != fix.expression
+        for other in equations
+        if other.start > error.end
+    )
+
+
+def _has_transition(reasoning: str) -> bool:
+    """Whether transition words join the steps, as opposed to being heaped up."""
+    words = _words(reasoning)
+    return not _TRANSITION_WORDS.isdisjoint(words) and not _is_stuffed(words)
+
+
+def _words(text: str) -> list[str]:
+    return [word.strip(".,:;!?*()") for word in text.lower().split()]
+
+
+def _is_stuffed(words: list[str]) -> bool:
+    """Whether keywords, or one word again and again, stand side by side."""
+    keywords = (run for is_key, run in groupby(words, _KEYWORDS.__contains__) if is_key)
+    repeats = (run for _, run in groupby(words))
+    return any(len(list(run)) >= _STUFFING_RUN for runs in (keywords, repeats) for run in runs)
+
+
+def _distinct_share(reasoning: str) -> float:
+    """Share of the sentences that repeat no other, step numbers aside."""
+    sentences = (_STEP_LABEL.sub("", part.lower()) for part in _SENTENCE_END.split(reasoning))
+    normal = [" ".join(sentence.split()) for sentence in sentences]
+    normal = [sentence for sentence in normal if sentence]
+    return len(set(normal)) / len(normal) if normal else 0.0
+
+
+def _length(reasoning: str) -> float:
+    """1 from 20 to 200 words, rising to it from none and falling to 0 at 300.
+
+    Repeated sentences and heaps of words earn nothing, or padding would pay.
+    """
+    words = _words(reasoning)
+    if _is_stuffed(words):
+        return 0.0
+    falling = (_WORDS_END - len(words)) / (_WORDS_END - _WORDS_TO)
+    return max(0.0, min(1.0, len(words) / _WORDS_FROM, falling)) * _distinct_share(reasoning)

@@ -1,0 +1,112 @@
+"""Scores of a batch of completions: our components, and a user's own reward if there is one."""
+
+import hashlib
+import importlib.util
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from gemma2_grpo.config import RewardConfig, UserError
+from gemma2_grpo.task.data import Example
+from gemma2_grpo.task.rewards import score_completion
+
+COMPONENTS = ("format", "logic", "accuracy", "self_correction", "length")
+
+Reward = Callable[[list[str], list[str], list[str]], Sequence[float | None]]
+"""A user's reward: (questions, completions, answers) -> one number, or None, per completion."""
+
+
+@dataclass(frozen=True)
+class Scorer:
+    """Scores completions by the configured weights, plus a user's own reward."""
+
+    weights: RewardConfig
+    reward: Reward | None = None
+
+    def __call__(
+        self, examples: Sequence[Example], completions: Sequence[str]
+    ) -> Mapping[str, np.ndarray]:
+        """Scores completions, aligned with their examples.
+
+        Returns:
+            Float64 arrays [N] by name: each component in [0, 1] before its weight; `total`, what
+            is trained on, NaN where the user's reward gave none; `correct` and
+            `official_correct` by our grader and GSM8K's; `equations` and `true_equations`, how
+            many were written and how many of them hold.
+        """
+        scores = [
+            score_completion(text, example.answer, example.question, self.weights)
+            for example, text in zip(examples, completions, strict=True)
+        ]
+        columns = (*COMPONENTS, "correct", "official_correct", "total")
+        table = {n: np.array([getattr(s, n) for s in scores], np.float64) for n in columns}
+        table["equations"] = np.array([len(s.equations) for s in scores], np.float64)
+        table["true_equations"] = np.array(
+            [sum(e.is_true for e in s.equations) for s in scores], np.float64
+        )
+        if self.reward is not None:
+            questions, answers = [e.question for e in examples], [e.answer for e in examples]
+            # Copies: what the function does to its arguments must not change what is trained on.
+            values = self.reward(questions, list(completions), answers)
+            table["custom"] = check_rewards(values, len(scores))
+            table["total"] = table["total"] + self.weights.reward_weight * table["custom"]
+        return table
+
+
+def check_rewards(values: Any, expected: int) -> np.ndarray:
+    """Turns what a reward function returned into float64 [N], NaN where it gave none.
+
+    Tunix takes NaN and None for 0 and spreads a single number over the batch; here an unscored
+    completion is left out, and a result of another length or kind is an error.
+
+    Raises:
+        UserError: if the result is not one finite number or None per completion.
+    """
+    mend = f"return one finite number, or None if unscorable, for each of {expected} completions"
+    if isinstance(values, str | bytes) or not hasattr(values, "__len__"):
+        raise UserError(f"reward: returned {type(values).__name__}; {mend}")
+    if len(values) != expected:
+        raise UserError(f"reward: returned {len(values)} values; {mend}")
+    rewards = np.full(expected, np.nan)
+    for i, value in enumerate(values):
+        if value is None:
+            continue
+        if isinstance(value, str | bytes):
+            raise UserError(f"reward: value {i} is {value!r}; {mend}")
+        try:
+            rewards[i] = float(value)
+        except (TypeError, ValueError):
+            raise UserError(f"reward: value {i} is {value!r}; {mend}") from None
+    if np.isinf(rewards).any():
+        raise UserError(f"reward: value {int(np.isinf(rewards).argmax())} is infinite; {mend}")
+    return rewards
+
+
+def load_reward(spec: str) -> tuple[Reward, str]:
+    """Loads `path.py:function`. This runs the file: it is trusted code.
+
+    Returns:
+        The function and the SHA-256 of its file.
+
+    Raises:
+        UserError: if there is no such file or function, or it does not load.
+    """
+    file, _, name = spec.rpartition(":")
+    path = Path(file)
+    if not file or not path.is_file():
+        raise UserError(f"reward = {spec!r}: no such file; write path/to/file.py:function")
+    module_spec = importlib.util.spec_from_file_location(f"reward_{path.stem}", path)
+    if module_spec is None or module_spec.loader is None:
+        raise UserError(f"reward = {spec!r}: not a Python file")
+    module = importlib.util.module_from_spec(module_spec)
+    try:
+        module_spec.loader.exec_module(module)
+    except Exception as error:  # Whatever the user's file raises is the user's to mend.
+        raise UserError(f"reward = {spec!r}: {type(error).__name__}: {error}") from error
+    function = getattr(module, name, None)
+    if not callable(function):
+        raise UserError(f"reward = {spec!r}: {path} has no function {name!r}")
+    return function, hashlib.sha256(path.read_bytes()).hexdigest()
