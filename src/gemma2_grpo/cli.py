@@ -87,7 +87,7 @@ class Sft:
         require_jax()
         from gemma2_grpo.runs.sft import sft
 
-        sft(config, self.to, self.config_name)
+        sft(config, self.to)
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ adapter, is computed here.
 
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
@@ -25,7 +25,7 @@ class Weights(NamedTuple):
     @property
     def embedding(self) -> jax.Array:
         """Embedding matrix, which is also the output head: [V, D]."""
-        return self.base["embedder"]["input_embedding"].get_value()
+        return cast(Any, self.base)["embedder"]["input_embedding"].get_value()
 
 
 @dataclass(frozen=True, eq=False)
@@ -37,7 +37,7 @@ class Network:
 
     def merge(self, weights: Weights) -> gemma.Gemma:
         """Puts the model together for one call."""
-        return nnx.merge(self.graphdef, *weights)
+        return cast(gemma.Gemma, nnx.merge(self.graphdef, *weights))
 
 
 def split_model(model: gemma.Gemma) -> tuple[Network, Weights]:
@@ -79,8 +79,8 @@ def hidden_states(
     model = network.merge(Weights(lora, weights.base))
     # The logits of this call are never used, so the compiler drops them.
     _, cache = model(tokens, positions, cache, mask, output_hidden_states=True)
-    hidden = nnx.pop(model, nnx.Intermediate)["all_hidden_states"].get_value()[-1]
-    return hidden, cache
+    sown = cast(Any, nnx.pop(model, nnx.Intermediate))["all_hidden_states"]
+    return sown.get_value()[-1], cache
 
 
 def output_logits(network: Network, weights: Weights, hidden: jax.Array) -> jax.Array:

@@ -4,7 +4,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import IntEnum
-from typing import Any
+from typing import Any, cast
 
 import jax
 import numpy as np
@@ -174,7 +174,7 @@ class Learner:
             scores=scores,
             advantages=advantages,
             updates=updates,
-            learning_rate=float(self._schedule(step * self.config.grpo.num_iterations)),
+            learning_rate=np.asarray(self._schedule(step * self.config.grpo.num_iterations)).item(),
             rollout_seconds=sampled - started,
             reward_seconds=scored - sampled,
             update_seconds=time.perf_counter() - scored,
@@ -212,6 +212,11 @@ class Learner:
                 )
             )
         return batches
+
+    @property
+    def policy(self) -> gemma.Gemma:
+        """The model that is trained, with its adapters."""
+        return cast(gemma.Gemma, self.cluster.actor_trainer.model)
 
     def state(self) -> dict[str, Any]:
         """Everything that training changes: adapters and optimizer."""

@@ -2,6 +2,7 @@
 
 import re
 from dataclasses import dataclass
+from typing import cast
 
 import jax
 import jax.numpy as jnp
@@ -48,7 +49,7 @@ def add_lora(base: gemma.Gemma, config: ModelConfig, mesh: Mesh, seed: int) -> g
             base, provider, **base.get_model_input(), rngs=nnx.Rngs(seed)
         )
     nnx.update(policy, _as_float32(nnx.state(policy, nnx.LoRAParam)))
-    return policy
+    return cast(gemma.Gemma, policy)
 
 
 def _check_patterns(base: gemma.Gemma, patterns: tuple[str, ...]) -> None:

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
@@ -91,12 +91,13 @@ class Updater:
 
     def __init__(self, trainer: Trainer, reference: gemma.Gemma, config: Config, mesh: Mesh):
         """Prepares the programs; each is compiled when first used."""
-        self._trainer = trainer
+        self._policy = cast(gemma.Gemma, trainer.model)
+        self._optimizer = trainer.optimizer
         self._mesh = mesh
         self._iterations = config.grpo.num_iterations
         self._reference_network, self._reference = split_model(reference)
-        self._policy_network, _ = split_model(with_remat(trainer.model, config.model.remat))
-        self._optimizer_def, _ = nnx.split(trainer.optimizer)
+        self._policy_network, _ = split_model(with_remat(self._policy, config.model.remat))
+        self._optimizer_def, _ = nnx.split(self._optimizer)
         logps = partial(
             completion_logps,
             temperature=config.rollout.temperature,
@@ -154,7 +155,7 @@ class Updater:
         references: Sequence[jax.Array],
         old: Sequence[jax.Array] | None,
     ) -> tuple[UpdateMetrics, list[jax.Array]]:
-        _, (lora, base) = split_model(self._trainer.model)
+        _, (lora, base) = split_model(self._policy)
         total, terms, all_logps = None, [], []
         for micro, ref, previous in zip(batch, references, old or references, strict=True):
             gradients, (term, logps) = self._gradients(
@@ -163,10 +164,10 @@ class Updater:
             total = gradients if total is None else self._add(total, gradients)
             terms.append(term)
             all_logps.append(logps)
-        _, state = nnx.split(self._trainer.optimizer)
+        _, state = nnx.split(self._optimizer)
         lora, state, grad_norm = self._apply(lora, base, state, total)
-        nnx.update(self._trainer.model, lora)
-        nnx.update(self._trainer.optimizer, state)
+        nnx.update(self._policy, lora)
+        nnx.update(self._optimizer, state)
         return _summarise(jax.device_get(terms), float(grad_norm)), all_logps
 
     def _applied(

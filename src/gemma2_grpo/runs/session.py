@@ -47,8 +47,7 @@ class Session:
 
     def save_adapter(self, folder: Path) -> None:
         """Writes the adapter as it is now."""
-        policy = self.learner.cluster.actor_trainer.model
-        save_adapter(policy, folder, self.config.model, self.facts["base_sha256"])
+        save_adapter(self.learner.policy, folder, self.config.model, self.facts["base_sha256"])
 
     @contextmanager
     def events(self, path: Path) -> Iterator[Callable[[Mapping[str, Any]], None]]:

@@ -72,7 +72,7 @@ _LATEX = re.compile(
     r"\\[dt]?frac\{([0-9]{1,9})\}\{([0-9]{1,9})\}"
     r"|\\(times|cdot|div|approx|left|right|text\w*|mathrm|mathbf|boxed|[^A-Za-z])"
 )
-_LATEX_MEANING = {"times": "*", "cdot": "*", "div": "/", "approx": "≈"}
+_LATEX_MEANING = {"times": "*", "cdot": "*", "div": "/", "approx": "≈", "%": "%"}
 _ANNOTATION = re.compile(r"<<([^<>\n]*)>>")
 
 # N number, S attached sign or operator, O operator, W word (of a unit), C word that joins
@@ -83,20 +83,20 @@ _LETTER = r"[^\W\d_]"
 _BEFORE_NUMBER = r"[ ]?[$€£(.]{0,3}[0-9]"
 _TOKEN = re.compile(
     rf"""
-    (?P<skip>[^\S\n]+|[$€£¥₹¢°_`{{}}"“”~#]+|[*][*]+)
-  | (?P<N>(?:(?:(?P<whole>[0-9]{{1,4}})[ ]|(?<=/[ ]))(?P<top>[0-9]{{1,4}})/(?P<bottom>[0-9]{{1,4}})(?![0-9])
+    (?P<skip>[^\S\n]+|[$€£¥₹¢°_`{{}}"“”~#&]+|[*][*]+)
+  | (?P<N>(?:(?:(?P<whole>[0-9]{{1,4}})[ ]|(?<=/[ ]))
+            (?P<top>[0-9]{{1,4}})/(?P<bottom>[0-9]{{1,4}})(?![0-9])
         |(?P<digits>{NUMBER}))
       (?P<scale>[ ]?(?:%|hundred\b|thousand\b|million\b|billion\b))?)
   | (?P<C>(?:because|since|so|if|thus|then|therefore)\b)
-  | (?P<P>(?:twice|thrice|half|double|triple|third|quarter|than|by|sum|product|difference)
-      (?:[ ]of)?(?:[ ]the)?\b)
+  | (?P<P>(?:twice|thrice|half|double|triple|third|quarter|than|by)(?:[ ]of)?(?:[ ]the)?\b)
   | (?P<S>(?<![\w)%.\]])[-−–+](?=[$€£(.]{{0,3}}[0-9]))
   | (?P<O>(?:times|multiplied[ ]by|divided[ ]by|plus|minus|[xX])(?={_BEFORE_NUMBER})
       |(?:(?<=%[ ])|(?<=/[0-9][ ])|(?<=/[0-9][0-9][ ]))of(?={_BEFORE_NUMBER})
       |[-−–](?!>|{_LETTER}{{2}})|/(?![ ]?{_LETTER}{{2}})|[+*×·∙∗÷])
   | (?P<W>(?:-|/[ ]?)?{_LETTER}(?:\w|['’-](?={_LETTER}))*|\([^()\d\n=]{{1,40}}\))
   | (?P<L>[(\[]) | (?P<R>[)\]])
-  | (?P<A>≈) | (?P<E>=+(?!>)) | (?P<X>[\^!√|\\]) | (?P<B>\n\s*|[^\n])
+  | (?P<A>≈) | (?P<E>=+(?!>)) | (?P<X>[\^√|\\]) | (?P<B>\n\s*|[^\n])
     """,
     re.VERBOSE,
 )
@@ -115,7 +115,7 @@ _APPLY = {
     "-": operator.sub,
     "*": operator.mul,
     "/": operator.truediv,
-    "negate": lambda zero, value: zero - value,
+    "negate": operator.sub,  # from 0
 }
 _PRECEDENCE = {"(": 0, "+": 1, "-": 1, "*": 2, "/": 2, "negate": 3}
 
@@ -127,9 +127,11 @@ def find_equations(text: str) -> list[Equation]:
     the text around them as if they were not there. A text of more than MAX_CHARS characters or
     MAX_EQUALS_SIGNS is no solution and has none.
     """
-    if len(text) > MAX_CHARS or text.count("=") > MAX_EQUALS_SIGNS:
+    if len(text) > MAX_CHARS:
         return []
     text = _LATEX.sub(_plain_latex, text)
+    if text.count("=") + text.count("≈") > MAX_EQUALS_SIGNS:
+        return []
     found = _find(_ANNOTATION.sub(lambda match: " " * len(match[0]), text), 0)
     for match in _ANNOTATION.finditer(text):
         found += _find(match[1], match.start(1))
@@ -228,25 +230,13 @@ def _decide(left: _Side, sign: str, right: _Side, text: str, offset: int) -> Equ
     if left_is_bare and (right_is_bare or not left.stands_alone):
         return None
     calculation, claim = reversed(sides) if left_is_bare else sides
-    may_round = (left_is_bare or right_is_bare) and (sign == "A" or claim[-1].decimals > 0)
-    is_true, value, result, is_scaled = False, Fraction(0), Fraction(0), True
-    # "10 / 50 = 20%" takes % for a hundredth, "10 / 50 * 100 = 20%" for a unit.
-    has_scale = any(number.scale != 1 for side in sides for number in _numbers(side))
-    for is_scaled in (True, False) if has_scale else (True,):
-        try:
-            value, result = (_evaluate(side, is_scaled) for side in (calculation, claim))
-        except ArithmeticError:
-            return None
-        place = claim[-1].scale if is_scaled else 1
-        tolerance = place / 10 ** claim[-1].decimals / 2 if may_round else 0
-        is_true = abs(value - result) <= tolerance
-        if is_true:
-            break
-    operands, rewritten = (
-        tuple(_value(number, is_scaled) for number in _numbers(side))
-        for side in (calculation, claim)
-    )
-    is_bare = len(rewritten) == 1
+    try:
+        value, result, is_true, is_scaled = _compare(calculation, claim, sign)
+    except ArithmeticError:
+        return None
+    operands = tuple(_value(number, is_scaled) for number in _numbers(calculation))
+    claimed = tuple(_value(number, is_scaled) for number in _numbers(claim))
+    scale = _numbers(claim)[-1].scale if len(claimed) == 1 else 1
     start, end = sides[0][0].start, sides[1][-1].end
     return Equation(
         text=" ".join(text[start:end].split()),
@@ -257,12 +247,33 @@ def _decide(left: _Side, sign: str, right: _Side, text: str, offset: int) -> Equ
             str(token.value) if token.kind == "N" else token.text for token in calculation
         ),
         operands=operands,
-        results=(result, _value(claim[-1], is_scaled=False)) if is_bare else (result,),
-        rewritten=() if is_bare else rewritten,
+        results=(result, result / scale if is_scaled else result * scale),
+        rewritten=claimed if len(claimed) > 1 else (),
         is_trivial=len(operands) == 2 and _is_trivial(calculation, *operands),
         start=offset + start,
         end=offset + end,
     )
+
+
+def _compare(
+    calculation: list[_Token], claim: list[_Token], sign: str
+) -> tuple[Fraction, Fraction, bool, bool]:
+    """Values of both sides, whether they agree, and whether scales were read as factors.
+
+    "10 / 50 = 20%" takes % for a hundredth and "10 / 50 * 100 = 20%" for a unit: either will do.
+    A single number may be rounded to its decimals; one without only after "about equal".
+    """
+    numbers = _numbers(calculation), _numbers(claim)
+    stated = numbers[1][-1]
+    may_round = len(numbers[1]) == 1 and (sign == "A" or stated.decimals > 0)
+    half = Fraction(may_round, 2 * 10**stated.decimals)
+    has_scale = any(number.scale != 1 for side in numbers for number in side)
+    value, result = _evaluate(calculation, True), _evaluate(claim, True)
+    is_true = abs(value - result) <= half * stated.scale
+    if is_true or not has_scale:
+        return value, result, is_true, True
+    value, result = _evaluate(calculation, False), _evaluate(claim, False)
+    return value, result, abs(value - result) <= half, False
 
 
 def _calculation(tokens: list[_Token], bracket: str) -> list[_Token]:
@@ -312,9 +323,9 @@ def _evaluate(tokens: list[_Token], is_scaled: bool) -> Fraction:
         elif after_operand:
             _apply_down_to(_PRECEDENCE[token.text], values, waiting)
             waiting.append(token.text)
-        else:
+        elif token.text == "-":
             values.append(Fraction(0))
-            waiting.append("negate" if token.text == "-" else "+")
+            waiting.append("negate")
         after_operand = token.kind in "NR"
     _apply_down_to(0, values, waiting)
     if waiting:

@@ -54,7 +54,7 @@ _SENTENCE_END = re.compile(r"\n|(?<=[.!?;])\s")
 _COMMON = frozenset(map(Fraction, (1, 2, 7, 10, 12, 24, 30, 31, 52, 60, 100, 365, 1000)))
 _WORDS = NUMBER_WORDS | {
     **dict.fromkeys(["half", "halves", "halved", "twice", "double", "doubled", "doubles"], 2),
-    **dict.fromkeys(["couple", "pair", "second"], 2),
+    **dict.fromkeys(["couple", "pair"], 2),
     **dict.fromkeys(["third", "thirds", "thrice", "triple", "tripled", "triples"], 3),
     **dict.fromkeys(["fourth", "fourths", "quarter", "quarters", "quadruple"], 4),
     **dict.fromkeys(["fifth", "fifths"], 5),
@@ -150,7 +150,9 @@ def _logic(
     if relevance == 0:
         return 0.0
     follows = any(answer in step.results for step in steps[-_LAST_EQUATIONS:])
-    quality = _RELEVANCE * relevance + _FOLLOWS * follows + _TRANSITIONS * _has_transition(reasoning)
+    quality = (
+        _RELEVANCE * relevance + _FOLLOWS * follows + _TRANSITIONS * _has_transition(reasoning)
+    )
     errors = sum(not step.is_true for step in steps)
     halved = 1.0 if correct and follows else 0.5
     return quality * _AFTER_ERROR**errors * halved * _distinct_share(reasoning)
@@ -162,15 +164,16 @@ def _relevance(
     """Mean over the true steps of how much of each is known before and of use after it.
 
     A step counts by the share of its operands that the question states or an earlier true step
-    has found, if its result is the answer or an operand of a later step; else it counts 0.
+    has found, if its result is the answer or an operand of a later step; else it counts 0. A
+    corrected step stands where the error stood.
     """
     last_use = {operand: i for i, step in enumerate(steps) for operand in step.operands}
+    place = {step.expression: i for i, step in reversed(list(enumerate(steps)))}
     known = set(given or ())
     counts: list[float] = []
-    for i, step in enumerate(steps):
-        if not step.is_true:
-            continue
-        is_used = any(r == answer or last_use.get(r, -1) > i for r in step.results)
+    for step in (step for step in steps if step.is_true):
+        first = place[step.expression]
+        is_used = any(r == answer or last_use.get(r, -1) > first for r in step.results)
         is_known = [given is None or operand in known for operand in step.operands]
         # Calendar and metric numbers are welcome, but start no calculation.
         shared = [k or o in _COMMON for k, o in zip(is_known, step.operands, strict=True)]

@@ -5,7 +5,7 @@ import importlib.util
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 
@@ -109,4 +109,4 @@ def load_reward(spec: str) -> tuple[Reward, str]:
     function = getattr(module, name, None)
     if not callable(function):
         raise UserError(f"reward = {spec!r}: {path} has no function {name!r}")
-    return function, hashlib.sha256(path.read_bytes()).hexdigest()
+    return cast(Reward, function), hashlib.sha256(path.read_bytes()).hexdigest()
