@@ -210,7 +210,7 @@ class SupervisedConfig:
     sloppy_steps: int = 0
     """Last steps that follow a sloppy teacher (procedural data only)."""
     sloppy_learning_rate: float = 1e-3
-    """Constant learning rate of those steps."""
+    """Learning rate at the start of those steps; it decays to a twentieth."""
     seed: int = 0
 
 

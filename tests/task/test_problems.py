@@ -171,7 +171,7 @@ def test_sloppy_breaks_exactly_one_tag(problems):
 def test_sloppy_rates_leave_a_little_under_half_right(problems):
     rng = np.random.default_rng(0)
     right = np.mean([is_right(problem, sloppy(problem, rng)) for problem in problems])
-    assert 0.43 < right < 0.50
+    assert 0.36 < right < 0.42
     mostly = dict(minus_rate=0.0, times_rate=0.0)
     right = np.mean([is_right(problem, sloppy(problem, rng, **mostly)) for problem in problems])
     np.testing.assert_allclose(right, 0.92 * 0.90, atol=0.02)

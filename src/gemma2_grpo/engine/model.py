@@ -211,12 +211,15 @@ class _Float32RMSNorm(gemma.RMSNorm):
     """RMSNorm computed in float32, as Gemma 2 was trained.
 
     Tunix's runs in the type of the activations; in bfloat16 that loses what the norm is for.
-    Source: Gemma2RMSNorm in transformers, which casts to float32 and back.
+    Source: Gemma2RMSNorm in transformers, which casts to float32, adds 1 to the scale there, and
+    casts back.
     """
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        normed = super().__call__(x.astype(jnp.float32))
-        return normed.astype(x.dtype)
+        wide = x.astype(jnp.float32)
+        inverse = jax.lax.rsqrt(jnp.mean(jnp.square(wide), axis=-1, keepdims=True) + 1e-6)
+        scale = 1 + self.scale.get_value().astype(jnp.float32)
+        return (wide * inverse * scale).astype(x.dtype)
 
 
 def _prepare(model: gemma.Gemma, scale: float) -> gemma.Gemma:

@@ -4,6 +4,7 @@ import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
+from unicodedata import category
 
 from rich.console import Console
 from rich.markup import escape
@@ -102,7 +103,7 @@ class Display:
     ) -> None:
         """Shows one completion with its scores."""
         parts = "  ".join(f"{name} {record[name]:.2f}" for name in (*RISING, "total"))
-        body = f"[dim]{escape(question)}[/dim]\n{escape(completion)}"
+        body = f"[dim]{_inert(question)}[/dim]\n{_inert(completion)}"
         self.console.print(Panel(body, title=f"step {step}: {parts}", title_align="left"))
 
     def held_out(self, step: int, measurement: Measurement) -> None:
@@ -152,6 +153,12 @@ _ROWS = (
     ("mean reward, sampled", ("sampled", "reward"), False),
     ("tokens", ("mean_tokens",), False),
 )
+
+
+def _inert(text: str) -> str:
+    """Text that neither rich nor a terminal takes for instructions."""
+    controls = {c: "\ufffd" for c in text if category(c).startswith("C") and c != "\n"}
+    return escape(text.translate(str.maketrans(controls)))
 
 
 def _value(record: Mapping[str, Any], path: tuple[str, ...]) -> float | None:

@@ -1,6 +1,6 @@
 """Measuring a model on held-out problems, greedy and sampled."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from itertools import cycle, islice
 from typing import Any
@@ -107,13 +107,14 @@ def _sampled(
 ) -> Sampled:
     texts, _ = _complete(learner, examples, samples, on_batch)
     table = score([example for example in examples for _ in range(samples)], texts)
+    total = table["total"]
     correct = table["correct"].reshape(-1, samples).sum(axis=1).astype(int).tolist()
     return Sampled(
         samples=samples,
         pass_at_1=pass_at_k(correct, samples, 1),
         pass_at_k=pass_at_k(correct, samples, samples),
         format=float((table["format"] == 1).mean()),
-        reward=float(np.nanmean(table["total"])),
+        reward=float(np.nanmean(total)) if np.isfinite(total).any() else 0.0,
         true_equations=_share(table["true_equations"], table["equations"]),
     )
 
@@ -124,19 +125,18 @@ def _complete(
     """Texts of `group` completions per example, and the length and truncation of each."""
     texts: list[str] = []
     stats: list[tuple[int, bool]] = []
-    done = 0
-    for index, batch in enumerate(_batches(learner, examples, group)):
+    size = _batch_prompts(learner, group)
+    for index, start in enumerate(range(0, len(examples), size)):
+        kept = min(size, len(examples) - start)
+        # A last, short batch is filled up with others, so that one program serves all.
+        batch = islice(cycle(examples), start, start + size)
         prompts = [render_prompt(example.question) for example in batch]
         # Greedy decoding draws nothing; sampling draws from a stream that training never sees.
         key = fold_key(learner.config.run.seed, Stream.EVAL, group, index)
-        completions = learner.generate(
-            _filled(prompts, learner, group), group, key, greedy=group == 1
-        )
-        kept = len(batch) * group
-        texts += completions.texts[:kept]
-        stats += _stats(completions)[:kept]
-        done += len(batch)
-        on_batch(len(batch))
+        completions = learner.generate(prompts, group, key, greedy=group == 1)
+        texts += completions.texts[: kept * group]
+        stats += _stats(completions)[: kept * group]
+        on_batch(kept)
     return texts, stats
 
 
@@ -147,19 +147,6 @@ def _stats(completions: Completions) -> list[tuple[int, bool]]:
 def _batch_prompts(learner: Learner, group: int) -> int:
     """Prompts at one time: as many completions whether they are greedy or sampled."""
     return max(1, learner.config.run.eval_batch_prompts // group)
-
-
-def _batches(
-    learner: Learner, examples: Sequence[Example], group: int
-) -> Iterator[Sequence[Example]]:
-    size = _batch_prompts(learner, group)
-    for start in range(0, len(examples), size):
-        yield examples[start : start + size]
-
-
-def _filled(prompts: list[str], learner: Learner, group: int) -> list[str]:
-    """Fills a last, short batch up, so that one program serves all."""
-    return list(islice(cycle(prompts), _batch_prompts(learner, group)))
 
 
 def _share(part: np.ndarray, whole: np.ndarray) -> float:

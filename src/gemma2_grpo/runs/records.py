@@ -9,6 +9,7 @@ from gemma2_grpo.engine.learner import StepResult
 from gemma2_grpo.task.scoring import COMPONENTS
 
 RISING = ("format", "logic", "accuracy")
+_AVERAGED = (*COMPONENTS, "custom", "correct", "official_correct")
 _WINDOW = 5
 _NOTABLE_RISE = 0.02
 
@@ -23,7 +24,7 @@ def step_record(step: int, result: StepResult) -> dict[str, Any]:
         "step": step + 1,
         "reward": _mean(total),
         "reward_std": float(np.nanstd(total)) if np.isfinite(total).any() else 0.0,
-        **{name: _mean(scores[name]) for name in (*COMPONENTS, "correct", "official_correct")},
+        **{name: _mean(scores[name]) for name in _AVERAGED if name in scores},
         "true_equations": float(scores["true_equations"].sum() / max(scores["equations"].sum(), 1)),
         "completion_tokens": float(lengths.mean()),
         "truncated": float(completions.is_truncated.mean()),

@@ -17,7 +17,13 @@ import tomli_w
 from gemma2_grpo.config import Config, ConfigError, UserError, from_mapping, read_toml
 
 # Fields of [run] that change nothing that is computed.
-_FREE_FIELDS = ("keep_checkpoints", "sample_every_steps", "tensorboard", "eval_every_steps")
+_FREE_FIELDS = (
+    "checkpoint_every_steps",
+    "eval_every_steps",
+    "keep_checkpoints",
+    "sample_every_steps",
+    "tensorboard",
+)
 _PACKAGES = ("gemma2-grpo-reasoning", "google-tunix", "qwix", "jax", "jaxlib", "flax", "optax")
 
 
@@ -31,9 +37,12 @@ class RunDirectory:
             UserError: if it cannot be written, is in use, or belongs to another configuration.
         """
         self.path = path
+        self._config = config
+        self._allow_config_change = allow_config_change
+        self._is_new = not path.exists()
         try:
             path.mkdir(parents=True, exist_ok=True)
-            self._lock = (path / ".lock").open("w")
+            self._lock = (path / ".lock").open("a")
         except OSError as error:
             raise UserError(f"run directory {path}: cannot be written ({error.strerror})") from None
         try:
@@ -42,16 +51,8 @@ class RunDirectory:
             raise UserError(
                 f"run directory {path}: another process is writing to it; choose another --run"
             ) from None
-        changed = self._changed_fields(config)
-        if changed and not allow_config_change:
-            raise ConfigError(
-                f"run directory {path} was made with {changed[0]}; choose another --run, or "
-                "resume with --allow-config-change"
-            )
-        values = _without_none(dataclasses.asdict(config))
-        self._write("config.toml", tomli_w.dumps(values))
-        if changed:
-            self.append("changes.jsonl", {"time": _now(), "changed": changed})
+        self._changed = self._changed_fields(config)
+        self._refuse_changes()
 
     @property
     def checkpoints(self) -> Path:
@@ -79,8 +80,42 @@ class RunDirectory:
             if name not in _FREE_FIELDS and old != dataclasses.asdict(config)[section][name]
         ]
 
+    def check_same(self, name: str, sha256: str | None) -> None:
+        """Refuses data, weights or code that are not those that the run was made with.
+
+        Args:
+            name: A fact that `describe` records.
+            sha256: Its value now.
+
+        Raises:
+            ConfigError: if another value was recorded.
+        """
+        try:
+            recorded = json.loads((self.path / "run.json").read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            return
+        if recorded.get(name, sha256) != sha256:
+            self._changed.append(f"{name} = {recorded[name]}, not {sha256}")
+            self._refuse_changes()
+
+    def _refuse_changes(self) -> None:
+        if self._changed and not self._allow_config_change:
+            self.close()
+            raise ConfigError(
+                f"run directory {self.path} was made with {self._changed[0]}; choose another "
+                "--run, or resume with --allow-config-change"
+            )
+
     def describe(self, facts: Mapping[str, Any]) -> None:
-        """Writes run.json: versions, machine, command, and the facts of this run."""
+        """Writes what the run is made with, once it is known that it can start.
+
+        That is config.toml, and run.json with versions, machine, command and the facts given;
+        changes.jsonl if an earlier run in this directory was made with something else.
+        """
+        values = _without_none(dataclasses.asdict(self._config))
+        self._write("config.toml", tomli_w.dumps(values))
+        if self._changed:
+            self.append("changes.jsonl", {"time": _now(), "changed": self._changed})
         versions = {"python": platform.python_version()}
         for name in _PACKAGES:
             try:
@@ -102,15 +137,18 @@ class RunDirectory:
 
     def append(self, name: str, record: Mapping[str, Any]) -> None:
         """Appends a JSON line."""
-        with (self.path / name).open("a", encoding="utf-8") as file:
-            file.write(json.dumps(record, ensure_ascii=False) + "\n")
+        try:
+            with (self.path / name).open("a", encoding="utf-8") as file:
+                file.write(json.dumps(record, ensure_ascii=False) + "\n")
+        except OSError as error:
+            raise self._cannot_write(name, error) from None
 
     def records(self, name: str) -> Iterator[dict[str, Any]]:
         """JSON lines written so far; a last line that was cut off is left out."""
         path = self.path / name
         if not path.exists():
             return
-        with path.open(encoding="utf-8") as file:
+        with path.open("rb") as file:  # A line may have been cut off within a character.
             for line in file:
                 try:
                     yield json.loads(line)
@@ -118,10 +156,15 @@ class RunDirectory:
                     return
 
     def forget_after(self, steps: int) -> None:
-        """Drops the records of steps that a resumed run does again."""
+        """Drops the records of what a resumed run does again: steps, and a half measurement."""
+        measured = {record["step"] for record in self.records("evaluations.jsonl")}
         for name in ("metrics.jsonl", "completions.jsonl", "evaluations.jsonl"):
-            kept = [record for record in self.records(name) if record["step"] <= steps]
-            lines = [json.dumps(record, ensure_ascii=False) + "\n" for record in kept]
+            lines = [
+                json.dumps(record, ensure_ascii=False) + "\n"
+                for record in self.records(name)
+                if record["step"] <= steps
+                and (record.get("kind") != "held_out" or record["step"] in measured)
+            ]
             self._write(name, "".join(lines))
 
     def _write(self, name: str, text: str) -> None:
@@ -131,12 +174,17 @@ class RunDirectory:
             temporary.write_text(text, encoding="utf-8")
             temporary.replace(self.path / name)
         except OSError as error:
-            raise UserError(
-                f"run directory {self.path}: {name} cannot be written ({error.strerror})"
-            ) from None
+            temporary.unlink(missing_ok=True)
+            raise self._cannot_write(name, error) from None
+
+    def _cannot_write(self, name: str, error: OSError) -> UserError:
+        return UserError(f"run directory {self.path}: {name} cannot be written ({error.strerror})")
 
     def close(self) -> None:
-        """Lets another process have the directory."""
+        """Lets another process have the directory; removes a new one that nothing is in."""
+        if self._is_new and list(self.path.iterdir()) == [self.path / ".lock"]:
+            shutil.rmtree(self.path)
+        self._is_new = False
         self._lock.close()
 
 

@@ -9,8 +9,9 @@ from typing import Any
 import jax
 import numpy as np
 from flax import nnx
+from safetensors import SafetensorError
 
-from gemma2_grpo.config import Config
+from gemma2_grpo.config import Config, UserError
 from gemma2_grpo.engine.checkpoint import clean_temporaries, restore_checkpoint, save_checkpoint
 from gemma2_grpo.engine.export import fingerprint, save_adapter
 from gemma2_grpo.engine.fetch import find_model
@@ -40,14 +41,31 @@ class Session:
     checkpoints: Path
 
     def save(self, steps: int) -> None:
-        """Writes a checkpoint after so many finished steps."""
-        save_checkpoint(
-            self.checkpoints, steps, self.learner.state(), self.config.run.keep_checkpoints
-        )
+        """Writes a checkpoint after so many finished steps.
+
+        Raises:
+            UserError: if it cannot be written; earlier ones are kept.
+        """
+        keep = self.config.run.keep_checkpoints
+        try:
+            save_checkpoint(self.checkpoints, steps, self.learner.state(), keep)
+        except OSError as error:
+            raise UserError(
+                f"run directory {self.checkpoints.parent}: {error}; the checkpoints before it are "
+                "kept: mend the cause and run again"
+            ) from None
 
     def save_adapter(self, folder: Path) -> None:
-        """Writes the adapter as it is now."""
-        save_adapter(self.learner.policy, folder, self.config.model, self.facts["base_sha256"])
+        """Writes the adapter as it is now.
+
+        Raises:
+            UserError: if it cannot be written.
+        """
+        base = self.facts["base_sha256"]
+        try:
+            save_adapter(self.learner.policy, folder, self.config.model, base)
+        except (OSError, SafetensorError) as error:
+            raise UserError(f"{folder}: the adapter cannot be written ({error})") from None
 
     @contextmanager
     def events(self, path: Path) -> Iterator[Callable[[Mapping[str, Any]], None]]:
@@ -84,21 +102,21 @@ def open_session(config: Config, splits: Splits, directory: RunDirectory) -> Ses
     held_out, dropped_held_out = drop_long(
         getattr(splits, config.data.eval_split), count_tokens, limit
     )
+    base_sha256 = fingerprint(model_path)
+    directory.check_same("data_sha256", splits.sha256)
+    directory.check_same("base_sha256", base_sha256)
     reference = load_weights(model_path, config.model.dtype, mesh)
     policy = add_lora(reference, config.model, mesh, config.run.seed)
     size = adapter_size(policy)
     needed = size.parameters * _STATE_BYTES_PER_PARAMETER * (config.run.keep_checkpoints + 1)
     check_free_space(directory.path, needed)
     learner = Learner(config, policy, reference, tokenizer, mesh)
-    clean_temporaries(directory.checkpoints)
-    restored = restore_checkpoint(directory.checkpoints, learner.state())
-    if restored:
-        learner.set_state(restored[1])
-    finished = restored[0] if restored else 0
+    finished = _restore(learner, directory.checkpoints)
     facts = {
         "devices": [str(device) for device in mesh.devices.ravel()],
-        "data": {"source": splits.source, "sha256": splits.sha256, "dropped": dropped},
-        "base_sha256": fingerprint(model_path),
+        "data": {"source": splits.source, "dropped": dropped},
+        "data_sha256": splits.sha256,
+        "base_sha256": base_sha256,
         "adapted_matrices": size.matrices,
         "adapted_parameters": size.parameters,
     }
@@ -113,6 +131,24 @@ def open_session(config: Config, splits: Splits, directory: RunDirectory) -> Ses
         "run": str(directory.path),
     }
     return Session(config, learner, train, held_out, finished, facts, plan, directory.checkpoints)
+
+
+def _restore(learner: Learner, checkpoints: Path) -> int:
+    """Puts the last good checkpoint back; returns its number of finished steps."""
+    clean_temporaries(checkpoints)
+    try:
+        restored = restore_checkpoint(checkpoints, learner.state())
+    except OSError as error:
+        raise UserError(str(error)) from None
+    finished, state = restored or (0, None)
+    if state is not None:
+        learner.set_state(state)
+    if finished > learner.config.run.max_steps:
+        raise UserError(
+            f"max_steps = {learner.config.run.max_steps} is less than the {finished} steps that "
+            "are done; raise it"
+        )
+    return finished
 
 
 def _describe_model(config: Config, model: nnx.Module) -> str:

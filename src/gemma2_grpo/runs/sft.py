@@ -2,10 +2,13 @@
 
 import dataclasses
 import shutil
+import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+from safetensors import SafetensorError
 
 from gemma2_grpo.config import OptimizerConfig, SftConfig, UserError
 from gemma2_grpo.engine.export import merge_lora, save_model
@@ -51,8 +54,7 @@ def sft(config: SftConfig, to: Path, *, display: Display | None = None) -> Path:
         UserError: for anything that the user can mend.
     """
     display = display or Display()
-    if (to / "model.safetensors").exists():
-        raise UserError(f"{to}: holds a model already; choose another --to")
+    _check_target(to)
     source = find_model(config.model.model, needs_weights=config.sft.init == "pretrained")
     tokenizer = load_tokenizer(source)
     phases = _phases(config, tokenizer)
@@ -86,15 +88,45 @@ def sft(config: SftConfig, to: Path, *, display: Display | None = None) -> Path:
             )
     if not config.sft.train_base:
         trained = merge_lora(trained, base, config.model)
+    scale = 1.0 if config.sft.init == "random" else query_scale(source)
+    try:
+        _write_model(to, source, trained, scale)
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"{to}: the model could not be written ({error})") from None
+    display.note(f"model directory: {to}")
+    return to
+
+
+def _check_target(to: Path) -> None:
+    """Refuses a directory that cannot be written, or holds a model."""
+    try:
+        if any(to.glob("*.safetensors")):
+            raise UserError(f"{to}: holds a model already; choose another --to")
+        is_new = not to.exists()
+        to.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=to):
+            pass
+        if is_new:  # Until there is something to put into it.
+            to.rmdir()
+    except OSError as error:
+        raise UserError(
+            f"{to}: cannot be written ({error.strerror}); choose another --to"
+        ) from None
+
+
+def _write_model(to: Path, source: Path, model: Any, query_scale: float) -> None:
+    """Writes a model directory; the weights come last and whole, so that they stand for all."""
     to.mkdir(parents=True, exist_ok=True)
     for pattern in _COPIED:
         for file in source.glob(pattern):
             if file.resolve().parent != to.resolve():
                 shutil.copy(file, to)
-    scale = 1.0 if config.sft.init == "random" else query_scale(source)
-    save_model(trained, to / "model.safetensors", "bfloat16", scale)
-    display.note(f"model directory: {to}")
-    return to
+    temporary = to / ".model.safetensors.tmp"
+    try:
+        save_model(model, temporary, "bfloat16", query_scale)
+        temporary.replace(to / "model.safetensors")
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 Phase = tuple[str, int, DrawBatch, OptimizerConfig]
@@ -126,7 +158,7 @@ def _phases(config: SftConfig, tokenizer: Tokenizer) -> list[Phase]:
             config.optimizer,
             learning_rate=sft.sloppy_learning_rate,
             warmup_fraction=0.0,
-            final_lr_fraction=1.0,
+            final_lr_fraction=0.05,
         )
         phases.append(
             ("sloppy teacher", sft.sloppy_steps, _drawer(config, tokenizer, careless), steady)

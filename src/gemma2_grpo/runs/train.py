@@ -52,10 +52,12 @@ def train(
     path = run_dir or Path("runs") / Path(config_name).stem
     directory = RunDirectory(path, config, allow_config_change=allow_config_change)
     try:
-        if directory.result:
+        result = directory.result
+        if result and result["after"]["step"] >= config.run.max_steps:
             display.note(f"{path} is finished; its result:")
-            _show_result(display, directory.result)
+            _show_result(display, result)
             return path
+        directory.check_same("reward_sha256", reward_sha256)
         if reward:
             display.note(f"reward {config.rewards.reward} (sha256 {reward_sha256}) is run as code")
         session = open_session(config, splits, directory)
@@ -89,9 +91,9 @@ class _Run:
         config, directory = self._config, self._directory
         first = self._session.finished_steps
         directory.forget_after(first)
-        before = self._earlier_measurement() or self._measure(0, config.run.eval_samples)
+        before = self._measured(0, config.run.eval_samples)
         self._train(first, config.run.max_steps)
-        after = self._measure(config.run.max_steps, config.run.eval_samples)
+        after = self._measured(config.run.max_steps, config.run.eval_samples)
         self._session.save_adapter(directory.path / ADAPTER)
         result = {
             "before": before,
@@ -102,10 +104,11 @@ class _Run:
         _show_result(self._display, result)
         self._display.note(f"run directory: {directory.path}")
 
-    def _earlier_measurement(self) -> dict[str, Any] | None:
-        """The measurement before training, when a resumed run has it already."""
+    def _measured(self, step: int, samples: int) -> dict[str, Any]:
+        """The measurement after so many steps, which a resumed run may have already."""
         records = self._directory.records("evaluations.jsonl")
-        return next((record for record in records if record["step"] == 0), None)
+        earlier = (record for record in records if record["step"] == step)
+        return next(earlier, None) or self._measure(step, samples)
 
     def _measure(self, step: int, samples: int) -> dict[str, Any]:
         held_out = self._session.held_out
@@ -133,7 +136,10 @@ class _Run:
             events = stack.enter_context(self._session.events(self._directory.path))
             started = time.perf_counter()
             show = stack.enter_context(self._display.training(first, total))
+            every = config.run.eval_every_steps
             for step in range(first, total):
+                if step and every and step % every == 0:
+                    self._measured(step, 0)
                 record = self._step(step)
                 done = step + 1
                 record["seconds_left"] = (
@@ -150,9 +156,6 @@ class _Run:
                     self._session.save(done)
                 if self._stop_signal:
                     raise SystemExit(128 + self._stop_signal)
-                every = config.run.eval_every_steps
-                if every and done % every == 0 and done < total:
-                    self._measure(done, 0)
 
     def _step(self, step: int) -> dict[str, Any]:
         """Runs one step and logs its completions; returns its record."""

@@ -36,10 +36,14 @@ NUMBER_WORDS = {word: value for value, word in enumerate(_WORDS.split())} | {
 
 # Everything that looks like a number, well formed or not, with what belongs to it.
 _CURRENCY = r"(?:\b[A-Z]{1,2}\$|\b(?i:usd|eur|gbp|rs\.?)|\\?\$|[€£¥₹])\s?"
+# In place of a minus sign people write hyphens and dashes of many kinds, but no em dash.
+_DASH = r"[-‐‑‒–−﹣－]"
 _DIGITS = r"(?:(?<![A-Za-z])\.)?[0-9][0-9.,]*"
 _CANDIDATE = re.compile(
-    rf"(?P<sign>[-−–+]?)(?:{_CURRENCY})?(?P<inner>[-−–]?)(?P<top>{_DIGITS})(?:/(?P<bottom>{_DIGITS}))?"
-    r"(?P<scale>[kKM]\b|\s+(?:hundred|thousand|million|billion)\b)?"
+    rf"(?P<sign>{_DASH}|\+|)(?:{_CURRENCY})?(?P<inner>{_DASH}?)"
+    r"(?:(?P<whole>[0-9]{1,4})[ ](?=[0-9]{1,4}/[0-9]))?"
+    rf"(?P<top>{_DIGITS})(?:/(?P<bottom>{_DIGITS}))?"
+    r"(?P<scale>[kKM]\b|\s+(?i:hundred|thousand|million|billion)\b)?"
 )
 _LATEX_FRACTION = re.compile(r"\\[dt]?frac\{([0-9]{1,30})\}\{([0-9]{1,30})\}")
 _AREA_OR_VOLUME = re.compile(r"(?:(?<=[A-Za-z][A-Za-z])|(?<= m))(?:[²³]|\^[23])")
@@ -49,18 +53,23 @@ _LATEX_MARKUP = frozenset(
 )
 
 # What makes the one number something else than the answer. NUL stands for the number.
+_ANY_WORD = "|".join(NUMBER_WORDS)
 _HEDGE = re.compile(
     rf"""
-    \b(?:or|nor|not|cannot|never|either|neither|between)\b | n['’]t\b   # another
-    | \b(?:than|at\ least|at\ most|up\ to|over|under|nearly|almost)\b\W{{0,4}}\0        # a bound
-    | \b(?:minus|negative|plus|times|below|factorial|squared|cubed|sqrt|root|log)\b     # a term
-    | \b(?:half|third|quarter|twice|double|triple)\ (?:of\ )?\W{{0,4}}\0
-    | \band\ (?:an?\ )?(?:half|third|quarter|{"|".join(NUMBER_WORDS)})\b
-    | [+^<>≤≥≠±×÷·√∞|] | != | \A[^A-Za-z]*\0! | \s\*\s | /(?![A-Za-z])                     # a formula
-    | (?<![A-Za-z\0])[-−–] | [-−–](?![A-Za-z])    # a dash that is neither sign nor hyphen
-    | [A-Za-z]\(?\0                              # a name or a function
+    (?:\b(?:not|never|cannot|neither)|n['’]t)\b.*\0                        # denied
+    | \0.*\bis(?:\ not|n['’]t)\ (?:the|right|correct|it)\b
+    | \bor\W{{0,4}}\0 | \0\W{{0,4}}or\b | \b(?:{_ANY_WORD})\ or\b           # an alternative
+    | \bor\ (?:so|more|less|fewer|maybe|perhaps|{_ANY_WORD})\b
+    | \bat\ (?:least|most)\b | \b(?<!left\ )over\W{{0,4}}\0                 # a bound
+    | \b(?:than|up\ to|under|below|above|nearly|almost|between)\W{{0,4}}\0
+    | \b(?:minus|negative|plus|below\ zero|factorial|squared|cubed)\b       # a term of a formula
+    | \b(?:half|third|quarter|twice|double|triple|times|root|sqrt|log)\ (?:of\ )?\W{{0,4}}\0
+    | \band\ (?:an?\ )?(?:half|third|quarter|{_ANY_WORD})\b
+    | [+^<>≤≥≠±×÷·√∞|] | != | \s\*\s | /(?![A-Za-z]) | \A[^A-Za-z]*\0!
+    | (?<![A-Za-z\0]){_DASH} | {_DASH}(?![A-Za-z]) | —\0     # a dash, neither sign nor hyphen
+    | [A-Za-z]\(?\0                                         # part of a name, or an argument
     """,
-    re.IGNORECASE | re.VERBOSE,
+    re.DOTALL | re.IGNORECASE | re.VERBOSE,
 )
 
 # Source: openai/grade-school-math, grade_school_math/dataset.py.
@@ -71,8 +80,8 @@ OFFICIAL_INVALID = "[invalid]"
 def extract_number(text: str) -> Fraction | None:
     """Reads the one number that an answer block states.
 
-    Currency, percent (72% is 72), units, markdown, LaTeX markup, thousands commas, a/b and
-    "5 million" are allowed, and so is a sentence. Anything that leaves a doubt gives None: no
+    Currency, percent (72% is 72), units, markdown, LaTeX markup, thousands commas, a/b, "1 1/2",
+    "5 million" and a sentence around it are allowed, "about 18" too. A doubt gives None: no
     number or several, a malformed one ("1,08"), more than 30 digits, non-ASCII digits, a
     formula, a negation, an alternative or a bound ("not 18", "18 or 20", "less than 18").
     """
@@ -95,8 +104,9 @@ def parse_number(text: str) -> Fraction | None:
     """Value of a number written with ASCII digits; None if malformed or over 30 digits."""
     if len(text) > 2 * MAX_DIGITS or not re.fullmatch(NUMBER, text):
         return None
-    digits = text.replace(",", "")
-    return Fraction(digits) if len(digits.replace(".", "")) <= MAX_DIGITS else None
+    whole, _, decimals = text.replace(",", "").partition(".")
+    digits = whole + decimals
+    return Fraction(int(digits), 10 ** len(decimals)) if len(digits) <= MAX_DIGITS else None
 
 
 def printable(value: Fraction) -> str:
@@ -151,11 +161,16 @@ def _has_foreign_number(text: str) -> bool:
 
 
 def _value(match: re.Match[str]) -> Fraction | None:
-    """Value of a candidate; None where it is malformed."""
+    """Value of a candidate, which may be mixed ("1 1/2"); None where it is malformed."""
     top = parse_number(match["top"].rstrip(".,"))
     bottom = parse_number((match["bottom"] or "1").rstrip(".,"))
     if top is None or not bottom or (match["sign"] and match["inner"]):
         return None
-    scale = SCALES[match["scale"].strip()] if match["scale"] else 1
-    negative = (match["sign"] or match["inner"] or "+") != "+"
-    return (-1 if negative else 1) * scale * top / bottom
+    value = top / bottom
+    if match["whole"]:
+        if value >= 1:
+            return None
+        value += int(match["whole"])
+    scale = match["scale"] or ""
+    value *= SCALES.get(scale, SCALES.get(scale.strip().lower(), 1))
+    return value if (match["sign"] or match["inner"] or "+") == "+" else -value

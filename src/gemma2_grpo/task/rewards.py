@@ -122,7 +122,10 @@ def score_completion(
 
 def _distinct(equations: Iterable[Equation]) -> list[Equation]:
     """Drops repetitions, such as a calculation that a GSM8K annotation repeats."""
-    return list({_key(equation): equation for equation in reversed(list(equations))}.values())[::-1]
+    first: dict[tuple[str, Fraction], Equation] = {}
+    for equation in equations:
+        first.setdefault(_key(equation), equation)
+    return list(first.values())
 
 
 def _key(equation: Equation) -> tuple[str, Fraction]:
@@ -142,10 +145,7 @@ def _logic(
     Nothing is paid without one true step that counts. Halved if the answer is wrong or does not
     follow; scaled by the share of sentences that are no repetition.
     """
-    steps = [step for step in equations if not (step.is_true and step.is_trivial)]
-    if question is not None:
-        copied = set(map(_key, find_equations(question)))
-        steps = [step for step in steps if _key(step) not in copied]
+    steps = _steps(equations, question)
     relevance = _relevance(steps, answer, None if question is None else _stated_numbers(question))
     if relevance == 0:
         return 0.0
@@ -156,6 +156,24 @@ def _logic(
     errors = sum(not step.is_true for step in steps)
     halved = 1.0 if correct and follows else 0.5
     return quality * _AFTER_ERROR**errors * halved * _distinct_share(reasoning)
+
+
+def _steps(equations: list[Equation], question: str | None) -> list[Equation]:
+    """Drops what is no work: equations of the question, and trivial ones.
+
+    "1 x 6 = 6" is a step all the same where an earlier one has found the 1.
+    """
+    copied = set(map(_key, find_equations(question or "")))
+    steps: list[Equation] = []
+    found: set[Fraction] = set()
+    for equation in equations:
+        is_idle = equation.is_trivial and found.isdisjoint({0, 1}.intersection(equation.operands))
+        if _key(equation) in copied or (equation.is_true and is_idle):
+            continue
+        steps.append(equation)
+        if equation.is_true:
+            found.update(equation.results)
+    return steps
 
 
 def _relevance(

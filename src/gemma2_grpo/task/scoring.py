@@ -2,6 +2,7 @@
 
 import hashlib
 import importlib.util
+import traceback
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -48,15 +49,29 @@ class Scorer:
             [sum(e.is_true for e in s.equations) for s in scores], np.float64
         )
         if self.reward is not None:
-            questions, answers = [e.question for e in examples], [e.answer for e in examples]
-            # Copies: what the function does to its arguments must not change what is trained on.
-            values = self.reward(questions, list(completions), answers)
-            table["custom"] = check_rewards(values, len(scores))
+            table["custom"] = self._custom(self.reward, examples, completions)
             table["total"] = table["total"] + self.weights.reward_weight * table["custom"]
         return table
 
+    def _custom(
+        self, reward: Reward, examples: Sequence[Example], completions: Sequence[str]
+    ) -> np.ndarray:
+        """What the user's reward gives, in float64 [N]."""
+        # A partial or an object with __call__ has no name of its own.
+        name = f"reward {self.weights.reward or getattr(reward, '__name__', repr(reward))}"
+        questions, answers = [e.question for e in examples], [e.answer for e in examples]
+        try:
+            # Copies: what the function does to its arguments must not change what is trained on.
+            values = reward(questions, list(completions), answers)
+        except Exception as error:  # Whatever the user's function raises is the user's to mend.
+            last = traceback.extract_tb(error.__traceback__)[-1]
+            raise UserError(
+                f"{name}: raised {type(error).__name__}: {error} ({last.filename}:{last.lineno})"
+            ) from error
+        return check_rewards(values, len(completions), name)
 
-def check_rewards(values: Any, expected: int) -> np.ndarray:
+
+def check_rewards(values: Any, expected: int, name: str = "reward") -> np.ndarray:
     """Turns what a reward function returned into float64 [N], NaN where it gave none.
 
     Tunix takes NaN and None for 0 and spreads a single number over the batch; here an unscored
@@ -66,23 +81,27 @@ def check_rewards(values: Any, expected: int) -> np.ndarray:
         UserError: if the result is not one finite number or None per completion.
     """
     mend = f"return one finite number, or None if unscorable, for each of {expected} completions"
-    if isinstance(values, str | bytes) or not hasattr(values, "__len__"):
-        raise UserError(f"reward: returned {type(values).__name__}; {mend}")
+    is_array = getattr(values, "ndim", 0) == 1  # NumPy's and JAX's; those of no axis have a len.
+    if not is_array and not isinstance(values, list | tuple):
+        raise UserError(f"{name}: returned {_describe(values)}; {mend}")
     if len(values) != expected:
-        raise UserError(f"reward: returned {len(values)} values; {mend}")
+        raise UserError(f"{name}: returned {len(values)} values; {mend}")
     rewards = np.full(expected, np.nan)
     for i, value in enumerate(values):
         if value is None:
             continue
-        if isinstance(value, str | bytes):
-            raise UserError(f"reward: value {i} is {value!r}; {mend}")
         try:
-            rewards[i] = float(value)
-        except (TypeError, ValueError):
-            raise UserError(f"reward: value {i} is {value!r}; {mend}") from None
-    if np.isinf(rewards).any():
-        raise UserError(f"reward: value {int(np.isinf(rewards).argmax())} is infinite; {mend}")
+            rewards[i] = np.inf if isinstance(value, str | bytes) else float(value)
+        except (TypeError, ValueError, OverflowError):
+            rewards[i] = np.inf
+        if np.isinf(rewards[i]):
+            raise UserError(f"{name}: value {i} is {value!r}; {mend}")
     return rewards
+
+
+def _describe(values: Any) -> str:
+    shape = getattr(values, "shape", None)
+    return type(values).__name__ if shape is None else f"an array of shape {shape}"
 
 
 def load_reward(spec: str) -> tuple[Reward, str]:

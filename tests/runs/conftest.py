@@ -1,0 +1,207 @@
+"""A small random model, small configurations, and runs that several tests look at."""
+
+import dataclasses
+import io
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import jax
+import ml_dtypes
+import numpy as np
+import pytest
+from jax.experimental.compilation_cache import compilation_cache
+from rich.console import Console
+from safetensors.numpy import save_file
+
+from gemma2_grpo.config import Config, check, from_mapping, read_toml
+from gemma2_grpo.runs.display import Display
+from gemma2_grpo.runs.train import train
+
+EMBEDDED = Path(str(resources.files("gemma2_grpo") / "assets" / "tiny-gemma2"))
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
+
+# Gives each completion another reward, and stops its process in the middle of a call if told to.
+REWARD = """
+import os
+import signal
+
+calls = 0
+
+
+def reward(questions, completions, answers):
+    global calls
+    calls += 1
+    if os.environ.get("STOP_AT_CALL") == str(calls):
+        os.kill(os.getpid(), int(os.environ["STOP_SIGNAL"]))
+    return [sum(map(ord, text)) % 97 / 97 for text in completions]
+"""
+
+SMALL: dict[str, dict[str, Any]] = {
+    "model": {"dtype": "float32", "lora_rank": 2, "lora_alpha": 2.0, "mesh_shape": [1, 1]},
+    "data": {"dataset": "procedural", "num_train_samples": 3, "num_test_samples": 3},
+    "rollout": {
+        "num_generations": 4,
+        "prompts_per_step": 2,
+        "max_prompt_tokens": 56,
+        "max_completion_tokens": 8,
+    },
+    "grpo": {"num_iterations": 1},
+    "optimizer": {"learning_rate": 1e-2, "max_grad_norm": 1.0},
+    "run": {
+        "max_steps": 5,
+        "eval_every_steps": 2,
+        "eval_samples": 2,
+        "eval_batch_prompts": 4,
+        "checkpoint_every_steps": 2,
+        "keep_checkpoints": 5,
+        "sample_every_steps": 2,
+    },
+}
+
+
+@pytest.fixture(scope="session", autouse=True)
+def compiled_once(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
+    """Keeps compiled programs for the session, in this process and those it starts.
+
+    Yields the environment that makes another process use them.
+    """
+    settings = {
+        "jax_compilation_cache_dir": str(tmp_path_factory.mktemp("compiled")),
+        "jax_persistent_cache_min_compile_time_secs": 0,
+        "jax_persistent_cache_min_entry_size_bytes": -1,
+    }
+    before = {name: getattr(jax.config, name) for name in settings}
+    for name, value in settings.items():
+        jax.config.update(name, value)
+    compilation_cache.reset_cache()
+    yield {name.upper(): str(value) for name, value in settings.items()}
+    for name, value in before.items():
+        jax.config.update(name, value)
+    compilation_cache.reset_cache()
+
+
+@pytest.fixture(scope="session")
+def write_model() -> Callable[..., Path]:
+    """Writes a Gemma 2 with random weights as a Hugging Face directory, without using our code."""
+
+    def write(folder: Path, *, dtype: str = "float32", shards: int = 1, **sizes: int) -> Path:
+        folder.mkdir(parents=True, exist_ok=True)
+        config = json.loads((EMBEDDED / "config.json").read_text()) | sizes
+        kinds = ("sliding_attention", "full_attention")
+        config["layer_types"] = [kinds[i % 2] for i in range(config["num_hidden_layers"])]
+        config["query_pre_attn_scalar"] = config["head_dim"]
+        (folder / "config.json").write_text(json.dumps(config))
+        for name in TOKENIZER_FILES:
+            shutil.copy(EMBEDDED / name, folder)
+        kind = np.dtype(ml_dtypes.bfloat16) if dtype == "bfloat16" else np.dtype(dtype)
+        _save_shards(folder, _random_tensors(config, kind), shards)
+        return folder
+
+    return write
+
+
+def _random_tensors(config: dict[str, Any], kind: np.dtype) -> dict[str, np.ndarray]:
+    rng = np.random.default_rng(0)
+    width, inner = config["hidden_size"], config["intermediate_size"]
+    queries = config["num_attention_heads"] * config["head_dim"]
+    keys = config["num_key_value_heads"] * config["head_dim"]
+
+    def matrix(rows: int, columns: int, deviation: float | None = None) -> np.ndarray:
+        values = rng.standard_normal((rows, columns), np.float32)
+        return (values * (deviation or columns**-0.5)).astype(kind)
+
+    tensors = {"model.embed_tokens.weight": matrix(config["vocab_size"], width, 0.1)}
+    for i in range(config["num_hidden_layers"]):
+        shapes = {
+            "self_attn.q_proj": (queries, width),
+            "self_attn.k_proj": (keys, width),
+            "self_attn.v_proj": (keys, width),
+            "self_attn.o_proj": (width, queries),
+            "mlp.gate_proj": (inner, width),
+            "mlp.up_proj": (inner, width),
+            "mlp.down_proj": (width, inner),
+        }
+        for name, shape in shapes.items():
+            tensors[f"model.layers.{i}.{name}.weight"] = matrix(*shape)
+        for name in ("input", "post_attention", "pre_feedforward", "post_feedforward"):
+            tensors[f"model.layers.{i}.{name}_layernorm.weight"] = np.zeros(width, kind)
+    tensors["model.norm.weight"] = np.zeros(width, kind)
+    return tensors
+
+
+def _save_shards(folder: Path, tensors: dict[str, np.ndarray], shards: int) -> None:
+    if shards == 1:
+        save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+        return
+    where = {name: i * shards // len(tensors) + 1 for i, name in enumerate(tensors)}
+    files = {name: f"model-{at:05d}-of-{shards:05d}.safetensors" for name, at in where.items()}
+    for file in set(files.values()):
+        chosen = {name: value for name, value in tensors.items() if files[name] == file}
+        save_file(chosen, folder / file, metadata={"format": "pt"})
+    size = sum(value.nbytes for value in tensors.values())
+    index = {"metadata": {"total_size": size}, "weight_map": files}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+
+
+@pytest.fixture(scope="session")
+def tiny_model_dir(
+    write_model: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory
+) -> Path:
+    """A random Gemma 2 of two layers with the embedded tokenizer."""
+    sizes = {"num_hidden_layers": 2, "hidden_size": 64, "intermediate_size": 96}
+    return write_model(tmp_path_factory.mktemp("models") / "tiny", **sizes)
+
+
+@pytest.fixture(scope="session")
+def reward_spec(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A reward under which even a random model has something to learn."""
+    file = tmp_path_factory.mktemp("rewards") / "varied.py"
+    file.write_text(REWARD)
+    return f"{file}:reward"
+
+
+@pytest.fixture(scope="session")
+def make_config(tiny_model_dir: Path, reward_spec: str) -> Callable[..., Config]:
+    """Makes a configuration of seconds on the random model; sections override its fields."""
+
+    def make(**changes: dict[str, Any]) -> Config:
+        values = {name: dict(section) for name, section in SMALL.items()}
+        values["model"]["model"] = str(tiny_model_dir)
+        values["rewards"] = {"reward": reward_spec}
+        for name, section in changes.items():
+            values.setdefault(name, {}).update(section)
+        return check(from_mapping(Config, values, "test"))
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def quiet_train() -> Callable[..., str]:
+    """Runs or resumes a training run in this process, and returns what it showed."""
+
+    def run(config: Config, folder: Path, **options: bool) -> str:
+        shown = io.StringIO()
+        display = Display(Console(file=shown, width=100, highlight=False))
+        train(config, folder, "test", display=display, **options)
+        return shown.getvalue()
+
+    return run
+
+
+@pytest.fixture(scope="session", params=[1, 3], ids=["mu=1", "mu=3"])
+def straight_run(
+    request: pytest.FixtureRequest,
+    make_config: Callable[..., Config],
+    quiet_train: Callable[..., str],
+    tmp_path_factory: pytest.TempPathFactory,
+) -> tuple[Config, Path]:
+    """A finished run without interruption."""
+    config = make_config(grpo={"num_iterations": request.param})
+    folder = tmp_path_factory.mktemp("runs") / f"straight{request.param}"
+    quiet_train(config, folder)
+    return config, folder
