@@ -135,9 +135,7 @@ def changed() -> Callable[..., Config]:
     def change(config: Config, **fields: Any) -> Config:
         for name, value in fields.items():
             section = next(
-                s.name
-                for s in dataclasses.fields(config)
-                if hasattr(getattr(config, s.name), name)
+                s.name for s in dataclasses.fields(config) if hasattr(getattr(config, s.name), name)
             )
             new = dataclasses.replace(getattr(config, section), **{name: value})
             config = dataclasses.replace(config, **{section: new})
@@ -241,4 +239,3 @@ def adapters() -> Callable[[gemma.Gemma], dict[str, np.ndarray]]:
         return {"/".join(map(str, path)): np.asarray(v.get_value()) for path, v in flat}
 
     return read
-

@@ -1,6 +1,5 @@
 """Weights in and out: logits are those of transformers, shards are right, mistakes are named."""
 
-import dataclasses
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -118,7 +117,10 @@ def test_soft_caps_windows_and_query_scale_matter_in_these_models(
         ("query_pre_attn_scalar", 12),
     ]:
         other = goldens.write_model(tmp_path / name, goldens.SMALL | {name: value}, 3)
-        assert abs(engine_logits(load_weights(other, "float32", mesh), tokens) - reference).max() > 0.01
+        assert (
+            abs(engine_logits(load_weights(other, "float32", mesh), tokens) - reference).max()
+            > 0.01
+        )
 
 
 def test_stock_query_scale_is_that_of_head_dim(
@@ -136,7 +138,7 @@ def test_stock_query_scale_is_that_of_head_dim(
 
 
 class TestBfloat16:
-    def test_norm_is_that_of_float32_rounded_once(self, goldens: ModuleType, mesh: Mesh) -> None:
+    def test_norm_is_that_of_float32_rounded_once(self, small_directory: Path, mesh: Mesh) -> None:
         """Tunix's RMSNorm runs in bfloat16 throughout; its errors are several roundings large."""
         random = np.random.default_rng(0)
         x = jnp.asarray(random.standard_normal((50, 64)), jnp.bfloat16)
@@ -147,10 +149,10 @@ class TestBfloat16:
         exact = normed * (1 + np.asarray(stock.scale.get_value(), np.float64))
         rounded = exact.astype(ml_dtypes.bfloat16)
 
-        from gemma2_grpo.engine.model import _prepare
-
         assert np.mean(np.asarray(stock(x)) != rounded) > 0.2
-        ours = np.asarray(_prepare(stock, 1.0)(x))
+        model = load_weights(small_directory, "bfloat16", mesh)
+        model.final_norm.scale.set_value(stock.scale.get_value())
+        ours = np.asarray(model.final_norm(x))
         assert ours.dtype == ml_dtypes.bfloat16
         # Float32 and float64 may fall on different sides of a tie.
         assert np.mean(ours != rounded) < 0.002
@@ -158,8 +160,9 @@ class TestBfloat16:
     def test_logits_stay_near_those_of_float32(
         self, small_directory: Path, goldens: ModuleType, mesh: Mesh
     ) -> None:
-        """With logits of deviation 1.5, bfloat16 is off by at most 0.15 and by 0.02 in the mean;
-        with Tunix's RMSNorm it is farther off.
+        """With logits of deviation 1.7, bfloat16 is off by at most 0.15 and by 0.02 in the mean.
+
+        With Tunix's RMSNorm in bfloat16 it is farther off.
         """
         tokens, is_real = goldens.padded_tokens(64, seed=1)
         exact = engine_logits(load_weights(small_directory, "float32", mesh), tokens)[is_real]
@@ -171,8 +174,394 @@ class TestBfloat16:
             str(small_directory), read_architecture(small_directory), mesh, jnp.bfloat16
         )
         theirs = abs(engine_logits(stock, tokens)[is_real] - exact)
-        print(exact.std(), ours.max(), ours.mean(), theirs.max(), theirs.mean())
         assert exact.std() > 1
         assert ours.max() < 0.15
         assert ours.mean() < 0.02
-        assert theirs.mean() > 1.2 * ours.mean()
+        assert theirs.mean() > 1.1 * ours.mean()
+
+
+class TestRoundTrip:
+    def test_tensors_come_back_as_they_were(
+        self, small_directory: Path, mesh: Mesh, tmp_path: Path
+    ) -> None:
+        model = load_weights(small_directory, "float32", mesh)
+        save_model(model, tmp_path / "model.safetensors", "float32")
+        before = load_file(small_directory / "model.safetensors")
+        after = load_file(tmp_path / "model.safetensors")
+        assert after.keys() == before.keys()
+        for name, value in before.items():
+            np.testing.assert_array_equal(after[name], value, err_msg=name)
+
+    @pytest.mark.parametrize("heads", [2, 4])
+    def test_query_scale_is_undone(
+        self, heads: int, goldens: ModuleType, mesh: Mesh, tmp_path: Path
+    ) -> None:
+        # sqrt(8 / 32) is a power of two, so that nothing is rounded on the way.
+        values = goldens.SMALL | {"query_pre_attn_scalar": 32, "num_key_value_heads": heads}
+        source = goldens.write_model(tmp_path / "source", values, seed=0)
+        assert query_scale(source) == 0.5
+        model = load_weights(source, "float32", mesh)
+        attention = model.layers[0].attn
+        scaled = attention.qkv_einsum.w[0] if heads == 4 else attention.q_einsum.w.get_value()
+        before = load_file(source / "model.safetensors")
+        query = before["model.layers.0.self_attn.q_proj.weight"]
+        np.testing.assert_array_equal(scaled, 0.5 * query.reshape(4, 8, 32).transpose(0, 2, 1))
+
+        save_model(model, tmp_path / "out.safetensors", "float32", query_scale(source))
+        after = load_file(tmp_path / "out.safetensors")
+        for name, value in before.items():
+            np.testing.assert_array_equal(after[name], value, err_msg=name)
+
+    def test_bfloat16_is_rounded_once(
+        self, small_directory: Path, mesh: Mesh, tmp_path: Path
+    ) -> None:
+        model = load_weights(small_directory, "float32", mesh)
+        save_model(model, tmp_path / "model.safetensors", "bfloat16")
+        before = load_file(small_directory / "model.safetensors")
+        with safe_open(tmp_path / "model.safetensors", framework="numpy") as after:
+            for name, value in before.items():
+                expected = value.astype(ml_dtypes.bfloat16)
+                np.testing.assert_array_equal(after.get_tensor(name), expected, err_msg=name)
+
+    @pytest.mark.oracle
+    @pytest.mark.parametrize("heads", [2, 4])
+    def test_transformers_loads_what_is_saved(
+        self, heads: int, goldens: ModuleType, mesh: Mesh, tmp_path: Path
+    ) -> None:
+        pytest.importorskip("transformers")
+        values = goldens.SMALL | {"query_pre_attn_scalar": 12, "num_key_value_heads": heads}
+        source = goldens.write_model(tmp_path / "source", values, seed=0)
+        target = goldens.write_model(tmp_path / "target", values, seed=1)
+        model = load_weights(source, "float32", mesh)
+        save_model(model, target / "model.safetensors", "float32", query_scale(source))
+        tokens, is_real = goldens.padded_tokens(64, seed=1)
+        np.testing.assert_allclose(
+            goldens.transformers_logits(target, tokens, is_real)[is_real],
+            engine_logits(model, tokens)[is_real],
+            atol=1e-4,
+        )
+
+
+class TestShards:
+    SPECS = {
+        "embedder/input_embedding": PartitionSpec("tp", "fsdp"),
+        "final_norm/scale": PartitionSpec("tp"),
+        "attn/q_einsum/w": PartitionSpec("tp", "fsdp", None),
+        "attn/kv_einsum/w": PartitionSpec(None, "tp", "fsdp", None),
+        "attn/attn_vec_einsum/w": PartitionSpec("tp", None, "fsdp"),
+        "mlp/gate_proj/kernel": PartitionSpec("fsdp", "tp"),
+        "mlp/up_proj/kernel": PartitionSpec("fsdp", "tp"),
+        "mlp/down_proj/kernel": PartitionSpec("tp", "fsdp"),
+        "norm/scale": PartitionSpec("tp"),
+    }
+
+    def test_every_device_holds_its_part(
+        self, base: gemma.Gemma, wide_base: gemma.Gemma, wide_mesh: Mesh
+    ) -> None:
+        whole = dict(nnx.to_flat_state(nnx.state(base, nnx.Param)))
+        for path, variable in nnx.to_flat_state(nnx.state(wide_base, nnx.Param)):
+            name, value = "/".join(map(str, path)), variable.get_value()
+            spec = next(spec for end, spec in self.SPECS.items() if name.endswith(end))
+            assert value.sharding.mesh == wide_mesh
+            assert value.sharding.spec == spec, name
+            expected = np.asarray(whole[path].get_value())
+            for shard in value.addressable_shards:
+                np.testing.assert_array_equal(shard.data, expected[shard.index], err_msg=name)
+
+    def test_a_key_head_and_its_queries_lie_on_one_device(
+        self, base: gemma.Gemma, wide_base: gemma.Gemma, wide_mesh: Mesh
+    ) -> None:
+        whole = base.layers[1].attn
+        parts = wide_base.layers[1].attn
+        shards = {s.device: s.data for s in parts.kv_einsum.w.get_value().addressable_shards}
+        queries = {s.device: s.data for s in parts.q_einsum.w.get_value().addressable_shards}
+        for (row, column), device in np.ndenumerate(wide_mesh.devices):
+            width = slice(16 * row, 16 * row + 16)
+            np.testing.assert_array_equal(
+                shards[device], whole.kv_einsum.w[:, column : column + 1, width]
+            )
+            np.testing.assert_array_equal(
+                queries[device], whole.q_einsum.w[2 * column : 2 * column + 2, width]
+            )
+
+    def test_logits_do_not_depend_on_the_mesh(
+        self, base: gemma.Gemma, wide_base: gemma.Gemma, wide_mesh: Mesh
+    ) -> None:
+        tokens = np.random.default_rng(0).integers(3, 496, (2, 20)).astype(np.int32)
+        with wide_mesh:
+            actual = engine_logits(wide_base, tokens)
+        np.testing.assert_allclose(actual, engine_logits(base, tokens), atol=2e-5)
+
+    def test_random_weights_do_not_depend_on_the_mesh(
+        self, tiny_directory: Path, mesh: Mesh, wide_mesh: Mesh
+    ) -> None:
+        architecture = read_architecture(tiny_directory)
+        one = random_weights(architecture, "float32", mesh, seed=5)
+        wide = dict(
+            nnx.to_flat_state(nnx.state(random_weights(architecture, "float32", wide_mesh, 5)))
+        )
+        other = dict(nnx.to_flat_state(nnx.state(random_weights(architecture, "float32", mesh, 6))))
+        seen = []
+        for path, variable in nnx.to_flat_state(nnx.state(one)):
+            value = np.asarray(variable.get_value())
+            name = "/".join(map(str, path))
+            spec = next(spec for end, spec in self.SPECS.items() if name.endswith(end))
+            assert wide[path].get_value().sharding.spec == spec
+            np.testing.assert_array_equal(wide[path].get_value(), value, err_msg=name)
+            if name.endswith("scale"):
+                assert not value.any()
+                continue
+            # Fan-in is 32 but for the MLP's and the attention's outputs, where it is 64.
+            fan_in = 64 if "down_proj" in name or "attn_vec" in name else 32
+            expected = 0.02 if "embedding" in name else fan_in**-0.5
+            assert value.std() == pytest.approx(expected, rel=0.1), name
+            assert not np.array_equal(other[path].get_value(), value)
+            assert not any(np.array_equal(value, earlier) for earlier in seen)
+            seen.append(value)
+
+
+def _rewrite(directory: Path, change: Callable[[dict[str, np.ndarray]], Any]) -> None:
+    tensors = load_file(directory / "model.safetensors")
+    change(tensors)
+    save_file(tensors, directory / "model.safetensors", metadata={"format": "pt"})
+
+
+class TestBadInput:
+    @pytest.fixture
+    def directory(self, goldens: ModuleType, tmp_path: Path) -> Path:
+        return goldens.write_model(tmp_path, goldens.SMALL, seed=0)
+
+    def refusal(self, directory: Path, mesh: Mesh) -> str:
+        with pytest.raises(UserError) as caught:
+            load_weights(directory, "float32", mesh)
+        message = str(caught.value)
+        assert "\n" not in message
+        return message
+
+    def test_no_config(self, directory: Path, mesh: Mesh) -> None:
+        (directory / "config.json").unlink()
+        assert self.refusal(directory, mesh) == (
+            f"{directory}/config.json: not a readable model configuration "
+            f"([Errno 2] No such file or directory: '{directory}/config.json')"
+        )
+
+    @pytest.mark.parametrize("content", ["{", "", "[1]", "3", '"gemma2"'])
+    def test_a_config_that_is_none(self, content: str, directory: Path, mesh: Mesh) -> None:
+        (directory / "config.json").write_text(content)
+        start = f"{directory}/config.json: not a readable model configuration ("
+        assert self.refusal(directory, mesh).startswith(start)
+
+    def test_a_config_that_lacks_a_size(
+        self, goldens: ModuleType, directory: Path, mesh: Mesh
+    ) -> None:
+        values = {k: v for k, v in goldens.SMALL.items() if k not in ("head_dim", "hidden_size")}
+        (directory / "config.json").write_text(json.dumps(values))
+        assert self.refusal(directory, mesh) == (
+            f"{directory}/config.json: lacks head_dim, hidden_size; is it a Gemma 2?"
+        )
+
+    @pytest.mark.parametrize(
+        ("name", "value", "problem"),
+        [
+            ("model_type", "llama", "model_type = 'llama' is not supported; only 'gemma2' is"),
+            ("rms_norm_eps", 1e-5, "rms_norm_eps = 1e-05 is not supported; only 1e-06 is"),
+            ("attention_bias", True, "attention_bias = True is not supported; only False is"),
+            (
+                "hidden_activation",
+                "relu",
+                "hidden_activation = 'relu' is not supported; only 'gelu_pytorch_tanh' is",
+            ),
+            ("rope_theta", 500000.0, "rope_theta = 500000.0 is not supported"),
+        ],
+    )
+    def test_what_tunix_does_not_compute(
+        self,
+        name: str,
+        value: Any,
+        problem: str,
+        goldens: ModuleType,
+        directory: Path,
+        mesh: Mesh,
+    ) -> None:
+        (directory / "config.json").write_text(json.dumps(goldens.SMALL | {name: value}))
+        assert self.refusal(directory, mesh) == f"{directory}/config.json: {problem}"
+
+    def test_rope_theta_as_transformers_5_writes_it(
+        self, goldens: ModuleType, directory: Path, mesh: Mesh
+    ) -> None:
+        values = {k: v for k, v in goldens.SMALL.items() if k != "rope_theta"}
+        for theta in (10000.0, 20000.0):
+            values["rope_parameters"] = {"rope_theta": theta, "rope_type": "default"}
+            (directory / "config.json").write_text(json.dumps(values))
+            if theta == 10000.0:
+                load_weights(directory, "float32", mesh)
+            else:
+                assert self.refusal(directory, mesh) == (
+                    f"{directory}/config.json: rope_theta = 20000.0 is not supported"
+                )
+
+    def test_no_weights(self, directory: Path, mesh: Mesh) -> None:
+        (directory / "model.safetensors").unlink()
+        assert self.refusal(directory, mesh) == (
+            f"{directory}: no *.safetensors file; is it a model directory?"
+        )
+
+    def test_a_missing_tensor(self, directory: Path, mesh: Mesh) -> None:
+        _rewrite(directory, lambda tensors: tensors.pop("model.layers.2.mlp.up_proj.weight"))
+        assert self.refusal(directory, mesh) == (
+            f"{directory}: 1 tensors are missing, such as model.layers.2.mlp.up_proj.weight; "
+            "a shard may not have been downloaded"
+        )
+
+    def test_a_missing_shard(self, directory: Path, mesh: Mesh) -> None:
+        tensors = load_file(directory / "model.safetensors")
+        (directory / "model.safetensors").unlink()
+        first = {k: v for k, v in tensors.items() if "layers.3" not in k}
+        save_file(first, directory / "model-00001-of-00002.safetensors")
+        assert self.refusal(directory, mesh) == (
+            f"{directory}: 11 tensors are missing, such as model.layers.3.input_layernorm.weight; "
+            "a shard may not have been downloaded"
+        )
+        rest = {k: v for k, v in tensors.items() if "layers.3" in k}
+        save_file(rest, directory / "model-00002-of-00002.safetensors")
+        load_weights(directory, "float32", mesh)
+
+    def test_mixed_types(self, directory: Path, mesh: Mesh) -> None:
+        """Tunix's reader takes the type of a file's first tensor for all of them."""
+
+        def halve(tensors: dict[str, np.ndarray]) -> None:
+            name = "model.norm.weight"
+            tensors[name] = tensors[name].astype(np.float16)
+
+        _rewrite(directory, halve)
+        assert self.refusal(directory, mesh) == (
+            f"{directory}/model.safetensors: mixed tensor types ['F16', 'F32']; "
+            "convert it to one type"
+        )
+        with pytest.raises((ValueError, AssertionError)):
+            params_safetensors.create_model_from_safe_tensors(
+                str(directory), read_architecture(directory), mesh, jnp.float32
+            )
+
+    @pytest.mark.parametrize("kept_bytes", [0, 4, 100, 5000, -4])
+    def test_a_truncated_file(self, kept_bytes: int, directory: Path, mesh: Mesh) -> None:
+        path = directory / "model.safetensors"
+        path.write_bytes(path.read_bytes()[:kept_bytes])
+        message = self.refusal(directory, mesh)
+        assert message.startswith(f"{path}: not a readable safetensors file (")
+
+    @pytest.mark.parametrize(
+        ("name", "value", "problem"),
+        [
+            (
+                "hidden_size",
+                64,
+                "model.embed_tokens.weight has the shape [64, 32], but config.json means [64, 64]",
+            ),
+            (
+                "head_dim",
+                16,
+                "model.layers.0.self_attn.q_proj.weight has the shape [32, 32], "
+                "but config.json means [64, 32]",
+            ),
+        ],
+    )
+    def test_weights_of_another_size(
+        self,
+        name: str,
+        value: int,
+        problem: str,
+        goldens: ModuleType,
+        directory: Path,
+        mesh: Mesh,
+    ) -> None:
+        (directory / "config.json").write_text(json.dumps(goldens.SMALL | {name: value}))
+        assert self.refusal(directory, mesh) == f"{directory}: {problem}"
+
+    def test_a_mesh_of_more_devices(self) -> None:
+        with pytest.raises(UserError) as caught:
+            make_mesh((4, 4))
+        assert str(caught.value) == (
+            "mesh_shape = [4, 4] needs 16 devices but 8 (cpu) are present; "
+            "choose a mesh of at most 8"
+        )
+
+    @pytest.mark.parametrize(
+        ("shape", "heads", "kv", "problem"),
+        [
+            (
+                (1, 4),
+                4,
+                2,
+                "mesh_shape[1] = 4 does not divide the 2 KV heads and 4 query heads; use one of [1, 2]",
+            ),
+            (
+                (2, 4),
+                6,
+                3,
+                "mesh_shape[1] = 4 does not divide the 3 KV heads and 6 query heads; use one of [1, 3]",
+            ),
+        ],
+    )
+    def test_heads_that_do_not_divide(
+        self,
+        shape: tuple[int, int],
+        heads: int,
+        kv: int,
+        problem: str,
+        goldens: ModuleType,
+        tmp_path: Path,
+    ) -> None:
+        values = goldens.SMALL | {"num_attention_heads": heads, "num_key_value_heads": kv}
+        directory = goldens.write_model(tmp_path, values, seed=0)
+        assert self.refusal(directory, make_mesh(shape)) == problem
+        with pytest.raises(UserError) as caught:
+            random_weights(read_architecture(directory), "float32", make_mesh(shape), 0)
+        assert str(caught.value) == problem
+
+
+class TestTokenizer:
+    def test_special_tokens(self, tokenizer: Tokenizer) -> None:
+        assert (tokenizer.pad_id(), tokenizer.bos_id(), tokenizer.eos_id()) == (0, 2, 107)
+        assert tokenizer.stop_ids == (107, 1)
+
+    def test_texts_carry_their_own_special_tokens(self, tokenizer: Tokenizer) -> None:
+        ids = tokenizer.encode("<bos>7 apples<end_of_turn>")
+        assert (ids[0], ids[-1], ids.count(2)) == (2, 107, 1)
+        assert tokenizer.decode(np.array(ids)) == "7 apples"
+
+    def test_a_missing_file(self, tmp_path: Path) -> None:
+        with pytest.raises(UserError) as caught:
+            load_tokenizer(tmp_path)
+        assert str(caught.value) == (
+            f"{tmp_path}/tokenizer.json: missing; copy the tokenizer.json of the model there"
+        )
+
+    def test_a_file_that_is_none(self, tmp_path: Path) -> None:
+        (tmp_path / "tokenizer.json").write_text("{")
+        with pytest.raises(UserError) as caught:
+            load_tokenizer(tmp_path)
+        assert str(caught.value).startswith(
+            f"{tmp_path}/tokenizer.json: not a readable tokenizer ("
+        )
+
+    def test_a_missing_special_token(self, tokenizer: Tokenizer, tmp_path: Path) -> None:
+        content = tokenizer.backend.to_str().replace("<end_of_turn>", "<|eot|>")
+        (tmp_path / "tokenizer.json").write_text(content, encoding="utf-8")
+        with pytest.raises(UserError) as caught:
+            load_tokenizer(tmp_path)
+        assert str(caught.value) == (
+            f"{tmp_path}/tokenizer.json: has no token <end_of_turn>; is it Gemma's tokenizer?"
+        )
+
+
+def test_fingerprint_tells_weights_apart(goldens: ModuleType, tmp_path: Path) -> None:
+    one = goldens.write_model(tmp_path / "one", goldens.SMALL, seed=0)
+    same = goldens.write_model(tmp_path / "same", goldens.SMALL, seed=0)
+    other = goldens.write_model(tmp_path / "other", goldens.SMALL, seed=1)
+    assert fingerprint(one) == fingerprint(same) != fingerprint(other)
+    path = same / "model.safetensors"
+    data = bytearray(path.read_bytes())
+    data[-1] ^= 1
+    path.write_bytes(data)
+    assert fingerprint(same) != fingerprint(one)

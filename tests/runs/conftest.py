@@ -1,24 +1,20 @@
 """A small random model, small configurations, and runs that several tests look at."""
 
-import dataclasses
 import io
 import json
-import os
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from importlib import resources
 from pathlib import Path
 from typing import Any
 
-import jax
 import ml_dtypes
 import numpy as np
 import pytest
-from jax.experimental.compilation_cache import compilation_cache
 from rich.console import Console
 from safetensors.numpy import save_file
 
-from gemma2_grpo.config import Config, check, from_mapping, read_toml
+from gemma2_grpo.config import Config, check, from_mapping
 from gemma2_grpo.runs.display import Display
 from gemma2_grpo.runs.train import train
 
@@ -62,27 +58,6 @@ SMALL: dict[str, dict[str, Any]] = {
         "sample_every_steps": 2,
     },
 }
-
-
-@pytest.fixture(scope="session", autouse=True)
-def compiled_once(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
-    """Keeps compiled programs for the session, in this process and those it starts.
-
-    Yields the environment that makes another process use them.
-    """
-    settings = {
-        "jax_compilation_cache_dir": str(tmp_path_factory.mktemp("compiled")),
-        "jax_persistent_cache_min_compile_time_secs": 0,
-        "jax_persistent_cache_min_entry_size_bytes": -1,
-    }
-    before = {name: getattr(jax.config, name) for name in settings}
-    for name, value in settings.items():
-        jax.config.update(name, value)
-    compilation_cache.reset_cache()
-    yield {name.upper(): str(value) for name, value in settings.items()}
-    for name, value in before.items():
-        jax.config.update(name, value)
-    compilation_cache.reset_cache()
 
 
 @pytest.fixture(scope="session")

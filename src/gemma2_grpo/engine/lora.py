@@ -70,6 +70,15 @@ def _as_float32(state: nnx.State) -> nnx.State:
     return jax.tree.map(lambda x: x.astype(jnp.float32), state)
 
 
+def max_adapter_parameters(architecture: gemma.ModelConfig, rank: int) -> int:
+    """Parameters of adapters on every matrix of attention and MLP, known before weights load."""
+    width, hidden = architecture.embed_dim, architecture.hidden_dim
+    queries = architecture.num_heads * architecture.head_dim
+    keys = architecture.num_kv_heads * architecture.head_dim
+    attention = (width + queries) + (width + 2 * keys) + (queries + width)
+    return architecture.num_layers * rank * (attention + 3 * (width + hidden))
+
+
 def adapter_size(policy: gemma.Gemma) -> AdapterSize:
     """Counts adapted matrices and adapter parameters."""
     leaves = jax.tree.leaves(nnx.state(policy, nnx.LoRAParam))

@@ -2,7 +2,9 @@
 
 import dataclasses
 import json
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any, Literal
 
@@ -20,6 +22,10 @@ from gemma2_grpo.config import UserError
 from gemma2_grpo.task.prompts import STOP_TOKENS
 
 MESH_AXES = ("fsdp", "tp")
+_SIZES = (
+    "num_hidden_layers vocab_size hidden_size intermediate_size num_attention_heads head_dim "
+    "num_key_value_heads final_logit_softcapping attn_logit_softcapping sliding_window"
+).split()
 
 
 def make_mesh(shape: tuple[int, int]) -> Mesh:
@@ -56,6 +62,11 @@ def read_architecture(directory: Path) -> gemma.ModelConfig:
                 f"{directory / 'config.json'}: {name} = {values[name]!r} is not supported; "
                 f"only {only!r} is"
             )
+    missing = [name for name in _SIZES if name not in values]
+    if missing:
+        raise UserError(
+            f"{directory / 'config.json'}: lacks {', '.join(missing)}; is it a Gemma 2?"
+        )
     # Written flat up to transformers 4, nested from 5 on.
     theta = values.get("rope_theta") or values.get("rope_parameters", {}).get("rope_theta", 10_000)
     if theta != 10_000:
@@ -82,9 +93,12 @@ def read_architecture(directory: Path) -> gemma.ModelConfig:
 def _read_config(directory: Path) -> dict[str, Any]:
     path = directory / "config.json"
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, json.JSONDecodeError) as error:
+        values = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(values, dict):
+            raise ValueError("it holds no object")
+    except (OSError, ValueError) as error:
         raise UserError(f"{path}: not a readable model configuration ({error})") from None
+    return values
 
 
 def query_scale(directory: Path) -> float:
@@ -134,15 +148,21 @@ def random_weights(
     def draw(index: int, path: tuple[Any, ...], variable: nnx.Variable) -> nnx.Variable:
         shape, scale = variable.get_value().shape, _initial_scale(path, variable.get_value().shape)
         key = jax.random.fold_in(jax.random.key(seed), index)
-        fill = jax.jit(
-            lambda k: (scale * jax.random.normal(k, shape)).astype(dtype),
-            out_shardings=shardings[path].get_value(),
-        )
-        return variable.replace(fill(key))
+        return variable.replace(_normal(shape, scale, dtype, shardings[path].get_value())(key))
 
     flat = nnx.to_flat_state(abstract)
     drawn = [(path, draw(i, path, variable)) for i, (path, variable) in enumerate(flat)]
     return _prepare(nnx.merge(graphdef, nnx.from_flat_state(drawn)), 1.0)
+
+
+@cache
+def _normal(
+    shape: tuple[int, ...], scale: float, dtype: str, sharding: jax.sharding.Sharding
+) -> Callable[[jax.Array], jax.Array]:
+    """Program that draws a matrix, compiled once for all layers."""
+    return jax.jit(
+        lambda key: (scale * jax.random.normal(key, shape)).astype(dtype), out_shardings=sharding
+    )
 
 
 def _initial_scale(path: tuple[Any, ...], shape: tuple[int, ...]) -> float:
@@ -171,40 +191,60 @@ def check_heads(architecture: gemma.ModelConfig, mesh: Mesh) -> None:
 
 
 def _check_tensors(directory: Path, architecture: gemma.ModelConfig) -> None:
-    """Compares the tensor names and types in the files with what the architecture needs."""
+    """Compares names, shapes and types of the tensors with what the architecture needs."""
     files = sorted(directory.glob("*.safetensors"))
     if not files:
         raise UserError(f"{directory}: no *.safetensors file; is it a model directory?")
-    present: set[str] = set()
+    present: dict[str, list[int]] = {}
     for path in files:
         try:
             with safe_open(path, framework="numpy") as tensors:
-                names = list(tensors.keys())
-                kinds = {tensors.get_slice(name).get_dtype() for name in names}
+                slices = {name: tensors.get_slice(name) for name in list(tensors.keys())}
+                present |= {name: part.get_shape() for name, part in slices.items()}
+                kinds = {part.get_dtype() for part in slices.values()}
         except (SafetensorError, OSError) as error:
             raise UserError(f"{path}: not a readable safetensors file ({error})") from None
         if len(kinds) > 1:  # Tunix's reader takes the type of the first tensor for all.
             raise UserError(f"{path}: mixed tensor types {sorted(kinds)}; convert it to one type")
-        present.update(names)
-    missing = sorted(_required_tensors(architecture.num_layers) - present)
+    needed = _tensor_shapes(architecture)
+    missing = sorted(needed.keys() - present.keys())
     if missing:
         raise UserError(
             f"{directory}: {len(missing)} tensors are missing, such as {missing[0]}; "
             "a shard may not have been downloaded"
         )
+    for name, shape in needed.items():
+        if present[name] != shape:
+            raise UserError(
+                f"{directory}: {name} has the shape {present[name]}, but config.json means {shape}"
+            )
 
 
-def _required_tensors(num_layers: int) -> set[str]:
-    inner = (
-        *(f"self_attn.{name}_proj" for name in "qkvo"),
-        *(f"mlp.{name}_proj" for name in ("gate", "up", "down")),
-        "input_layernorm",
-        "post_attention_layernorm",
-        "pre_feedforward_layernorm",
-        "post_feedforward_layernorm",
-    )
-    names = {f"model.layers.{i}.{name}.weight" for i in range(num_layers) for name in inner}
-    return names | {"model.embed_tokens.weight", "model.norm.weight"}
+def _tensor_shapes(architecture: gemma.ModelConfig) -> dict[str, list[int]]:
+    """Tensors of the architecture as transformers names and lays them out."""
+    width, hidden = architecture.embed_dim, architecture.hidden_dim
+    queries = architecture.num_heads * architecture.head_dim
+    keys = architecture.num_kv_heads * architecture.head_dim
+    layer = {
+        "self_attn.q_proj": [queries, width],
+        "self_attn.k_proj": [keys, width],
+        "self_attn.v_proj": [keys, width],
+        "self_attn.o_proj": [width, queries],
+        "mlp.gate_proj": [hidden, width],
+        "mlp.up_proj": [hidden, width],
+        "mlp.down_proj": [width, hidden],
+        "input_layernorm": [width],
+        "post_attention_layernorm": [width],
+        "pre_feedforward_layernorm": [width],
+        "post_feedforward_layernorm": [width],
+    }
+    shapes = {
+        "model.embed_tokens.weight": [architecture.num_embed, width],
+        "model.norm.weight": [width],
+    }
+    for i in range(architecture.num_layers):
+        shapes |= {f"model.layers.{i}.{name}.weight": shape for name, shape in layer.items()}
+    return shapes
 
 
 class _Float32RMSNorm(gemma.RMSNorm):
@@ -288,12 +328,15 @@ def load_tokenizer(directory: Path) -> Tokenizer:
     """Loads tokenizer.json from a model directory.
 
     Raises:
-        UserError: if it is missing, or lacks one of Gemma's special tokens.
+        UserError: if it is missing or unreadable, or lacks one of Gemma's special tokens.
     """
     path = directory / "tokenizer.json"
     if not path.is_file():
         raise UserError(f"{path}: missing; copy the tokenizer.json of the model there")
-    backend = HfTokenizer.from_file(str(path))
+    try:
+        backend = HfTokenizer.from_file(str(path))
+    except Exception as error:  # The library raises nothing narrower.
+        raise UserError(f"{path}: not a readable tokenizer ({error})") from None
     ids = {name: backend.token_to_id(name) for name in ("<pad>", "<bos>", *STOP_TOKENS)}
     for name, token in ids.items():
         if token is None:

@@ -18,9 +18,42 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 from rich.table import Table
+from rich.text import Text
 
 from gemma2_grpo.runs.measure import Measurement
 from gemma2_grpo.runs.records import RISING
+
+
+class _StepProgress(Progress):
+    """A bar over the steps, and under it what the last step gave."""
+
+    def __init__(self, console: Console) -> None:
+        self._last: Mapping[str, Any] = {}  # First, because rich draws at once.
+        super().__init__(
+            BarColumn(bar_width=None),
+            MofNCompleteColumn(),
+            TextColumn("elapsed"),
+            TimeElapsedColumn(),
+            TextColumn("left"),
+            TimeRemainingColumn(),
+            console=console,
+            expand=True,
+        )
+
+    def begin(self, first: int, total: int) -> None:
+        """Starts at the steps that are done already."""
+        self._task = self.add_task("", total=total, completed=first)
+
+    def show(self, record: Mapping[str, Any]) -> None:
+        """Moves on by one step."""
+        self._last = record
+        self.advance(self._task)
+
+    def get_renderables(self) -> Iterator[Any]:
+        """The bar and the line under it."""
+        yield self.make_tasks_table(self.tasks)
+        if self._last:
+            yield Text(_parts(self._last))
 
 
 class Display:
@@ -83,18 +116,11 @@ class Display:
         if not self.console.is_terminal:
             yield lambda record: self.console.print(_line(record, total))
             return
-        columns = (
-            BarColumn(bar_width=12),
-            MofNCompleteColumn(),
-            TextColumn("{task.description}"),
-            TimeElapsedColumn(),
-            TimeRemainingColumn(),
-        )
-        with Progress(*columns, console=self.console) as bar:
-            task = bar.add_task("", total=total, completed=first)
+        with _StepProgress(console=self.console) as bar:
+            bar.begin(first, total)
             self._is_training = True
             try:
-                yield lambda record: bar.update(task, advance=1, description=_short(record))
+                yield bar.show
             finally:
                 self._is_training = False
 
@@ -157,7 +183,7 @@ _ROWS = (
 
 def _inert(text: str) -> str:
     """Text that neither rich nor a terminal takes for instructions."""
-    controls = {c: "\ufffd" for c in text if category(c).startswith("C") and c != "\n"}
+    controls = {c: "\ufffd" for c in text if category(c).startswith("C") and c not in "\n\t"}
     return escape(text.translate(str.maketrans(controls)))
 
 
@@ -179,22 +205,19 @@ def _show(value: float, is_share: bool) -> str:
     return f"{value:.1%}" if is_share else f"{value:.2f}"
 
 
-def _short(record: Mapping[str, Any]) -> str:
-    """A step for a terminal of 80 columns."""
+def _parts(record: Mapping[str, Any]) -> str:
+    """What a step gave, within 80 columns."""
     return (
-        f"reward {record['reward']:.2f} acc {record['accuracy']:.2f} kl {record['kl']:.3f} "
-        f"len {record['completion_tokens']:.0f}"
+        f"reward {record['reward']:.3f} (format {record['format']:.2f} logic "
+        f"{record['logic']:.2f} accuracy {record['accuracy']:.2f})  kl {record['kl']:.4f}  "
+        f"tokens {record['completion_tokens']:.0f}"
     )
 
 
 def _line(record: Mapping[str, Any], total: int) -> str:
     """A step for a log."""
-    return (
-        f"step {record['step']}/{total}  reward {record['reward']:.3f} "
-        f"(format {record['format']:.2f} logic {record['logic']:.2f} "
-        f"accuracy {record['accuracy']:.2f})  kl {record['kl']:.4f}  "
-        f"tokens {record['completion_tokens']:.0f}  left {_duration(record['seconds_left'])}"
-    )
+    left = _duration(record["seconds_left"])
+    return f"step {record['step']}/{total}  {_parts(record)}  left {left}"
 
 
 def _duration(seconds: float) -> str:

@@ -39,8 +39,8 @@ class RunDirectory:
         self.path = path
         self._config = config
         self._allow_config_change = allow_config_change
-        self._is_new = not path.exists()
         try:
+            self._is_new = not path.exists()
             path.mkdir(parents=True, exist_ok=True)
             self._lock = (path / ".lock").open("a")
         except OSError as error:
@@ -48,6 +48,7 @@ class RunDirectory:
         try:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
+            self._lock.close()
             raise UserError(
                 f"run directory {path}: another process is writing to it; choose another --run"
             ) from None

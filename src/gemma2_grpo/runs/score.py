@@ -93,26 +93,29 @@ def _parse(line: bytes, place: str) -> CompletionRow:
         raise UserError(f"{place}: not valid JSON ({error}); write one object a line") from None
     if not isinstance(content, dict):
         raise UserError(f"{place}: not a JSON object; write one with completion and answer")
-    if isinstance(content.get("answer"), int | float) and not isinstance(content["answer"], bool):
-        content["answer"] = str(content["answer"])
-    for name in ("completion", "answer"):
-        _check_text(content, name, place)
-    if content.get("question") is not None:
-        _check_text(content, "question", place)
-    if extract_number(gold_answer(content["answer"])) is None:
+    completion, answer = (_text(content, name, place) for name in ("completion", "answer"))
+    if extract_number(gold_answer(answer)) is None:
         raise UserError(
             f"{place}: field 'answer' has no number; write a number, or a solution that ends in "
             "'#### NUMBER'"
         )
-    return CompletionRow(content["completion"], content["answer"], content.get("question"))
+    has_question = content.get("question") is not None
+    question = _text(content, "question", place) if has_question else None
+    return CompletionRow(completion, answer, question)
 
 
-def _check_text(content: dict[str, Any], name: str, place: str) -> None:
+def _text(content: dict[str, Any], name: str, place: str) -> str:
+    """A field's text. As in data sets, an answer may be a JSON number as well."""
     if name not in content:
         raise UserError(f"{place}: field {name!r} is missing; add it")
-    if not isinstance(content[name], str):
-        kind = type(content[name]).__name__
+    value = content[name]
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    if name == "answer" and is_number:
+        return str(value)
+    if not isinstance(value, str):
+        kind = "null" if value is None else type(value).__name__
         raise UserError(f"{place}: field {name!r} is {kind}, not text; write it as a string")
+    return value
 
 
 def _print_table(scores: list[Score], console: Console) -> None:

@@ -35,8 +35,9 @@ _TRANSITION_WORDS = frozenset(
 )
 _CUE_WORDS = frozenset("actually correction mistake oops recheck wait".split())
 _CUE = re.compile(
-    rf"\b(?:{'|'.join(sorted(_CUE_WORDS))}|correcting|error|wrong|incorrect|re-?do|re-check"
-    r"|double-check|check again|should be|let me (?:check|fix|correct|recompute|recalculate))\b",
+    rf"\b(?:{'|'.join(sorted(_CUE_WORDS))}|correcting|mistaken|error|wrong|incorrect|not right|fix"
+    r"|re-?(?:check|do|calculate|compute|examine)|double[- ]check|check again|hold on|hmm"
+    r"|on second thought|should (?:be|have been)|let me (?:check|correct))\b",
     re.IGNORECASE,
 )
 _KEYWORDS = _TRANSITION_WORDS | _CUE_WORDS
@@ -107,6 +108,7 @@ def score_completion(
         "format": parsed.format,
         "logic": logic,
         "accuracy": float(correct),
+        # A share of logic, from which the error took a larger one: planting errors cannot pay.
         "self_correction": logic if correct and _is_corrected(reasoning, equations, value) else 0.0,
         "length": _length(reasoning) if correct and parsed.format == 1.0 and logic > 0 else 0.0,
     }
