@@ -1,4 +1,4 @@
-"""A tiny Gemma 2 with sharp distributions, its meshes, and what the tests compute by plain means."""
+"""A tiny Gemma 2 with sharp distributions, its meshes, and what tests compute by plain means."""
 
 import dataclasses
 import importlib.util

@@ -1,10 +1,11 @@
 """Weights in and out: logits are those of transformers, shards are right, mistakes are named."""
 
+import gc
 import json
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -26,6 +27,7 @@ from gemma2_grpo.engine.model import (
     load_tokenizer,
     load_weights,
     make_mesh,
+    on_mesh,
     query_scale,
     random_weights,
     read_architecture,
@@ -78,15 +80,14 @@ def test_logits_are_those_of_transformers(
 
 
 @pytest.mark.oracle
-@pytest.mark.parametrize("shard_size", ["5GB", "20KB"])
-@pytest.mark.parametrize("name", PARITY)
+@pytest.mark.parametrize(
+    ("name", "shard_size"), [*((name, "5GB") for name in PARITY), (next(iter(PARITY)), "20KB")]
+)
 def test_logits_of_a_model_that_transformers_wrote(
     name: str, shard_size: str, goldens: ModuleType, mesh: Mesh, tmp_path: Path
 ) -> None:
     torch = pytest.importorskip("torch")
     transformers = pytest.importorskip("transformers")
-    if shard_size == "20KB" and name != "grouped keys and values":
-        pytest.skip("one sharded model is enough")
     values = goldens.SMALL | PARITY[name]
     torch.manual_seed(0)
     model = transformers.Gemma2ForCausalLM(
@@ -117,10 +118,8 @@ def test_soft_caps_windows_and_query_scale_matter_in_these_models(
         ("query_pre_attn_scalar", 12),
     ]:
         other = goldens.write_model(tmp_path / name, goldens.SMALL | {name: value}, 3)
-        assert (
-            abs(engine_logits(load_weights(other, "float32", mesh), tokens) - reference).max()
-            > 0.01
-        )
+        logits = engine_logits(load_weights(other, "float32", mesh), tokens)
+        assert abs(logits - reference).max() > 0.01, name
 
 
 def test_stock_query_scale_is_that_of_head_dim(
@@ -243,7 +242,7 @@ class TestRoundTrip:
 
 
 class TestShards:
-    SPECS = {
+    SPECS: ClassVar = {
         "embedder/input_embedding": PartitionSpec("tp", "fsdp"),
         "final_norm/scale": PartitionSpec("tp"),
         "attn/q_einsum/w": PartitionSpec("tp", "fsdp", None),
@@ -288,7 +287,7 @@ class TestShards:
         self, base: gemma.Gemma, wide_base: gemma.Gemma, wide_mesh: Mesh
     ) -> None:
         tokens = np.random.default_rng(0).integers(3, 496, (2, 20)).astype(np.int32)
-        with wide_mesh:
+        with on_mesh(wide_mesh):
             actual = engine_logits(wide_base, tokens)
         np.testing.assert_allclose(actual, engine_logits(base, tokens), atol=2e-5)
 
@@ -357,7 +356,7 @@ class TestBadInput:
         values = {k: v for k, v in goldens.SMALL.items() if k not in ("head_dim", "hidden_size")}
         (directory / "config.json").write_text(json.dumps(values))
         assert self.refusal(directory, mesh) == (
-            f"{directory}/config.json: lacks head_dim, hidden_size; is it a Gemma 2?"
+            f"{directory}/config.json: lacks hidden_size, head_dim; is it a Gemma 2?"
         )
 
     @pytest.mark.parametrize(
@@ -426,6 +425,8 @@ class TestBadInput:
         save_file(rest, directory / "model-00002-of-00002.safetensors")
         load_weights(directory, "float32", mesh)
 
+    # Tunix leaves the file open when it fails.
+    @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
     def test_mixed_types(self, directory: Path, mesh: Mesh) -> None:
         """Tunix's reader takes the type of a file's first tensor for all of them."""
 
@@ -438,10 +439,11 @@ class TestBadInput:
             f"{directory}/model.safetensors: mixed tensor types ['F16', 'F32']; "
             "convert it to one type"
         )
-        with pytest.raises((ValueError, AssertionError)):
+        with pytest.raises(ValueError, match="cannot reshape"):
             params_safetensors.create_model_from_safe_tensors(
                 str(directory), read_architecture(directory), mesh, jnp.float32
             )
+        gc.collect()
 
     @pytest.mark.parametrize("kept_bytes", [0, 4, 100, 5000, -4])
     def test_a_truncated_file(self, kept_bytes: int, directory: Path, mesh: Mesh) -> None:
@@ -493,13 +495,15 @@ class TestBadInput:
                 (1, 4),
                 4,
                 2,
-                "mesh_shape[1] = 4 does not divide the 2 KV heads and 4 query heads; use one of [1, 2]",
+                "mesh_shape[1] = 4 does not divide the 2 KV heads and 4 query heads; "
+                "use one of [1, 2]",
             ),
             (
                 (2, 4),
                 6,
                 3,
-                "mesh_shape[1] = 4 does not divide the 3 KV heads and 6 query heads; use one of [1, 3]",
+                "mesh_shape[1] = 4 does not divide the 3 KV heads and 6 query heads; "
+                "use one of [1, 3]",
             ),
         ],
     )

@@ -4,6 +4,7 @@ import io
 import json
 import shutil
 from collections.abc import Callable
+from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,10 @@ from safetensors.numpy import save_file
 
 from gemma2_grpo.config import Config, check, from_mapping
 from gemma2_grpo.runs.display import Display
+from gemma2_grpo.runs.run_directory import RunDirectory
+from gemma2_grpo.runs.session import Session, open_session
 from gemma2_grpo.runs.train import train
+from gemma2_grpo.task.data import load_splits
 
 EMBEDDED = Path(str(resources.files("gemma2_grpo") / "assets" / "tiny-gemma2"))
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
@@ -168,15 +172,47 @@ def quiet_train() -> Callable[..., str]:
     return run
 
 
+@dataclass(frozen=True)
+class Finished:
+    """A run that has come to its end."""
+
+    config: Config
+    path: Path
+    shown: str
+
+    def records(self, name: str) -> list[dict[str, Any]]:
+        """The records of a log."""
+        return [json.loads(line) for line in (self.path / name).read_text().splitlines()]
+
+
 @pytest.fixture(scope="session", params=[1, 3], ids=["mu=1", "mu=3"])
 def straight_run(
     request: pytest.FixtureRequest,
     make_config: Callable[..., Config],
     quiet_train: Callable[..., str],
     tmp_path_factory: pytest.TempPathFactory,
-) -> tuple[Config, Path]:
-    """A finished run without interruption."""
+) -> Finished:
+    """A run without interruption, by the number of updates per step."""
     config = make_config(grpo={"num_iterations": request.param})
-    folder = tmp_path_factory.mktemp("runs") / f"straight{request.param}"
-    quiet_train(config, folder)
-    return config, folder
+    path = tmp_path_factory.mktemp("runs") / "straight"
+    return Finished(config, path, quiet_train(config, path))
+
+
+@pytest.fixture(scope="session")
+def open_small(tmp_path_factory: pytest.TempPathFactory) -> Callable[[Config], Session]:
+    """Opens a policy with its data, in a run directory of its own."""
+
+    def opened(config: Config) -> Session:
+        directory = RunDirectory(tmp_path_factory.mktemp("opened"), config)
+        try:
+            return open_session(config, load_splits(config.data), directory)
+        finally:
+            directory.close()
+
+    return opened
+
+
+@pytest.fixture(scope="session")
+def session(open_small: Callable[[Config], Session], make_config: Callable[..., Config]) -> Session:
+    """A policy that has not been trained; tests only sample from it."""
+    return open_small(make_config())

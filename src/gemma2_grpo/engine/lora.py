@@ -13,6 +13,7 @@ from jax.sharding import Mesh
 from tunix.models.gemma import model as gemma
 
 from gemma2_grpo.config import ModelConfig, UserError
+from gemma2_grpo.engine.model import on_mesh
 
 
 @dataclass(frozen=True)
@@ -44,7 +45,7 @@ def add_lora(base: gemma.Gemma, config: ModelConfig, mesh: Mesh, seed: int) -> g
         rank=config.lora_rank,
         alpha=config.lora_alpha,
     )
-    with mesh:
+    with on_mesh(mesh):
         policy = qwix.apply_lora_to_model(
             base, provider, **base.get_model_input(), rngs=nnx.Rngs(seed)
         )

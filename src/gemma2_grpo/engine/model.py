@@ -2,7 +2,9 @@
 
 import dataclasses
 import json
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -41,6 +43,22 @@ def make_mesh(shape: tuple[int, int]) -> Mesh:
             f"({jax.default_backend()}) are present; choose a mesh of at most {present}"
         )
     return Mesh(np.asarray(jax.devices()[:needed]).reshape(shape), MESH_AXES)
+
+
+@contextmanager
+def on_mesh(mesh: Mesh) -> Iterator[None]:
+    """Tells Tunix's models over which mesh to shard their activations.
+
+    They read it from where only this way of entering a mesh puts it. JAX deprecates the way, but
+    under `jax.set_mesh` activations would not be sharded at all.
+    """
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)
+        mesh.__enter__()
+    try:
+        yield
+    finally:
+        mesh.__exit__(None, None, None)
 
 
 def read_architecture(directory: Path) -> gemma.ModelConfig:

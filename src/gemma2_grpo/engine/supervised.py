@@ -13,6 +13,7 @@ from jax.sharding import Mesh
 from tunix.models.gemma import model as gemma
 
 from gemma2_grpo.engine.forward import Network, Weights, hidden_states, output_logits, split_model
+from gemma2_grpo.engine.model import on_mesh
 from gemma2_grpo.engine.rollout import batch_sharding
 
 
@@ -106,7 +107,7 @@ def train_supervised(
     # Updates give their inputs' buffers away; the model keeps its own until the end.
     trained = jax.jit(partial(jax.tree.map, jnp.copy))(trained)
     moments = jax.jit(optimizer.init)(trained)
-    with mesh:
+    with on_mesh(mesh):
         for step, (tokens, targets) in enumerate(_packed(batches, width, pad_id), start=1):
             sharding = batch_sharding(mesh, len(tokens))
             on_device = jax.device_put((tokens, targets), sharding)

@@ -16,7 +16,7 @@ from tunix.rl.trainer import Trainer
 from gemma2_grpo.config import Config, OptimizerConfig
 from gemma2_grpo.engine.forward import Weights, completion_logps, split_model
 from gemma2_grpo.engine.loss import LossTerms, policy_loss
-from gemma2_grpo.engine.model import with_remat
+from gemma2_grpo.engine.model import on_mesh, with_remat
 from gemma2_grpo.engine.rollout import batch_sharding
 
 
@@ -136,7 +136,7 @@ class Updater:
         """
         if not batch:
             return []
-        with self._mesh:
+        with on_mesh(self._mesh):
             placed = [
                 jax.device_put(micro, batch_sharding(self._mesh, len(micro.tokens)))
                 for micro in batch

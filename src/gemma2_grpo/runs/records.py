@@ -58,17 +58,11 @@ def find_rises(records: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
         window = min(_WINDOW, len(values))
         smooth = np.convolve(values, np.ones(window) / window, mode="valid")
         first, last = float(smooth[0]), float(smooth[-1])
-        below = np.flatnonzero(smooth < (first + last) / 2)
-        half = int(records[below[-1] + window]["step"]) if len(below) else None
-        has_risen = last - first >= _NOTABLE_RISE
-        rises.append(
-            {
-                "name": name,
-                "first": first,
-                "last": last,
-                "half_way_step": half if has_risen else None,
-            }
-        )
+        half = None
+        if last - first >= _NOTABLE_RISE:  # Else the last mean may itself be below the middle.
+            below = np.flatnonzero(smooth < (first + last) / 2)
+            half = int(records[below[-1] + window]["step"])
+        rises.append({"name": name, "first": first, "last": last, "half_way_step": half})
     return rises
 
 

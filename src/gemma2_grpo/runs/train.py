@@ -60,6 +60,7 @@ def train(
         directory.check_same("reward_sha256", reward_sha256)
         if reward:
             display.note(f"reward {config.rewards.reward} (sha256 {reward_sha256}) is run as code")
+        display.note(f"loading {config.model.model}")
         session = open_session(config, splits, directory)
         directory.describe({**session.facts, "reward_sha256": reward_sha256})
         display.plan(session.plan)

@@ -1,0 +1,401 @@
+"""Adapters: on every matrix, on shared weights, learning everywhere, and saved with their base."""
+
+import dataclasses
+import json
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import qwix
+from flax import nnx
+from jax.sharding import Mesh
+from safetensors import safe_open
+from safetensors.numpy import load_file, save_file
+from tunix.models.gemma import model as gemma
+
+from gemma2_grpo.config import Config, UserError
+from gemma2_grpo.engine.export import load_adapter, merge_lora, save_adapter
+from gemma2_grpo.engine.forward import Network, Weights, completion_logps, split_model
+from gemma2_grpo.engine.learner import Completions, Learner
+from gemma2_grpo.engine.lora import adapter_size, add_lora
+from gemma2_grpo.engine.loss import group_advantages
+from gemma2_grpo.engine.model import load_weights, make_mesh
+
+KINDS = ("q_einsum", "kv_einsum", "attn_vec_einsum", "gate_proj", "up_proj", "down_proj")
+
+
+@pytest.fixture(scope="module")
+def fused_base(
+    goldens: ModuleType,
+    tiny_values: dict[str, Any],
+    mesh: Mesh,
+    tmp_path_factory: pytest.TempPathFactory,
+) -> gemma.Gemma:
+    values = tiny_values | {"num_key_value_heads": 8}
+    directory = goldens.write_model(tmp_path_factory.mktemp("models") / "fused", values, seed=8)
+    return load_weights(directory, "float32", mesh)
+
+
+class TestSize:
+    def test_grouped_keys_and_values(self, make_policy: Callable[..., gemma.Gemma]) -> None:
+        # Rank 4, width 32, MLP 64, 8 query heads and 4 key heads of 8. Keys and values of a layer
+        # are one matrix, which has one A.
+        layer = 4 * (
+            (32 + 64)  # q
+            + (32 + 2 * 32)  # kv
+            + (64 + 32)  # attention output
+            + 2 * (32 + 64)  # gate, up
+            + (64 + 32)  # down
+        )
+        size = adapter_size(make_policy())
+        assert (size.matrices, size.parameters) == (2 * 6, 2 * layer) == (12, 4608)
+
+    def test_as_many_keys_as_queries(
+        self, fused_base: gemma.Gemma, mesh: Mesh, config: Config
+    ) -> None:
+        layer = 4 * ((32 + 3 * 64) + (64 + 32) + 2 * (32 + 64) + (64 + 32))
+        size = adapter_size(add_lora(fused_base, config.model, mesh, 0))
+        assert (size.matrices, size.parameters) == (2 * 5, 2 * layer) == (10, 4864)
+
+    def test_adapters_are_float32_on_a_bfloat16_base(
+        self, tiny_directory: Path, mesh: Mesh, config: Config
+    ) -> None:
+        base = load_weights(tiny_directory, "bfloat16", mesh)
+        policy = add_lora(base, config.model, mesh, 0)
+        leaves = jax.tree.leaves(nnx.state(policy, nnx.LoRAParam))
+        assert {leaf.dtype for leaf in leaves} == {jnp.dtype("float32")}
+
+
+def buffers(model: nnx.Module) -> dict[str, list[int]]:
+    """Where the base weights lie, by path and device."""
+    flat = nnx.to_flat_state(nnx.state(model, nnx.Not(nnx.LoRAParam)))
+    return {
+        "/".join(map(str, path)): [
+            shard.data.unsafe_buffer_pointer() for shard in v.get_value().addressable_shards
+        ]
+        for path, v in flat
+    }
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (2, 4)])
+def test_policy_and_reference_share_the_base(
+    shape: tuple[int, int],
+    tiny_directory: Path,
+    config: Config,
+    changed: Callable[..., Config],
+    tokenizer: Any,
+) -> None:
+    mesh = make_mesh(shape)
+    base = load_weights(tiny_directory, "float32", mesh)
+    policy = add_lora(base, config.model, mesh, seed=0)
+    cluster = Learner(changed(config, mesh_shape=shape), policy, base, tokenizer, mesh).cluster
+    expected = buffers(base)
+    assert len(expected) == 2 + 2 * 10
+    for model in (policy, cluster.actor_trainer.model, cluster.rollout.model(), cluster.reference):
+        assert buffers(model) == expected
+    lora = nnx.state(policy, nnx.LoRAParam)
+    assert all(leaf.sharding.mesh == mesh for leaf in jax.tree.leaves(lora))
+
+
+def test_the_base_is_left_as_it_was(base: gemma.Gemma, mesh: Mesh, config: Config) -> None:
+    add_lora(base, config.model, mesh, seed=0)
+    assert not jax.tree.leaves(nnx.state(base, nnx.LoRAParam))
+
+
+class TestSeeds:
+    def test_a_seed_decides_every_a(
+        self,
+        make_policy: Callable[..., gemma.Gemma],
+        adapters: Callable[..., dict[str, np.ndarray]],
+    ) -> None:
+        one, same, other = (adapters(make_policy(seed=seed)) for seed in (0, 0, 1))
+        drawn = [value for name, value in one.items() if name.endswith("_a")]
+        assert len(drawn) == 12
+        for name, value in one.items():
+            np.testing.assert_array_equal(same[name], value)
+            if name.endswith("_a"):
+                assert not np.array_equal(other[name], value)
+                assert sum(np.array_equal(value, v) for v in drawn) == 1
+            else:
+                assert name.endswith("_b") and not value.any()
+
+    def test_stock_qwix_has_one_seed_unless_told(self, base: gemma.Gemma) -> None:
+        """Without `rngs=`, Qwix draws from one fixed seed, with a warning at best."""
+        provider = qwix.LoraProvider(module_path=".*attn_vec_einsum", rank=4, alpha=8.0)
+        drawn = []
+        for _ in range(2):
+            with pytest.warns(UserWarning, match="rngs must be provided"):
+                policy = qwix.apply_lora_to_model(base, provider, **base.get_model_input())
+            drawn.append(jax.tree.leaves(nnx.state(policy, nnx.LoRAParam))[0])
+        np.testing.assert_array_equal(drawn[0], drawn[1])
+
+
+class TestPatterns:
+    def test_one_that_matches_nothing_is_refused(
+        self, base: gemma.Gemma, mesh: Mesh, config: Config
+    ) -> None:
+        """Qwix passes over such a pattern in silence; Tunix has no o_proj."""
+        modules = dataclasses.replace(config.model, lora_modules=("mlp/up_proj", "attn/o_proj"))
+        with pytest.raises(UserError) as caught:
+            add_lora(base, modules, mesh, 0)
+        message = str(caught.value)
+        assert message.startswith(
+            "lora_modules: 'attn/o_proj' matches no module; modules are named like layers/0/attn, "
+        )
+        assert "layers/0/attn/attn_vec_einsum" in message and "\n" not in message
+
+        provider = qwix.LoraProvider(module_path=".*attn/o_proj", rank=4, alpha=8.0)
+        stock = qwix.apply_lora_to_model(base, provider, **base.get_model_input(), rngs=nnx.Rngs(0))
+        assert not jax.tree.leaves(nnx.state(stock, nnx.LoRAParam))
+
+    def test_one_that_is_none_is_refused(
+        self, base: gemma.Gemma, mesh: Mesh, config: Config
+    ) -> None:
+        modules = dataclasses.replace(config.model, lora_modules=("(",))
+        with pytest.raises(UserError, match=r"^lora_modules: '\(' is not a pattern \(.*\)$"):
+            add_lora(base, modules, mesh, 0)
+
+    @pytest.mark.parametrize("kind", KINDS)
+    def test_each_kind_alone(
+        self, kind: str, base: gemma.Gemma, mesh: Mesh, config: Config
+    ) -> None:
+        chosen = dataclasses.replace(config.model, lora_modules=(kind,))
+        state = nnx.to_flat_state(nnx.state(add_lora(base, chosen, mesh, 0), nnx.LoRAParam))
+        assert len(state) == 4
+        assert all(kind in path for path, _ in state)
+
+
+class TestGradients:
+    """Every matrix learns: B from the start, A as soon as B is not zero."""
+
+    @staticmethod
+    def of(policy: gemma.Gemma, tokens: np.ndarray) -> dict[str, np.ndarray]:
+        network, weights = split_model(policy)
+        flat = nnx.to_flat_state(_gradient(network, weights, jnp.asarray(tokens)))
+        return {"/".join(map(str, path)): np.asarray(v.get_value()) for path, v in flat}
+
+    def test_at_the_start_and_after_an_update(
+        self,
+        make_policy: Callable[..., gemma.Gemma],
+        make_learner: Callable[..., Learner],
+        config: Config,
+        examples: list[Any],
+        random_completions: Callable[..., Completions],
+    ) -> None:
+        policy = make_policy()
+        tokens = np.random.default_rng(0).integers(3, 496, (3, 18)).astype(np.int32)
+        start = self.of(policy, tokens)
+        assert len(start) == 24
+        for name, gradient in start.items():
+            assert np.isfinite(gradient).all()
+            if name.endswith("_b"):
+                assert abs(gradient).max() > 1e-4, name
+            else:
+                assert not gradient.any(), name
+
+        learner = make_learner(config, policy)
+        prompts = [learner.tokenizer.decode([10, 11]), examples[0].question]
+        advantages = group_advantages(np.array([[0.0, 1, 2, 3], [3, 1, 0, 1]]), scale_by_std=True)
+        batch = learner.micro_batches(prompts, random_completions(8, 12, seed=0), advantages)
+        learner.updater.update(batch)
+        after = self.of(policy, tokens)
+        for name, gradient in after.items():
+            assert abs(gradient).max() > 1e-5, name
+
+    def test_stock_submodule_calls_run_without_adapters(
+        self, make_policy: Callable[..., gemma.Gemma], base: gemma.Gemma
+    ) -> None:
+        """Qwix wraps `__call__` of the whole model; its parts alone run the base, in silence."""
+        policy = make_policy(filled=0)
+        x = jnp.asarray(np.random.default_rng(0).standard_normal((1, 3, 32)), jnp.float32)
+        np.testing.assert_array_equal(policy.layers[0].mlp(x), base.layers[0].mlp(x))
+
+
+@jax.jit(static_argnames="network")
+def _gradient(network: Network, weights: Weights, tokens: jax.Array) -> nnx.State:
+    def loss(lora: nnx.State) -> jax.Array:
+        logps = completion_logps(
+            network,
+            Weights(lora, weights.base),
+            tokens,
+            jnp.full(len(tokens), 8),
+            tokens[:, 8:],
+            temperature=1.0,
+            chunk_tokens=10,
+        ).logps
+        return logps.mean()
+
+    return jax.grad(loss)(weights.lora)
+
+
+class TestMerge:
+    @pytest.fixture(scope="class")
+    def tokens(self) -> np.ndarray:
+        return np.random.default_rng(0).integers(3, 496, (2, 16)).astype(np.int32)
+
+    def test_all_adapters(
+        self,
+        tokens: np.ndarray,
+        base: gemma.Gemma,
+        make_policy: Callable[..., gemma.Gemma],
+        config: Config,
+        full_logits: Callable[..., np.ndarray],
+    ) -> None:
+        policy = make_policy(filled=1)
+        before = full_logits(base, tokens)
+        logits = full_logits(policy, tokens)
+        assert abs(logits - before).max() > 1
+        merged = merge_lora(policy, base, config.model)
+        np.testing.assert_allclose(full_logits(merged, tokens), logits, atol=1e-5, rtol=1e-5)
+        np.testing.assert_array_equal(full_logits(base, tokens), before)
+
+    def test_as_many_keys_as_queries(
+        self,
+        tokens: np.ndarray,
+        fused_base: gemma.Gemma,
+        mesh: Mesh,
+        fill_adapters: Callable[..., None],
+        config: Config,
+        full_logits: Callable[..., np.ndarray],
+    ) -> None:
+        policy = add_lora(fused_base, config.model, mesh, 0)
+        fill_adapters(policy, 1)
+        logits = full_logits(policy, tokens)
+        assert abs(logits - full_logits(fused_base, tokens)).max() > 1
+        merged = merge_lora(policy, fused_base, config.model)
+        np.testing.assert_allclose(full_logits(merged, tokens), logits, atol=1e-5, rtol=1e-5)
+
+    @pytest.mark.parametrize("kind", KINDS)
+    def test_one_kind(
+        self,
+        kind: str,
+        tokens: np.ndarray,
+        base: gemma.Gemma,
+        make_policy: Callable[..., gemma.Gemma],
+        config: Config,
+        full_logits: Callable[..., np.ndarray],
+    ) -> None:
+        policy = make_policy(filled=1)
+        for path, variable in nnx.to_flat_state(nnx.state(policy, nnx.LoRAParam)):
+            if kind not in path:
+                nnx.update(
+                    policy,
+                    nnx.from_flat_state([(path, variable.replace(0 * variable.get_value()))]),
+                )
+        logits = full_logits(policy, tokens)
+        assert abs(logits - full_logits(base, tokens)).max() > 0.1
+        merged = merge_lora(policy, base, config.model)
+        np.testing.assert_allclose(full_logits(merged, tokens), logits, atol=1e-5, rtol=1e-5)
+
+
+class TestAdapterFile:
+    def test_it_comes_back_as_it_was(
+        self,
+        make_policy: Callable[..., gemma.Gemma],
+        adapters: Callable[..., dict[str, np.ndarray]],
+        config: Config,
+        tmp_path: Path,
+    ) -> None:
+        saved = make_policy(filled=1)
+        path = save_adapter(saved, tmp_path, config.model, "1234")
+        assert [p.name for p in tmp_path.iterdir()] == [path.name]
+        policy = make_policy()
+        load_adapter(policy, tmp_path, "1234")
+        for name, value in adapters(saved).items():
+            np.testing.assert_array_equal(adapters(policy)[name], value)
+        with safe_open(path, framework="numpy") as file:
+            described = {name: json.loads(value) for name, value in file.metadata().items()}
+        assert described == {
+            "base": "tiny",
+            "base_sha256": "1234",
+            "lora_rank": 4,
+            "lora_alpha": 8.0,
+            "lora_modules": list(config.model.lora_modules),
+        }
+
+    def test_it_lands_on_its_shards(
+        self,
+        make_policy: Callable[..., gemma.Gemma],
+        wide_base: gemma.Gemma,
+        wide_mesh: Mesh,
+        adapters: Callable[..., dict[str, np.ndarray]],
+        config: Config,
+        tmp_path: Path,
+    ) -> None:
+        saved = make_policy(filled=1)
+        save_adapter(saved, tmp_path, config.model, "1234")
+        policy = add_lora(wide_base, config.model, wide_mesh, 0)
+        before = [x.sharding for x in jax.tree.leaves(nnx.state(policy, nnx.LoRAParam))]
+        load_adapter(policy, tmp_path, "1234")
+        after = [x.sharding for x in jax.tree.leaves(nnx.state(policy, nnx.LoRAParam))]
+        assert after == before
+        for name, value in adapters(saved).items():
+            np.testing.assert_array_equal(adapters(policy)[name], value)
+
+    def refusal(self, policy: gemma.Gemma, folder: Path, sha256: str = "1234") -> str:
+        before = jax.tree.leaves(nnx.state(policy, nnx.LoRAParam))
+        with pytest.raises(UserError) as caught:
+            load_adapter(policy, folder, sha256)
+        after = jax.tree.leaves(nnx.state(policy, nnx.LoRAParam))
+        for one, other in zip(before, after, strict=True):
+            np.testing.assert_array_equal(one, other)
+        assert "\n" not in str(caught.value)
+        return str(caught.value)
+
+    def test_another_base_is_refused(
+        self, make_policy: Callable[..., gemma.Gemma], config: Config, tmp_path: Path
+    ) -> None:
+        path = save_adapter(make_policy(filled=1), tmp_path, config.model, "1234")
+        assert self.refusal(make_policy(), tmp_path, "5678") == (
+            f"{path}: made for another base (tiny); load it on that one"
+        )
+
+    @pytest.mark.parametrize(
+        "change",
+        [{"lora_rank": 8}, {"lora_modules": ("attn/q_einsum", "mlp/up_proj")}, {"lora_alpha": 4.0}],
+        ids=["rank", "modules", "scale"],
+    )
+    def test_other_adapters_are_refused(
+        self,
+        change: dict[str, Any],
+        make_policy: Callable[..., gemma.Gemma],
+        base: gemma.Gemma,
+        mesh: Mesh,
+        config: Config,
+        tmp_path: Path,
+    ) -> None:
+        other = dataclasses.replace(config.model, **change)
+        path = save_adapter(make_policy(filled=1), tmp_path, config.model, "1234")
+        message = self.refusal(add_lora(base, other, mesh, 0), tmp_path)
+        assert message.startswith(f"{path}: ")
+        assert "lora_rank = 4" in message and "lora_alpha = 8.0" in message
+
+    def test_fewer_adapters_than_the_policy_has_are_refused(
+        self,
+        make_policy: Callable[..., gemma.Gemma],
+        base: gemma.Gemma,
+        mesh: Mesh,
+        config: Config,
+        tmp_path: Path,
+    ) -> None:
+        fewer = dataclasses.replace(config.model, lora_modules=("attn/q_einsum",))
+        save_adapter(add_lora(base, fewer, mesh, 0), tmp_path, fewer, "1234")
+        assert "does not fit" in self.refusal(make_policy(), tmp_path)
+
+    def test_what_is_no_adapter_is_refused(
+        self, make_policy: Callable[..., gemma.Gemma], config: Config, tmp_path: Path
+    ) -> None:
+        policy = make_policy()
+        start = f"{tmp_path}/adapter.safetensors: not a readable adapter ("
+        assert self.refusal(policy, tmp_path).startswith(start)
+        path = save_adapter(policy, tmp_path, config.model, "1234")
+        path.write_bytes(path.read_bytes()[:-8])
+        assert self.refusal(policy, tmp_path).startswith(start)
+        save_file({"x": np.zeros(1, np.float32)}, path)
+        assert "another base" in self.refusal(policy, tmp_path)
+        assert load_file(path).keys() == {"x"}

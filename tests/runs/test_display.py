@@ -1,0 +1,176 @@
+"""What a run shows: plain lines off a terminal, one quiet bar on one, nothing that takes effect."""
+
+import io
+import re
+from typing import Any
+
+import pytest
+from rich.cells import cell_len
+from rich.console import Console
+
+from gemma2_grpo.runs.display import Display
+from gemma2_grpo.runs.measure import Measurement, Sampled
+
+HOSTILE = [
+    "[bold red]",
+    "[/bold red] [/] [/dim]",
+    "[link=https://example.org]here[/link]",
+    "\\[bold]\\",
+    "\x1b[31mred\x1b]0;title\x07\x9b31m",
+    "back\b\b\rspace\x00\u202e",
+]
+RECORD = {
+    "step": 600,
+    "reward": 1.05,
+    "format": 1.0,
+    "logic": 1.0,
+    "accuracy": 1.0,
+    "kl": 12.3456,
+    "completion_tokens": 768.0,
+    "seconds_left": 359_999.0,
+    "total": 1.05,
+}
+MEASUREMENT = Measurement(
+    problems=1319,
+    correct=700,
+    official_correct=699,
+    format=1.0,
+    true_equations=1.0,
+    mean_tokens=768.0,
+    truncated=0.0,
+    sampled=Sampled(
+        samples=16, pass_at_1=0.5, pass_at_k=1.0, format=1.0, reward=1.05, true_equations=1.0
+    ),
+)
+PLAN = {
+    "devices": "8 x TPU v5 lite, mesh 2 fsdp x 4 tp",
+    "model": "google/gemma-2-2b-it, 2,614,341,888 parameters in bfloat16",
+    "adapters": "LoRA rank 64 on 156 matrices, 79,233,024 parameters in float32",
+    "data": "openai/gsm8k: 448 train, 64 test problems; 0 too long, dropped",
+    "steps": "600 of 8 prompts x 16 completions, 3 updates each; 300 done, resuming",
+}
+
+
+def show_everything(display: Display) -> None:
+    record = {"step": 0, **MEASUREMENT.as_record()}
+    display.plan(PLAN)
+    display.note("run directory: runs/gemma2-2b-v5e8")
+    with display.measuring("measuring 1319 held-out problems", 2638) as on_batch:
+        on_batch(1319)
+    with display.supervising("sloppy teacher", 100) as on_step:
+        for step in range(1, 101):
+            on_step(step, 1.23456)
+    with display.training(598, 600) as on_record:
+        on_record(RECORD | {"step": 599})
+        display.sample(599, "How many eggs? " * 20, "Step 1: 12 + 7 = 19\n" * 5, RECORD)
+        with display.measuring("measuring 1319 held-out problems", 1319) as on_batch:
+            on_batch(1319)
+        display.held_out(599, MEASUREMENT)
+        on_record(RECORD)
+    display.before_and_after(record, record)
+    rise = {"name": "format", "first": 0.0, "last": 1.0, "half_way_step": 600}
+    display.rises([rise, rise | {"name": "accuracy", "half_way_step": None}])
+
+
+def plain() -> tuple[Display, io.StringIO]:
+    shown = io.StringIO()
+    return Display(Console(file=shown, width=100, highlight=False)), shown
+
+
+def terminal(width: int = 80) -> tuple[Display, io.StringIO]:
+    shown = io.StringIO()
+    console = Console(
+        file=shown, force_terminal=True, color_system="standard", width=width, highlight=False
+    )
+    return Display(console), shown
+
+
+def without_codes(text: str) -> list[str]:
+    """Lines of terminal output without its codes."""
+    return re.split(r"[\r\n]+", re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", text))
+
+
+def test_off_a_terminal_there_are_plain_lines(capsys: pytest.CaptureFixture[str]) -> None:
+    show_everything(Display())
+    shown = capsys.readouterr().out
+    assert "\x1b" not in shown and "\r" not in shown
+    assert max(map(cell_len, shown.splitlines())) <= 100
+    lines = [line.rstrip() for line in shown.splitlines()]
+    assert (
+        "step 600/600  reward 1.050 (format 1.00 logic 1.00 accuracy 1.00)  kl 12.3456  tokens 768"
+        "  left 99:59:59"
+    ) in re.sub(r"\n(?=left)", " ", "\n".join(lines))
+    assert "measuring 1319 held-out problems ..." in lines
+    assert "step 599: held-out accuracy 53.1% (50.4% to 55.7%), format 100.0%" in lines
+    assert "   format: 0.00 to 1.00, half-way at step 600" in lines
+    assert " accuracy: 0.00 to 1.00, no rise" in lines
+
+
+def test_off_a_terminal_a_step_is_one_line() -> None:
+    display, shown = plain()
+    with display.training(0, 600) as on_record:
+        on_record(RECORD | {"kl": 0.0123, "seconds_left": 32_400.0})
+    assert shown.getvalue().count("\n") == 1
+
+
+def test_off_a_terminal_supervised_training_is_some_twenty_lines() -> None:
+    for steps, lines in ((1, 1), (3, 3), (20, 20), (2500, 20), (2510, 21)):
+        display, shown = plain()
+        with display.supervising("solutions", steps) as on_step:
+            for step in range(1, steps + 1):
+                on_step(step, 0.5)
+        written = shown.getvalue().splitlines()
+        assert len(written) == lines
+        assert written[-1] == f"solutions: step {steps}/{steps}  loss 0.5000"
+
+
+def test_a_terminal_of_80_columns_is_wide_enough() -> None:
+    display, shown = terminal()
+    show_everything(display)
+    lines = without_codes(shown.getvalue())
+    assert max(map(cell_len, lines)) <= 80
+    # A live bar that took two lines would have to move up to draw itself again.
+    assert "\x1b[1A" not in shown.getvalue()
+    bars = [line for line in lines if "600/600" in line and "reward 1.05" in line]
+    assert bars and all("acc 1.00 kl 12.346 len 768" in bar for bar in bars)
+    for line in PLAN.values():
+        assert any(line in shown_line for shown_line in lines)
+    table = [line for line in lines if line.startswith("│ ") and "%" in line]
+    assert len(table) == 9
+    assert any("pass@16, sampled" in line for line in table)
+
+
+@pytest.mark.parametrize("hostile", HOSTILE)
+@pytest.mark.parametrize("make", [plain, terminal])
+def test_what_a_model_writes_takes_no_effect(hostile: str, make: Any) -> None:
+    display, shown = make()
+    with display.training(0, 2):
+        display.sample(1, f"question {hostile}", f"completion {hostile} end", RECORD)
+    display.note(f"note {hostile if chr(27) not in hostile else ''}")
+    display.plan({"data": hostile if chr(27) not in hostile else ""})
+    text = shown.getvalue()
+    # What is left once the codes of rich itself are gone: its styles, and those of the bar.
+    own = re.sub(r"\x1b\[(?:[0-9;]*m|2K|\?25[lh])", "", text)
+    assert not re.search(r"[\x00\x07\x08\x9b\u202e]|\x1b", own)
+    assert "\x1b[31m" not in text and "\x1b[1;31m" not in text and "\x1b]8" not in text
+    visible = re.sub(r"[^\x20-\x7e\n]", "", hostile).replace("\n", " ")
+    for word in ("question", "completion"):
+        assert f"{word} {visible}" in re.sub(r"[^\x20-\x7e\n]", "", own)
+
+
+def test_measurements_without_samples_leave_their_rows_out() -> None:
+    display, shown = plain()
+    record = MEASUREMENT.as_record() | {"sampled": None}
+    display.before_and_after(record, record)
+    assert "sampled" not in shown.getvalue()
+    assert "accuracy, greedy" in shown.getvalue()
+
+
+def test_change_is_in_points() -> None:
+    display, shown = plain()
+    before = MEASUREMENT.as_record()
+    after = before | {"accuracy": before["accuracy"] + 0.25, "mean_tokens": 700.5}
+    display.before_and_after(before, after)
+    lines = {line.split("│")[1].strip(): line for line in shown.getvalue().splitlines()[4:-1]}
+    assert lines["accuracy, greedy"].split()[-2] == "+25.0"
+    assert lines["tokens"].split()[-2] == "-67.50"
