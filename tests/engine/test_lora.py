@@ -18,7 +18,7 @@ from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 from tunix.models.gemma import model as gemma
 
-from gemma2_grpo.config import Config, UserError
+from gemma2_grpo.config import Config, ModelConfig, UserError
 from gemma2_grpo.engine.export import load_adapter, merge_lora, save_adapter
 from gemma2_grpo.engine.forward import Network, Weights, completion_logps, split_model
 from gemma2_grpo.engine.learner import Completions, Learner
@@ -96,7 +96,12 @@ def test_policy_and_reference_share_the_base(
     cluster = Learner(changed(config, mesh_shape=shape), policy, base, tokenizer, mesh).cluster
     expected = buffers(base)
     assert len(expected) == 2 + 2 * 10
-    for model in (policy, cluster.actor_trainer.model, cluster.rollout.model(), cluster.reference):
+    for model in (
+        policy,
+        cluster.actor_trainer.model,
+        cluster.rollout.model(),
+        cluster.inference_worker.get_model("reference"),
+    ):
         assert buffers(model) == expected
     lora = nnx.state(policy, nnx.LoRAParam)
     assert all(leaf.sharding.mesh == mesh for leaf in jax.tree.leaves(lora))
@@ -124,13 +129,13 @@ class TestSeeds:
             else:
                 assert name.endswith("_b") and not value.any()
 
+    @pytest.mark.filterwarnings("ignore:rngs must be provided")
     def test_stock_qwix_has_one_seed_unless_told(self, base: gemma.Gemma) -> None:
-        """Without `rngs=`, Qwix draws from one fixed seed, with a warning at best."""
+        """Without `rngs=`, Qwix draws from one fixed seed, with a warning at most."""
         provider = qwix.LoraProvider(module_path=".*attn_vec_einsum", rank=4, alpha=8.0)
         drawn = []
         for _ in range(2):
-            with pytest.warns(UserWarning, match="rngs must be provided"):
-                policy = qwix.apply_lora_to_model(base, provider, **base.get_model_input())
+            policy = qwix.apply_lora_to_model(base, provider, **base.get_model_input())
             drawn.append(jax.tree.leaves(nnx.state(policy, nnx.LoRAParam))[0])
         np.testing.assert_array_equal(drawn[0], drawn[1])
 
@@ -234,7 +239,7 @@ def _gradient(network: Network, weights: Weights, tokens: jax.Array) -> nnx.Stat
 
 
 class TestMerge:
-    @pytest.fixture(scope="class")
+    @pytest.fixture
     def tokens(self) -> np.ndarray:
         return np.random.default_rng(0).integers(3, 496, (2, 16)).astype(np.int32)
 
@@ -305,11 +310,12 @@ class TestAdapterFile:
         path = save_adapter(saved, tmp_path, config.model, "1234")
         assert [p.name for p in tmp_path.iterdir()] == [path.name]
         policy = make_policy()
-        load_adapter(policy, tmp_path, "1234")
+        load_adapter(policy, tmp_path, config.model, "1234")
         for name, value in adapters(saved).items():
             np.testing.assert_array_equal(adapters(policy)[name], value)
         with safe_open(path, framework="numpy") as file:
-            described = {name: json.loads(value) for name, value in file.metadata().items()}
+            assert file.metadata().keys() == {"gemma2_grpo"}
+            described = json.loads(file.metadata()["gemma2_grpo"])
         assert described == {
             "base": "tiny",
             "base_sha256": "1234",
@@ -331,16 +337,18 @@ class TestAdapterFile:
         save_adapter(saved, tmp_path, config.model, "1234")
         policy = add_lora(wide_base, config.model, wide_mesh, 0)
         before = [x.sharding for x in jax.tree.leaves(nnx.state(policy, nnx.LoRAParam))]
-        load_adapter(policy, tmp_path, "1234")
+        load_adapter(policy, tmp_path, config.model, "1234")
         after = [x.sharding for x in jax.tree.leaves(nnx.state(policy, nnx.LoRAParam))]
         assert after == before
         for name, value in adapters(saved).items():
             np.testing.assert_array_equal(adapters(policy)[name], value)
 
-    def refusal(self, policy: gemma.Gemma, folder: Path, sha256: str = "1234") -> str:
+    def refusal(
+        self, policy: gemma.Gemma, folder: Path, config: ModelConfig, sha256: str = "1234"
+    ) -> str:
         before = jax.tree.leaves(nnx.state(policy, nnx.LoRAParam))
         with pytest.raises(UserError) as caught:
-            load_adapter(policy, folder, sha256)
+            load_adapter(policy, folder, config, sha256)
         after = jax.tree.leaves(nnx.state(policy, nnx.LoRAParam))
         for one, other in zip(before, after, strict=True):
             np.testing.assert_array_equal(one, other)
@@ -351,7 +359,7 @@ class TestAdapterFile:
         self, make_policy: Callable[..., gemma.Gemma], config: Config, tmp_path: Path
     ) -> None:
         path = save_adapter(make_policy(filled=1), tmp_path, config.model, "1234")
-        assert self.refusal(make_policy(), tmp_path, "5678") == (
+        assert self.refusal(make_policy(), tmp_path, config.model, "5678") == (
             f"{path}: made for another base (tiny); load it on that one"
         )
 
@@ -371,9 +379,11 @@ class TestAdapterFile:
     ) -> None:
         other = dataclasses.replace(config.model, **change)
         path = save_adapter(make_policy(filled=1), tmp_path, config.model, "1234")
-        message = self.refusal(add_lora(base, other, mesh, 0), tmp_path)
-        assert message.startswith(f"{path}: ")
-        assert "lora_rank = 4" in message and "lora_alpha = 8.0" in message
+        message = self.refusal(add_lora(base, other, mesh, 0), tmp_path, other)
+        assert message == (
+            f"{path}: does not fit; it was made with lora_rank = 4, lora_alpha = 8.0, "
+            f"lora_modules = {list(config.model.lora_modules)}; set the same"
+        )
 
     def test_fewer_adapters_than_the_policy_has_are_refused(
         self,
@@ -385,17 +395,17 @@ class TestAdapterFile:
     ) -> None:
         fewer = dataclasses.replace(config.model, lora_modules=("attn/q_einsum",))
         save_adapter(add_lora(base, fewer, mesh, 0), tmp_path, fewer, "1234")
-        assert "does not fit" in self.refusal(make_policy(), tmp_path)
+        assert "does not fit" in self.refusal(make_policy(), tmp_path, config.model)
 
     def test_what_is_no_adapter_is_refused(
         self, make_policy: Callable[..., gemma.Gemma], config: Config, tmp_path: Path
     ) -> None:
         policy = make_policy()
         start = f"{tmp_path}/adapter.safetensors: not a readable adapter ("
-        assert self.refusal(policy, tmp_path).startswith(start)
+        assert self.refusal(policy, tmp_path, config.model).startswith(start)
         path = save_adapter(policy, tmp_path, config.model, "1234")
         path.write_bytes(path.read_bytes()[:-8])
-        assert self.refusal(policy, tmp_path).startswith(start)
+        assert self.refusal(policy, tmp_path, config.model).startswith(start)
         save_file({"x": np.zeros(1, np.float32)}, path)
-        assert "another base" in self.refusal(policy, tmp_path)
+        assert "another base" in self.refusal(policy, tmp_path, config.model)
         assert load_file(path).keys() == {"x"}

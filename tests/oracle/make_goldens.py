@@ -50,8 +50,9 @@ LENGTHS = (20, 13)
 def write_model(directory: Path, values: dict[str, Any], seed: int) -> Path:
     """Writes config.json and one float32 safetensors file with random weights.
 
-    Matrices have the deviation 1/sqrt(fan-in). The embedding is larger than a trained one, so that
-    distributions over tokens are far from uniform, and no norm is left at its initial value.
+    Matrices have the deviation 1/sqrt(fan-in), and no norm is left at its initial value. A small
+    embedding and a large final norm make distributions over tokens that are far from uniform and
+    depend on more than the last token.
     """
     random = np.random.default_rng(seed)
 
@@ -64,8 +65,8 @@ def write_model(directory: Path, values: dict[str, Any], seed: int) -> Path:
     width, hidden, head = values["hidden_size"], values["intermediate_size"], values["head_dim"]
     queries, keys = values["num_attention_heads"] * head, values["num_key_value_heads"] * head
     tensors = {
-        "model.embed_tokens.weight": normal(0.4, values["vocab_size"], width),
-        "model.norm.weight": normal(0.3, width),
+        "model.embed_tokens.weight": normal(0.05, values["vocab_size"], width),
+        "model.norm.weight": 8 + normal(1.0, width),
     }
     for i in range(values["num_hidden_layers"]):
         layer = {

@@ -5,6 +5,7 @@ import json
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -55,8 +56,8 @@ SMALL: dict[str, dict[str, Any]] = {
     "run": {
         "max_steps": 5,
         "eval_every_steps": 2,
-        "eval_samples": 2,
-        "eval_batch_prompts": 4,
+        "eval_samples": 4,  # So that measuring and training share a program.
+        "eval_batch_prompts": 8,
         "checkpoint_every_steps": 2,
         "keep_checkpoints": 5,
         "sample_every_steps": 2,
@@ -131,8 +132,8 @@ def _save_shards(folder: Path, tensors: dict[str, np.ndarray], shards: int) -> N
 def tiny_model_dir(
     write_model: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory
 ) -> Path:
-    """A random Gemma 2 of two layers with the embedded tokenizer."""
-    sizes = {"num_hidden_layers": 2, "hidden_size": 64, "intermediate_size": 96}
+    """A random Gemma 2 of one layer with the embedded tokenizer."""
+    sizes = {"num_hidden_layers": 1, "hidden_size": 64, "intermediate_size": 96}
     return write_model(tmp_path_factory.mktemp("models") / "tiny", **sizes)
 
 
@@ -185,17 +186,29 @@ class Finished:
         return [json.loads(line) for line in (self.path / name).read_text().splitlines()]
 
 
-@pytest.fixture(scope="session", params=[1, 3], ids=["mu=1", "mu=3"])
-def straight_run(
-    request: pytest.FixtureRequest,
+@pytest.fixture(scope="session")
+def run_straight(
     make_config: Callable[..., Config],
     quiet_train: Callable[..., str],
     tmp_path_factory: pytest.TempPathFactory,
+) -> Callable[[int], Finished]:
+    """Runs to the end without interruption; once for each number of updates per step."""
+
+    @cache
+    def run(num_iterations: int) -> Finished:
+        config = make_config(grpo={"num_iterations": num_iterations})
+        path = tmp_path_factory.mktemp("runs") / "straight"
+        return Finished(config, path, quiet_train(config, path))
+
+    return run
+
+
+@pytest.fixture(params=[1, 3], ids=["mu=1", "mu=3"])
+def straight_run(
+    request: pytest.FixtureRequest, run_straight: Callable[[int], Finished]
 ) -> Finished:
-    """A run without interruption, by the number of updates per step."""
-    config = make_config(grpo={"num_iterations": request.param})
-    path = tmp_path_factory.mktemp("runs") / "straight"
-    return Finished(config, path, quiet_train(config, path))
+    """A finished run, with one and with three updates per step. To look at, not to change."""
+    return run_straight(request.param)
 
 
 @pytest.fixture(scope="session")

@@ -1,6 +1,7 @@
 """Measuring: the right numbers, the same numbers again, and no trace in the training."""
 
 import dataclasses
+import re
 from types import SimpleNamespace
 from typing import Any
 
@@ -18,7 +19,7 @@ from gemma2_grpo.task.scoring import Scorer
 EXAMPLES = [Example(f"How many eggs are {i} eggs and 2 more?", str(i + 2)) for i in range(7)]
 
 
-def solution(i: int, answer: int, equation: str) -> str:
+def solution(answer: int, equation: str) -> str:
     return (
         f"<reasoning>\nStep 1: {equation}\nTherefore, the answer is {answer}.\n</reasoning>\n"
         f"<answer>\n{answer}\n</answer>"
@@ -27,11 +28,13 @@ def solution(i: int, answer: int, equation: str) -> str:
 
 def answer_of(prompt: str, draw: int) -> str:
     """Right for even problems; a second draw is right for problem 1, too; problem 5 is cut off."""
-    i = int(prompt.split(" eggs and 2")[0].rsplit(" ", 1)[1])
+    found = re.search(r"(\d+) eggs and 2 more", prompt)
+    assert found is not None
+    i = int(found[1])
     if i == 5:
         return "<reasoning>"
     right = i % 2 == 0 or (i == 1 and draw == 1)
-    return solution(i, i + 2 if right else 99, f"{i} + 2 = {i + 2 if right else 99}")
+    return solution(i + 2 if right else 99, f"{i} + 2 = {i + 2 if right else 99}")
 
 
 class FakeLearner:
@@ -106,7 +109,7 @@ def test_progress_counts_each_problem_once():
     learner: Any = FakeLearner(eval_batch_prompts=4)
     done: list[int] = []
     measure(learner, EXAMPLES, SCORE, samples=2, on_batch=done.append)
-    assert done == [4, 3] + [2, 2, 2, 1]
+    assert done == [4, 3, 2, 2, 2, 1]
 
 
 def test_completions_are_handed_out_with_their_own_example():
@@ -119,8 +122,11 @@ def test_completions_are_handed_out_with_their_own_example():
         on_completion=lambda example, text, scores: seen.append((example, text, scores["total"])),
     )
     texts = [answer_of(render_prompt(e.question), 0) for e in EXAMPLES]
-    totals = [score_completion(t, e.answer, e.question).total for e, t in zip(EXAMPLES, texts)]
-    assert seen == list(zip(EXAMPLES, texts, totals))
+    totals = [
+        score_completion(text, example.answer, example.question).total
+        for example, text in zip(EXAMPLES, texts, strict=True)
+    ]
+    assert seen == list(zip(EXAMPLES, texts, totals, strict=True))
 
 
 def test_a_mean_of_nothing_is_no_warning_and_no_nan():
@@ -171,7 +177,7 @@ def test_the_same_seed_measures_the_same_and_training_draws_are_left_alone(sessi
             learner,
             session.held_out,
             SCORE,
-            samples=2,
+            samples=4,
             on_completion=lambda _, text, __, texts=texts: texts.append(text),
         )
         assert first in (None, again)
@@ -193,7 +199,7 @@ def test_sampled_completions_differ_between_problems_samples_and_seeds(session):
         run = dataclasses.replace(learner.config.run, seed=seed)
         config = dataclasses.replace(learner.config, run=run)
         spied: Any = SimpleNamespace(config=config, generate=spy)
-        measure(spied, session.held_out, SCORE, samples=2)
+        measure(spied, session.held_out, SCORE, samples=4)
     texts = [tuple(completions.texts) for completions in drawn]
     # One greedy and two sampled batches for each seed.
     assert texts[0] == texts[3], "greedy decoding knows no seed"

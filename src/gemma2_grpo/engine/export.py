@@ -18,6 +18,8 @@ from tunix.models.gemma import model as gemma
 from gemma2_grpo.config import ModelConfig, UserError
 
 ADAPTER_FILE = "adapter.safetensors"
+# One entry of metadata: safetensors writes several in no fixed order.
+_DESCRIPTION = "gemma2_grpo"
 _NORMS = {
     "pre_attention_norm": "input_layernorm",
     "post_attn_norm": "post_attention_layernorm",
@@ -72,7 +74,8 @@ def _hf_tensors(model: gemma.Gemma, query_scale: float) -> Iterator[tuple[str, n
 
 def merge_lora(policy: gemma.Gemma, base: gemma.Gemma, config: ModelConfig) -> gemma.Gemma:
     """A copy of the base with the policy's adapters added into its weights."""
-    merged = nnx.merge(*nnx.split(base))
+    # Else the copy would share its variables with the base, and change them too.
+    merged = nnx.merge(*nnx.split(base), copy=True)
     adapters = nnx.to_pure_dict(nnx.state(policy, nnx.LoRAParam))
     scale = config.lora_alpha / config.lora_rank
     for i, layer in enumerate(merged.layers):
@@ -135,20 +138,20 @@ def save_adapter(policy: gemma.Gemma, folder: Path, config: ModelConfig, base_sh
         "lora_modules": config.lora_modules,
     }
     temporary = folder / f".{ADAPTER_FILE}.tmp"
-    save_file(tensors, temporary, metadata={k: json.dumps(v) for k, v in described.items()})
+    save_file(tensors, temporary, metadata={_DESCRIPTION: json.dumps(described)})
     return temporary.rename(folder / ADAPTER_FILE)
 
 
-def load_adapter(policy: gemma.Gemma, folder: Path, base_sha256: str) -> None:
-    """Puts a saved adapter into a policy that was made with the same rank and modules.
+def load_adapter(policy: gemma.Gemma, folder: Path, config: ModelConfig, base_sha256: str) -> None:
+    """Puts a saved adapter into a policy that was made with the same rank, scale and modules.
 
     Raises:
-        UserError: if it is unreadable, belongs to another base, or has other shapes.
+        UserError: if it is unreadable, belongs to another base, or was made otherwise.
     """
     path = folder / ADAPTER_FILE
     try:
         with safe_open(path, framework="numpy") as file:
-            described = {k: json.loads(v) for k, v in (file.metadata() or {}).items()}
+            described = json.loads((file.metadata() or {}).get(_DESCRIPTION, "{}"))
             tensors = {name: file.get_tensor(name) for name in list(file.keys())}
     except (OSError, SafetensorError, ValueError) as error:
         raise UserError(f"{path}: not a readable adapter ({error})") from None
@@ -156,19 +159,17 @@ def load_adapter(policy: gemma.Gemma, folder: Path, base_sha256: str) -> None:
         raise UserError(
             f"{path}: made for another base ({described.get('base')}); load it on that one"
         )
-    state = nnx.state(policy, nnx.LoRAParam)
-    for parts, variable in nnx.to_flat_state(state):
-        name, current = "/".join(map(str, parts)), variable.get_value()
-        if name not in tensors or tensors[name].shape != current.shape:
-            raise UserError(
-                f"{path}: {name} does not fit; it was made with lora_rank = "
-                f"{described.get('lora_rank')} on {described.get('lora_modules')}"
-            )
+    flat = {
+        "/".join(map(str, parts)): (parts, variable)
+        for parts, variable in nnx.to_flat_state(nnx.state(policy, nnx.LoRAParam))
+    }
+    shapes = {name: variable.get_value().shape for name, (_, variable) in flat.items()}
+    is_same_scale = described.get("lora_alpha") == config.lora_alpha
+    if not is_same_scale or {name: t.shape for name, t in tensors.items()} != shapes:
+        made = ", ".join(f"{k} = {v}" for k, v in described.items() if k.startswith("lora_"))
+        raise UserError(f"{path}: does not fit; it was made with {made}; set the same")
     placed = [
-        (
-            parts,
-            v.replace(jax.device_put(tensors["/".join(map(str, parts))], v.get_value().sharding)),
-        )
-        for parts, v in nnx.to_flat_state(state)
+        (parts, variable.replace(jax.device_put(tensors[name], variable.get_value().sharding)))
+        for name, (parts, variable) in flat.items()
     ]
     nnx.update(policy, nnx.from_flat_state(placed))

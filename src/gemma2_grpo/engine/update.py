@@ -176,7 +176,7 @@ class Updater:
         """One optimizer step; the base only completes the model and is neither read nor copied."""
         optimizer = nnx.merge(self._optimizer_def, state)
         model = self._policy_network.merge(Weights(lora, base))
-        grad_norm = optax.global_norm(gradients)
+        grad_norm = optax.tree.norm(gradients)
         optimizer.update(model, gradients)
         return nnx.state(model, nnx.LoRAParam), nnx.state(optimizer), grad_norm
 

@@ -70,13 +70,13 @@ class Display:
         """Shows what the run will do."""
         table = Table.grid(padding=(0, 2))
         for name, value in facts.items():
-            table.add_row(f"[bold]{name}", escape(value))
+            table.add_row(f"[bold]{name}", _inert(value))
         self.console.print(table)
         self.console.print()
 
     def note(self, text: str) -> None:
-        """Prints one line."""
-        self.console.print(escape(text))
+        """Prints one line, which a path may make long."""
+        self.console.print(_inert(text), soft_wrap=True)
 
     @contextmanager
     def measuring(self, label: str, total: int) -> Iterator[Any]:
@@ -114,7 +114,7 @@ class Display:
     def training(self, first: int, total: int) -> Iterator[Any]:
         """Shows the progress of training; yields what to call with each step's record."""
         if not self.console.is_terminal:
-            yield lambda record: self.console.print(_line(record, total))
+            yield lambda record: self.console.print(_line(record, total), soft_wrap=True)
             return
         with _StepProgress(console=self.console) as bar:
             bar.begin(first, total)
@@ -209,15 +209,15 @@ def _parts(record: Mapping[str, Any]) -> str:
     """What a step gave, within 80 columns."""
     return (
         f"reward {record['reward']:.3f} (format {record['format']:.2f} logic "
-        f"{record['logic']:.2f} accuracy {record['accuracy']:.2f})  kl {record['kl']:.4f}  "
+        f"{record['logic']:.2f} accuracy {record['accuracy']:.2f}) kl {record['kl']:.4f} "
         f"tokens {record['completion_tokens']:.0f}"
     )
 
 
 def _line(record: Mapping[str, Any], total: int) -> str:
-    """A step for a log."""
+    """A step for a log, within 100 columns."""
     left = _duration(record["seconds_left"])
-    return f"step {record['step']}/{total}  {_parts(record)}  left {left}"
+    return f"step {record['step']}/{total}: {_parts(record)} left {left}"
 
 
 def _duration(seconds: float) -> str:

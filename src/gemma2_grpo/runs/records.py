@@ -11,7 +11,7 @@ from gemma2_grpo.task.scoring import COMPONENTS
 RISING = ("format", "logic", "accuracy")
 _AVERAGED = (*COMPONENTS, "custom", "correct", "official_correct")
 _WINDOW = 5
-_NOTABLE_RISE = 0.02
+_NOTABLE_RISE = 0.05
 
 
 def step_record(step: int, result: StepResult) -> dict[str, Any]:

@@ -17,7 +17,13 @@ from gemma2_grpo.engine.export import fingerprint, save_adapter
 from gemma2_grpo.engine.fetch import find_model
 from gemma2_grpo.engine.learner import Learner
 from gemma2_grpo.engine.lora import AdapterSize, adapter_size, add_lora, max_adapter_parameters
-from gemma2_grpo.engine.model import load_tokenizer, load_weights, make_mesh, read_architecture
+from gemma2_grpo.engine.model import (
+    check_heads,
+    load_tokenizer,
+    load_weights,
+    make_mesh,
+    read_architecture,
+)
 from gemma2_grpo.runs.run_directory import RunDirectory, check_free_space
 from gemma2_grpo.task.data import Example, Splits, drop_long
 
@@ -105,7 +111,9 @@ def open_session(config: Config, splits: Splits, directory: RunDirectory) -> Ses
     base_sha256 = fingerprint(model_path)
     directory.check_same("data_sha256", splits.sha256)
     directory.check_same("base_sha256", base_sha256)
-    parameters = max_adapter_parameters(read_architecture(model_path), config.model.lora_rank)
+    architecture = read_architecture(model_path)
+    check_heads(architecture, mesh)
+    parameters = max_adapter_parameters(architecture, config.model.lora_rank)
     checkpoints = config.run.keep_checkpoints + 1
     check_free_space(directory.path, parameters * _STATE_BYTES_PER_PARAMETER * checkpoints)
     reference = load_weights(model_path, config.model.dtype, mesh)
