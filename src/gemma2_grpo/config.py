@@ -50,6 +50,8 @@ class ModelConfig:
         "mlp/(gate_proj|up_proj|down_proj)",
     )
     """Regular expressions on module paths; each must match at least one module."""
+    adapter: str | None = None
+    """Directory of a saved adapter to start from, made on the same base with the same shape."""
     mesh_shape: tuple[int, int] = (2, 4)
     """Devices along (fsdp, tp). Their product is the number of devices used."""
     remat: Literal["none", "block", "decoder"] = "decoder"
@@ -94,7 +96,9 @@ class RolloutConfig:
     temperature: float = 1.0
     """Divides the logits, in sampling and in the loss."""
     top_p: float = 1.0
-    """Sample from the likeliest tokens that make up this probability; 1 keeps all."""
+    """Sample from the likeliest tokens that make up this probability; 1 keeps all.
+
+    The loss uses the whole distribution, so that below 1 sampling is a little off-policy."""
     top_k: int = 0
     """Sample from the k likeliest tokens; 0 keeps all."""
 
@@ -358,6 +362,11 @@ def check_sft(config: SftConfig) -> SftConfig:
             f"mesh_shape[0] = {config.model.mesh_shape[0]} does not divide batch_size = "
             f"{config.sft.batch_size}; change one of them"
         )
+    if config.sft.train_base and config.model.dtype != "float32":
+        raise ConfigError(
+            f"train_base = true with dtype = {config.model.dtype!r} would round small updates "
+            'away; set dtype = "float32", or train adapters'
+        )
     return config
 
 
@@ -384,9 +393,14 @@ _RANGES: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
         "must be greater than 0",
     ),
     (
-        "warmup_fraction final_lr_fraction adam_b1 adam_b2 arithmetic_fraction",
+        "warmup_fraction final_lr_fraction",
         lambda value: 0 <= value <= 1,
         "must lie between 0 and 1",
+    ),
+    (
+        "adam_b1 adam_b2 arithmetic_fraction",
+        lambda value: 0 <= value < 1,
+        "must lie between 0 and 1, below 1",
     ),
     ("top_p", lambda value: 0 < value <= 1, "must lie in (0, 1]; 1 keeps all tokens"),
     ("mesh_shape", lambda value: min(value) >= 1, "must have two positive sizes"),

@@ -167,10 +167,10 @@ def make_policy(
 ) -> Callable[..., gemma.Gemma]:
     """Makes a policy on the base: fresh as `add_lora` gives it, or with all adapters drawn."""
 
-    def make(*, filled: int | None = None, seed: int = 0) -> gemma.Gemma:
+    def make(*, filled: int | None = None, scale: float = 0.2, seed: int = 0) -> gemma.Gemma:
         policy = add_lora(base, config.model, mesh, seed)
         if filled is not None:
-            fill_adapters(policy, filled)
+            fill_adapters(policy, filled, scale)
         return policy
 
     return make

@@ -19,7 +19,7 @@ from safetensors.numpy import load_file, save_file
 from tunix.models.gemma import model as gemma
 
 from gemma2_grpo.config import Config, ModelConfig, UserError
-from gemma2_grpo.engine.export import load_adapter, merge_lora, save_adapter
+from gemma2_grpo.engine.export import check_adapter, load_adapter, merge_lora, save_adapter
 from gemma2_grpo.engine.forward import Network, Weights, completion_logps, split_model
 from gemma2_grpo.engine.learner import Completions, Learner
 from gemma2_grpo.engine.lora import adapter_size, add_lora
@@ -310,7 +310,7 @@ class TestAdapterFile:
         path = save_adapter(saved, tmp_path, config.model, "1234")
         assert [p.name for p in tmp_path.iterdir()] == [path.name]
         policy = make_policy()
-        load_adapter(policy, tmp_path, config.model, "1234")
+        load_adapter(policy, tmp_path)
         for name, value in adapters(saved).items():
             np.testing.assert_array_equal(adapters(policy)[name], value)
         with safe_open(path, framework="numpy") as file:
@@ -337,7 +337,7 @@ class TestAdapterFile:
         save_adapter(saved, tmp_path, config.model, "1234")
         policy = add_lora(wide_base, config.model, wide_mesh, 0)
         before = [x.sharding for x in jax.tree.leaves(nnx.state(policy, nnx.LoRAParam))]
-        load_adapter(policy, tmp_path, config.model, "1234")
+        load_adapter(policy, tmp_path)
         after = [x.sharding for x in jax.tree.leaves(nnx.state(policy, nnx.LoRAParam))]
         assert after == before
         for name, value in adapters(saved).items():
@@ -348,7 +348,7 @@ class TestAdapterFile:
     ) -> str:
         before = jax.tree.leaves(nnx.state(policy, nnx.LoRAParam))
         with pytest.raises(UserError) as caught:
-            load_adapter(policy, folder, config, sha256)
+            check_adapter(folder, config, sha256)
         after = jax.tree.leaves(nnx.state(policy, nnx.LoRAParam))
         for one, other in zip(before, after, strict=True):
             np.testing.assert_array_equal(one, other)

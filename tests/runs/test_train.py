@@ -24,7 +24,7 @@ from gemma2_grpo.config import Config, UserError, load_config
 from gemma2_grpo.engine import learner as learner_module
 from gemma2_grpo.engine.checkpoint import restore_checkpoint
 from gemma2_grpo.runs import session as session_module
-from gemma2_grpo.runs import train as train_module
+from gemma2_grpo.runs import session as session_module
 from gemma2_grpo.task.data import load_splits
 from gemma2_grpo.task.scoring import COMPONENTS, Scorer, load_reward
 
@@ -229,7 +229,7 @@ def test_a_finished_run_is_left_alone(straight_run, quiet_train: Train, monkeypa
     def fail(*_: Any) -> None:
         raise AssertionError("a model is loaded")
 
-    monkeypatch.setattr(train_module, "open_session", fail)
+    monkeypatch.setattr(session_module, "open_session", fail)
     before = listing()
     shown = quiet_train(straight_run.config, straight_run.path)
     assert f"{straight_run.path} is finished; its result:\n" in shown

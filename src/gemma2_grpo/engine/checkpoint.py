@@ -35,17 +35,24 @@ def save_checkpoint(folder: Path, step: int, state: Any, keep: int) -> Path:
             checkpointer.save((temporary / _STATE).absolute(), state)
             # Without this, Orbax reports a full disk only when it is closed, if at all.
             checkpointer.wait_until_finished()
+        manifest = {"step": step, "sha256": _hashes(temporary)}
+        (temporary / _MANIFEST).write_text(json.dumps(manifest, indent=1), encoding="utf-8")
+        shutil.rmtree(final, ignore_errors=True)
+        temporary.rename(final)
     except Exception as error:
         shutil.rmtree(temporary, ignore_errors=True)
         raise OSError(f"checkpoint of step {step} could not be written: {error}") from error
-    (temporary / _MANIFEST).write_text(
-        json.dumps({"step": step, "sha256": _hashes(temporary)}, indent=1), encoding="utf-8"
-    )
-    shutil.rmtree(final, ignore_errors=True)
-    temporary.rename(final)
-    for old in _steps(folder)[keep:]:
-        shutil.rmtree(folder / f"{_PREFIX}{old:06d}")
+    _prune(folder, step, keep)
     return final
+
+
+def _prune(folder: Path, newest: int, keep: int) -> None:
+    """Keeps `keep` checkpoints up to the newest; a later one is what a resumed run passed over."""
+    steps = _steps(folder)
+    kept = [step for step in steps if step <= newest][:keep]
+    for step in steps:
+        if step not in kept:
+            shutil.rmtree(folder / f"{_PREFIX}{step:06d}")
 
 
 def restore_checkpoint(folder: Path, like: Any) -> tuple[int, Any] | None:
@@ -82,6 +89,11 @@ def clean_temporaries(folder: Path) -> None:
     """Removes what a killed process left half-written."""
     for path in folder.glob(f".{_PREFIX}*.tmp"):
         shutil.rmtree(path, ignore_errors=True)
+
+
+def latest_step(folder: Path) -> int:
+    """Steps of the newest checkpoint, verified or not; 0 where there is none."""
+    return max(_steps(folder), default=0)
 
 
 def _steps(folder: Path) -> list[int]:

@@ -142,34 +142,45 @@ def save_adapter(policy: gemma.Gemma, folder: Path, config: ModelConfig, base_sh
     return temporary.rename(folder / ADAPTER_FILE)
 
 
-def load_adapter(policy: gemma.Gemma, folder: Path, config: ModelConfig, base_sha256: str) -> None:
-    """Puts a saved adapter into a policy that was made with the same rank, scale and modules.
+def check_adapter(folder: Path, config: ModelConfig, base_sha256: str) -> None:
+    """Checks, before any weights load, that a saved adapter fits a base and a configuration.
 
     Raises:
-        UserError: if it is unreadable, belongs to another base, or was made otherwise.
+        UserError: if it is unreadable, belongs to another base, or has another shape.
     """
     path = folder / ADAPTER_FILE
     try:
         with safe_open(path, framework="numpy") as file:
             described = json.loads((file.metadata() or {}).get(_DESCRIPTION, "{}"))
-            tensors = {name: file.get_tensor(name) for name in list(file.keys())}
     except (OSError, SafetensorError, ValueError) as error:
         raise UserError(f"{path}: not a readable adapter ({error})") from None
     if described.get("base_sha256") != base_sha256:
         raise UserError(
             f"{path}: made for another base ({described.get('base')}); load it on that one"
         )
-    flat = {
-        "/".join(map(str, parts)): (parts, variable)
-        for parts, variable in nnx.to_flat_state(nnx.state(policy, nnx.LoRAParam))
+    made = {name: value for name, value in described.items() if name.startswith("lora_")}
+    ours = {
+        "lora_rank": config.lora_rank,
+        "lora_alpha": config.lora_alpha,
+        "lora_modules": list(config.lora_modules),
     }
-    shapes = {name: variable.get_value().shape for name, (_, variable) in flat.items()}
-    is_same_scale = described.get("lora_alpha") == config.lora_alpha
-    if not is_same_scale or {name: t.shape for name, t in tensors.items()} != shapes:
-        made = ", ".join(f"{k} = {v}" for k, v in described.items() if k.startswith("lora_"))
-        raise UserError(f"{path}: does not fit; it was made with {made}; set the same")
-    placed = [
-        (parts, variable.replace(jax.device_put(tensors[name], variable.get_value().sharding)))
-        for name, (parts, variable) in flat.items()
-    ]
+    if made != ours:
+        told = ", ".join(f"{name} = {value}" for name, value in made.items())
+        raise UserError(f"{path}: does not fit; it was made with {told}; set the same")
+
+
+def load_adapter(policy: gemma.Gemma, folder: Path) -> None:
+    """Puts a saved adapter, which `check_adapter` let pass, into a policy."""
+    with safe_open(folder / ADAPTER_FILE, framework="numpy") as file:
+        placed = [
+            (
+                parts,
+                variable.replace(
+                    jax.device_put(
+                        file.get_tensor("/".join(map(str, parts))), variable.get_value().sharding
+                    )
+                ),
+            )
+            for parts, variable in nnx.to_flat_state(nnx.state(policy, nnx.LoRAParam))
+        ]
     nnx.update(policy, nnx.from_flat_state(placed))

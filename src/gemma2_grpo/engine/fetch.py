@@ -8,7 +8,7 @@ from importlib import resources
 from pathlib import Path
 
 from gemma2_grpo.config import UserError
-from gemma2_grpo.task.sources import KAGGLE_PREFIX
+from gemma2_grpo.task.sources import KAGGLE_PREFIX, reason
 
 EMBEDDED = "embedded"
 # Gated on Hugging Face: whoever has no token need not ask the network.
@@ -23,8 +23,6 @@ _WANTED = [
     "*.safetensors",
     "*.safetensors.index.json",
 ]
-# What a message of a library may hold: headers, tokens, and the signatures of download addresses.
-_SECRET = re.compile(r"Bearer\s+[^'\"]+|\bhf_[\w.-]{16,}|(?<=\?)[^\s'\"]+")
 _FULL_DISK = ("No space left", "quota exceeded")
 
 
@@ -44,7 +42,7 @@ def find_model(name: str, *, needs_weights: bool = True) -> Path:
         directory = _locate(name)
         check_files(directory, needs_weights=needs_weights)
     except (OSError, RuntimeError) as error:  # No permission, too long, the `~` of nobody.
-        raise UserError(f"model {name!r}: cannot be read ({_reason(error)})") from None
+        raise UserError(f"model {name!r}: cannot be read ({reason(error)})") from None
     return directory
 
 
@@ -80,7 +78,7 @@ def _check_shards(index: Path) -> None:
         missing = [name for name in names if not (index.parent / name).is_file()]
     except (ValueError, LookupError, TypeError, AttributeError) as error:
         raise UserError(
-            f"{index}: not a readable index of shards ({_reason(error)}); download it again"
+            f"{index}: not a readable index of shards ({reason(error)}); download it again"
         ) from None
     if missing:
         raise UserError(
@@ -160,7 +158,7 @@ def _explain_kaggle(error: Exception, page: str) -> str:
     if _disk_is_full(error):
         return "no space left on the disk; free some, or set KAGGLEHUB_CACHE to a larger disk"
     return (
-        f"cannot be fetched ({_reason(error)}); attach it to the notebook, check the network, "
+        f"cannot be fetched ({reason(error)}); attach it to the notebook, check the network, "
         "or pass a local directory as model"
     )
 
@@ -217,7 +215,7 @@ def _explain_hub(error: Exception, name: str) -> str:
             "huggingface.co/settings/tokens and export HF_TOKEN"
         )
     return (
-        f"cannot be fetched ({_reason(error.__cause__ or error)}); check the network and run "
+        f"cannot be fetched ({reason(error.__cause__ or error)}); check the network and run "
         "again, which resumes the download, or pass a local directory as model"
     )
 
@@ -236,9 +234,3 @@ def _causes(error: BaseException | None) -> Iterator[BaseException]:
     while error is not None:
         yield error
         error = error.__cause__
-
-
-def _reason(error: BaseException) -> str:
-    """The first line of an error, without secrets."""
-    line = (str(error).strip() or type(error).__name__).splitlines()[0]
-    return _SECRET.sub("...", line)

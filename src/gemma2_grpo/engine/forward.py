@@ -6,6 +6,7 @@ so hidden states are always taken from a whole call, and only the head, which ca
 adapter, is computed here.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, NamedTuple, cast
@@ -139,17 +140,37 @@ def completion_logps(
     hidden = jnp.take_along_axis(hidden, predicting[..., None], axis=1)
 
     @jax.checkpoint
-    def chunk_logps(hidden: jax.Array, ids: jax.Array) -> TokenLogps:
-        logits = output_logits(network, weights, hidden) / temperature
-        logps = jax.nn.log_softmax(logits)
+    def chunk_logps(chunk: tuple[jax.Array, jax.Array]) -> TokenLogps:
+        hidden, ids = chunk
+        logps = jax.nn.log_softmax(output_logits(network, weights, hidden) / temperature)
         frozen = jax.lax.stop_gradient(logps)
         entropy = -jnp.sum(jnp.exp(frozen) * frozen, axis=-1)
         return TokenLogps(jnp.take_along_axis(logps, ids[..., None], axis=-1)[..., 0], entropy)
 
-    width = completion_ids.shape[1]
-    bounds = range(0, width, chunk_tokens)
-    parts = [
-        chunk_logps(hidden[:, i : i + chunk_tokens], completion_ids[:, i : i + chunk_tokens])
-        for i in bounds
-    ]
-    return jax.tree.map(lambda *chunks: jnp.concatenate(chunks, axis=1), *parts)
+    return map_chunks(chunk_logps, (hidden, completion_ids), chunk_tokens)
+
+
+def map_chunks(function: Callable[[Any], Any], arrays: Any, chunk_tokens: int) -> Any:
+    """Applies a function to chunks of the second axis, strictly one after the other.
+
+    In a Python loop the compiler is free to compute all chunks at once, which is what chunks are
+    there to avoid.
+
+    Args:
+        function: Maps arrays [R, C, ...] to arrays [R, C].
+        arrays: Arrays [R, T, ...].
+        chunk_tokens: C, the width of a chunk; the last one is padded with zeros.
+
+    Returns:
+        What the function gives, as [R, T].
+    """
+    width = jax.tree.leaves(arrays)[0].shape[1]
+    count = -(-width // chunk_tokens)
+
+    def cut(x: jax.Array) -> jax.Array:
+        padding = [(0, 0), (0, count * chunk_tokens - width)] + [(0, 0)] * (x.ndim - 2)
+        return jnp.pad(x, padding).reshape(x.shape[0], count, chunk_tokens, *x.shape[2:])
+
+    chunks = jax.tree.map(lambda x: cut(x).swapaxes(0, 1), arrays)
+    results = jax.lax.map(function, chunks)
+    return jax.tree.map(lambda x: x.swapaxes(0, 1).reshape(x.shape[1], -1)[:, :width], results)

@@ -9,7 +9,7 @@ from typing import Any, cast
 import jax
 import numpy as np
 from flax import nnx
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from tunix.models.gemma import model as gemma
 from tunix.rl.rl_cluster import ClusterConfig, Mode, RLCluster, RLTrainingConfig, Role
 from tunix.rl.rollout.base_rollout import RolloutConfig as TunixRolloutConfig
@@ -78,6 +78,7 @@ class StepResult:
     updates: list[UpdateMetrics]
     """One per iteration; empty where the whole batch taught nothing."""
     learning_rate: float
+    """Of the step's first update."""
     rollout_seconds: float
     reward_seconds: float
     update_seconds: float
@@ -116,6 +117,9 @@ class Learner:
                 ),
             ),
         )
+        # Tunix keeps a second copy of all weights on the host for a sync that is never made here.
+        self.cluster._anchor_policy_state = None
+        _place_scalars(self.cluster.actor_trainer.optimizer, mesh)
         self.updater = Updater(self.cluster.actor_trainer, reference, config, mesh)
 
     def _rollout_config(self, temperature: float) -> TunixRolloutConfig:
@@ -167,6 +171,7 @@ class Learner:
             scale_by_std=self.config.grpo.loss_type != "drgrpo",
         )
         scored = time.perf_counter()
+        first_update = self.updater.made
         updates = self.updater.update(self.micro_batches(prompts, completions, advantages))
         return StepResult(
             examples=examples,
@@ -174,7 +179,7 @@ class Learner:
             scores=scores,
             advantages=advantages,
             updates=updates,
-            learning_rate=np.asarray(self._schedule(step * self.config.grpo.num_iterations)).item(),
+            learning_rate=np.asarray(self._schedule(first_update)).item(),
             rollout_seconds=sampled - started,
             reward_seconds=scored - sampled,
             update_seconds=time.perf_counter() - scored,
@@ -252,3 +257,20 @@ def _join(
         tokens[i, : len(prompt)], tokens[i, len(prompt) : end] = prompt, completion
         ids[i, : len(completion)] = completion
     return tokens, lengths, ids
+
+
+def _place_scalars(optimizer: nnx.Optimizer, mesh: Mesh) -> None:
+    """Puts the counters of the optimizer on the whole mesh.
+
+    They begin on its first device, where a restored checkpoint would then fix them, beside
+    moments that lie on all devices.
+    """
+    everywhere = NamedSharding(mesh, PartitionSpec())
+    state = nnx.state(optimizer)
+    nnx.update(
+        optimizer,
+        jax.tree.map(
+            lambda x: x if isinstance(x.sharding, NamedSharding) else jax.device_put(x, everywhere),
+            state,
+        ),
+    )

@@ -2,7 +2,7 @@
 
 import re
 from dataclasses import dataclass
-from typing import cast
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -37,33 +37,43 @@ def add_lora(base: gemma.Gemma, config: ModelConfig, mesh: Mesh, seed: int) -> g
         seed: Seed of the A matrices.
 
     Raises:
-        UserError: if a pattern matches no module; Qwix would pass over it in silence.
+        UserError: if a pattern matches no weight matrix; Qwix would pass over it in silence.
     """
-    _check_patterns(base, config.lora_modules)
+    check_patterns(base.config, config.lora_modules)
     provider = qwix.LoraProvider(
         module_path=".*(" + "|".join(config.lora_modules) + ")",
         rank=config.lora_rank,
         alpha=config.lora_alpha,
     )
     with on_mesh(mesh):
-        policy = qwix.apply_lora_to_model(
-            base, provider, **base.get_model_input(), rngs=nnx.Rngs(seed)
-        )
+        # Qwix runs the model once to see its shapes; Tunix's example has two rows, too few for a
+        # larger fsdp axis.
+        example: dict[str, Any] = {
+            name: value if value is None else jnp.repeat(value, mesh.shape["fsdp"], axis=0)
+            for name, value in base.get_model_input().items()
+        }
+        policy = qwix.apply_lora_to_model(base, provider, **example, rngs=nnx.Rngs(seed))
     nnx.update(policy, _as_float32(nnx.state(policy, nnx.LoRAParam)))
     return cast(gemma.Gemma, policy)
 
 
-def _check_patterns(base: gemma.Gemma, patterns: tuple[str, ...]) -> None:
-    paths = ["/".join(map(str, path)) for path, _ in nnx.iter_modules(base)]
+def check_patterns(architecture: gemma.ModelConfig, patterns: tuple[str, ...]) -> None:
+    """Checks, without any weights, that each pattern matches a module that can be adapted.
+
+    Raises:
+        UserError: naming the pattern and the modules there are.
+    """
+    model = nnx.eval_shape(lambda: gemma.Gemma(architecture, rngs=nnx.Rngs(0)))
+    paths = [
+        "/".join(map(str, path))
+        for path, module in nnx.iter_modules(model)
+        if isinstance(module, gemma.Einsum | nnx.Linear)
+    ]
     for pattern in patterns:
-        try:
-            matched = any(re.fullmatch(f".*({pattern})", path) for path in paths)
-        except re.error as error:
-            raise UserError(f"lora_modules: {pattern!r} is not a pattern ({error})") from None
-        if not matched:
+        if not any(re.fullmatch(f".*({pattern})", path) for path in paths):
             raise UserError(
-                f"lora_modules: {pattern!r} matches no module; modules are named like "
-                f"{', '.join(sorted({p for p in paths if p.startswith('layers/0/')}))}"
+                f"lora_modules: {pattern!r} matches no weight matrix; those of a layer are "
+                f"{', '.join(sorted(p for p in paths if p.startswith('layers/0/')))}"
             )
 
 

@@ -135,7 +135,8 @@ def policy_loss(
     high = config.epsilon if config.epsilon_high is None else config.epsilon_high
     gain = ratio * advantages[:, None]
     clipped_gain = jnp.clip(ratio, 1 - config.epsilon, 1 + high) * advantages[:, None]
-    kl = jnp.where(is_token, k3_divergence(logps, ref_logps), 0.0)
+    # Chosen before the exponential: where its value is left out, its gradient could still be NaN.
+    kl = k3_divergence(logps, jnp.where(is_token, ref_logps, logps))
     per_token = -jnp.minimum(gain, clipped_gain) + config.beta * kl
     return LossTerms(
         loss=jnp.sum(weights * per_token),

@@ -12,7 +12,14 @@ from flax import nnx
 from jax.sharding import Mesh
 from tunix.models.gemma import model as gemma
 
-from gemma2_grpo.engine.forward import Network, Weights, hidden_states, output_logits, split_model
+from gemma2_grpo.engine.forward import (
+    Network,
+    Weights,
+    hidden_states,
+    map_chunks,
+    output_logits,
+    split_model,
+)
 from gemma2_grpo.engine.model import on_mesh
 from gemma2_grpo.engine.rollout import batch_sharding
 
@@ -50,20 +57,13 @@ def next_token_loss(
     hidden, _ = hidden_states(network, weights, tokens, positions, mask)
 
     @jax.checkpoint
-    def chunk_loss(hidden: jax.Array, ids: jax.Array, is_target: jax.Array) -> jax.Array:
+    def chunk_losses(chunk: tuple[jax.Array, jax.Array]) -> jax.Array:
+        hidden, ids = chunk
         logits = output_logits(network, weights, hidden)
-        losses = optax.softmax_cross_entropy_with_integer_labels(logits, ids)
-        return jnp.sum(losses * is_target)
+        return optax.softmax_cross_entropy_with_integer_labels(logits, ids)
 
-    total = sum(
-        chunk_loss(
-            hidden[:, i : i + chunk_tokens][:, : length - 1 - i],
-            tokens[:, i + 1 : i + 1 + chunk_tokens],
-            targets[:, i + 1 : i + 1 + chunk_tokens],
-        )
-        for i in range(0, length - 1, chunk_tokens)
-    )
-    return total / jnp.maximum(targets[:, 1:].sum(), 1)
+    losses = map_chunks(chunk_losses, (hidden[:, :-1], tokens[:, 1:]), chunk_tokens)
+    return jnp.sum(losses * targets[:, 1:]) / jnp.maximum(targets[:, 1:].sum(), 1)
 
 
 def train_supervised(

@@ -121,6 +121,16 @@ class Updater:
         self._add = jax.jit(partial(jax.tree.map, jnp.add), donate_argnums=0)
         self._apply = jax.jit(self._applied, donate_argnums=(0, 2))
 
+    @property
+    def made(self) -> int:
+        """Updates made so far, without those that were left out."""
+        counts = [
+            int(variable.get_value())
+            for path, variable in nnx.to_flat_state(nnx.state(self._optimizer, nnx.OptState))
+            if path[-1] == "count"
+        ]
+        return max(counts)
+
     def update(self, batch: Sequence[MicroBatch]) -> list[UpdateMetrics]:
         """Makes the `num_iterations` updates of one batch of rollouts.
 

@@ -3,7 +3,7 @@
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 from unicodedata import category
 
 from rich.console import Console
@@ -20,8 +20,10 @@ from rich.progress import (
 from rich.table import Table
 from rich.text import Text
 
-from gemma2_grpo.runs.measure import Measurement
-from gemma2_grpo.runs.records import RISING
+from gemma2_grpo.task.rewards import RISING
+
+if TYPE_CHECKING:  # Showing must not load JAX.
+    from gemma2_grpo.runs.measure import Measurement
 
 
 class _StepProgress(Progress):
@@ -132,13 +134,18 @@ class Display:
         body = f"[dim]{_inert(question)}[/dim]\n{_inert(completion)}"
         self.console.print(Panel(body, title=f"step {step}: {parts}", title_align="left"))
 
-    def held_out(self, step: int, measurement: Measurement) -> None:
+    def held_out(self, step: int, measurement: "Measurement") -> None:
         """Shows a measurement during training."""
         low, high = measurement.interval
         self.console.print(
             f"step {step}: held-out accuracy {measurement.accuracy:.1%} "
             f"({low:.1%} to {high:.1%}), format {measurement.format:.1%}"
         )
+
+    def result(self, result: Mapping[str, Any]) -> None:
+        """Shows what a finished run measured."""
+        self.before_and_after(result["before"], result["after"])
+        self.rises(result["rises"])
 
     def before_and_after(self, before: Mapping[str, Any], after: Mapping[str, Any]) -> None:
         """Shows the two measurements side by side."""

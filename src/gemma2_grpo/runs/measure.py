@@ -81,7 +81,7 @@ def measure(
         on_batch: Called with the number of problems that are done.
         on_completion: Called with each greedy completion and its scores.
     """
-    texts, stats = _complete(learner, examples, 1, on_batch)
+    texts, stats = _complete(learner, examples, 1, on_batch, greedy=True)
     table = score(examples, texts)
     for i, example in enumerate(examples if on_completion else ()):
         assert on_completion is not None
@@ -105,7 +105,7 @@ def _sampled(
     samples: int,
     on_batch: Callable[[int], None],
 ) -> Sampled:
-    texts, _ = _complete(learner, examples, samples, on_batch)
+    texts, _ = _complete(learner, examples, samples, on_batch, greedy=False)
     table = score([example for example in examples for _ in range(samples)], texts)
     total = table["total"]
     correct = table["correct"].reshape(-1, samples).sum(axis=1).astype(int).tolist()
@@ -120,7 +120,12 @@ def _sampled(
 
 
 def _complete(
-    learner: Learner, examples: Sequence[Example], group: int, on_batch: Callable[[int], None]
+    learner: Learner,
+    examples: Sequence[Example],
+    group: int,
+    on_batch: Callable[[int], None],
+    *,
+    greedy: bool,
 ) -> tuple[list[str], list[tuple[int, bool]]]:
     """Texts of `group` completions per example, and the length and truncation of each."""
     texts: list[str] = []
@@ -133,7 +138,7 @@ def _complete(
         prompts = [render_prompt(example.question) for example in batch]
         # Greedy decoding draws nothing; sampling draws from a stream that training never sees.
         key = fold_key(learner.config.run.seed, Stream.EVAL, group, index)
-        completions = learner.generate(prompts, group, key, greedy=group == 1)
+        completions = learner.generate(prompts, group, key, greedy=greedy)
         texts += completions.texts[: kept * group]
         stats += _stats(completions)[: kept * group]
         on_batch(kept)

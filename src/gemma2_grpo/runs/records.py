@@ -6,9 +6,8 @@ from typing import Any
 import numpy as np
 
 from gemma2_grpo.engine.learner import StepResult
-from gemma2_grpo.task.scoring import COMPONENTS
+from gemma2_grpo.task.rewards import COMPONENTS, RISING
 
-RISING = ("format", "logic", "accuracy")
 _AVERAGED = (*COMPONENTS, "custom", "correct", "official_correct")
 _WINDOW = 5
 _NOTABLE_RISE = 0.05

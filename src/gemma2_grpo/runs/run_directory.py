@@ -3,6 +3,7 @@
 import dataclasses
 import fcntl
 import json
+import math
 import platform
 import shutil
 import sys
@@ -91,13 +92,17 @@ class RunDirectory:
         Raises:
             ConfigError: if another value was recorded.
         """
-        try:
-            recorded = json.loads((self.path / "run.json").read_text(encoding="utf-8"))
-        except (OSError, ValueError):
-            return
+        recorded = self._recorded()
         if recorded.get(name, sha256) != sha256:
             self._changed.append(f"{name} = {recorded[name]}, not {sha256}")
             self._refuse_changes()
+
+    def _recorded(self) -> dict[str, Any]:
+        """What run.json holds; nothing before the first start."""
+        try:
+            return json.loads((self.path / "run.json").read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            return {}
 
     def _refuse_changes(self) -> None:
         if self._changed and not self._allow_config_change:
@@ -110,7 +115,8 @@ class RunDirectory:
     def describe(self, facts: Mapping[str, Any]) -> None:
         """Writes what the run is made with, once it is known that it can start.
 
-        That is config.toml, and run.json with versions, machine, command and the facts given;
+        That is config.toml, and run.json with the facts given and the time, command, machine and
+        versions of every start;
         changes.jsonl if an earlier run in this directory was made with something else.
         """
         values = _without_none(dataclasses.asdict(self._config))
@@ -123,24 +129,25 @@ class RunDirectory:
                 versions[name] = metadata.version(name)
             except metadata.PackageNotFoundError:
                 continue
-        described = {
+        start = {
             "started": _now(),
             "command": ["gemma2-grpo", *sys.argv[1:]],
             "machine": platform.platform(),
             "versions": versions,
-            **facts,
         }
-        self._write("run.json", json.dumps(described, indent=1))
+        starts = [*self._recorded().get("starts", []), start]
+        self._write("run.json", json.dumps({**facts, "starts": starts}, indent=1))
 
     def finish(self, result: Mapping[str, Any]) -> None:
         """Writes result.json, which marks the run as finished."""
         self._write("result.json", json.dumps(result, indent=1))
 
     def append(self, name: str, record: Mapping[str, Any]) -> None:
-        """Appends a JSON line."""
+        """Appends a JSON line; JSON has no NaN, so a value that is no number becomes null."""
+        line = json.dumps({k: _finite(v) for k, v in record.items()}, ensure_ascii=False)
         try:
             with (self.path / name).open("a", encoding="utf-8") as file:
-                file.write(json.dumps(record, ensure_ascii=False) + "\n")
+                file.write(line + "\n")
         except OSError as error:
             raise self._cannot_write(name, error) from None
 
@@ -210,6 +217,10 @@ def _without_none(values: Mapping[str, Any]) -> dict[str, Any]:
         for name, value in values.items()
         if value is not None
     }
+
+
+def _finite(value: Any) -> Any:
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _now() -> str:

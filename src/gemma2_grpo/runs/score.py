@@ -11,9 +11,8 @@ from rich.table import Table
 
 from gemma2_grpo.config import RewardConfig, UserError
 from gemma2_grpo.task.answers import extract_number, gold_answer
-from gemma2_grpo.task.rewards import Score, score_completion
+from gemma2_grpo.task.rewards import COMPONENTS, Score, score_completion
 
-_COMPONENTS = ("format", "logic", "accuracy", "self_correction", "length")
 _MAX_COLUMNS = 80
 
 
@@ -69,13 +68,13 @@ def read_completions(path: Path) -> list[CompletionRow]:
 def as_record(score: Score, weights: RewardConfig) -> dict[str, Any]:
     """A score as JSON has it; components lie in [0, 1], before their weights."""
     return {
-        **{name: getattr(score, name) for name in _COMPONENTS},
+        **{name: getattr(score, name) for name in COMPONENTS},
         "total": score.total,
         "extracted": score.extracted,
         "correct": score.correct,
         "official_correct": score.official_correct,
         "equations": [{"text": e.text, "is_true": e.is_true} for e in score.equations],
-        "weights": {name: getattr(weights, f"{name}_weight") for name in _COMPONENTS},
+        "weights": {name: getattr(weights, f"{name}_weight") for name in COMPONENTS},
     }
 
 
@@ -123,14 +122,14 @@ def _print_table(scores: list[Score], console: Console) -> None:
     console.width = min(console.width, _MAX_COLUMNS)
     table = Table(box=None, show_footer=True, pad_edge=False)
     table.add_column("", "mean", justify="right")
-    for name in (*_COMPONENTS, "total"):
+    for name in (*COMPONENTS, "total"):
         mean = _mean(getattr(score, name) for score in scores)
         heading = name.replace("_", " ").replace("self correction", "self-c.")
         table.add_column(heading, f"{mean:.3f}", justify="right")
     table.add_column("answer", justify="right", no_wrap=True, max_width=12)
     table.add_column("right", f"{_mean(score.correct for score in scores):.1%}", justify="right")
     for number, score in enumerate(scores, 1):
-        parts = (getattr(score, name) for name in (*_COMPONENTS, "total"))
+        parts = (getattr(score, name) for name in (*COMPONENTS, "total"))
         verdict = "yes" if score.correct else "no"
         numbers = (f"{part:.3f}" for part in parts)
         table.add_row(str(number), *numbers, score.extracted or "none", verdict)

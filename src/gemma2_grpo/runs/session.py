@@ -12,11 +12,27 @@ from flax import nnx
 from safetensors import SafetensorError
 
 from gemma2_grpo.config import Config, UserError
-from gemma2_grpo.engine.checkpoint import clean_temporaries, restore_checkpoint, save_checkpoint
-from gemma2_grpo.engine.export import fingerprint, save_adapter
+from gemma2_grpo.engine.checkpoint import (
+    clean_temporaries,
+    latest_step,
+    restore_checkpoint,
+    save_checkpoint,
+)
+from gemma2_grpo.engine.export import (
+    check_adapter,
+    fingerprint,
+    load_adapter,
+    save_adapter,
+)
 from gemma2_grpo.engine.fetch import find_model
 from gemma2_grpo.engine.learner import Learner
-from gemma2_grpo.engine.lora import AdapterSize, adapter_size, add_lora, max_adapter_parameters
+from gemma2_grpo.engine.lora import (
+    AdapterSize,
+    adapter_size,
+    add_lora,
+    check_patterns,
+    max_adapter_parameters,
+)
 from gemma2_grpo.engine.model import (
     check_heads,
     load_tokenizer,
@@ -81,7 +97,9 @@ class Session:
             return
         from tensorboardX import SummaryWriter
 
-        with SummaryWriter(str(path / "tensorboard")) as writer:
+        # A resumed run does some steps again; what was written of them is taken back.
+        again = self.finished_steps + 1
+        with SummaryWriter(str(path / "tensorboard"), purge_step=again) as writer:
 
             def write(record: Mapping[str, Any]) -> None:
                 for name, value in record.items():
@@ -96,8 +114,8 @@ def open_session(config: Config, splits: Splits, directory: RunDirectory) -> Ses
     Raises:
         UserError: for anything that the user can mend, before the weights load.
     """
-    model_path = find_model(config.model.model)
     mesh = make_mesh(config.model.mesh_shape)
+    model_path = find_model(config.model.model)
     tokenizer = load_tokenizer(model_path)
 
     def count_tokens(prompt: str) -> int:
@@ -113,11 +131,23 @@ def open_session(config: Config, splits: Splits, directory: RunDirectory) -> Ses
     directory.check_same("base_sha256", base_sha256)
     architecture = read_architecture(model_path)
     check_heads(architecture, mesh)
+    check_patterns(architecture, config.model.lora_modules)
+    adapter = config.model.adapter
+    if adapter:
+        check_adapter(Path(adapter), config.model, base_sha256)
+    done = latest_step(directory.checkpoints)
+    if done > config.run.max_steps:
+        raise UserError(
+            f"max_steps = {config.run.max_steps} is less than the {done} steps that are done; "
+            "raise it"
+        )
     parameters = max_adapter_parameters(architecture, config.model.lora_rank)
     checkpoints = config.run.keep_checkpoints + 1
     check_free_space(directory.path, parameters * _STATE_BYTES_PER_PARAMETER * checkpoints)
     reference = load_weights(model_path, config.model.dtype, mesh)
     policy = add_lora(reference, config.model, mesh, config.run.seed)
+    if adapter:
+        load_adapter(policy, Path(adapter))
     size = adapter_size(policy)
     learner = Learner(config, policy, reference, tokenizer, mesh)
     finished = _restore(learner, directory.checkpoints)
@@ -149,14 +179,15 @@ def _restore(learner: Learner, checkpoints: Path) -> int:
         restored = restore_checkpoint(checkpoints, learner.state())
     except OSError as error:
         raise UserError(str(error)) from None
+    except ValueError as error:  # Orbax, of shapes.
+        line = str(error).strip().splitlines()[0]
+        raise UserError(
+            f"{checkpoints}: of adapters of another shape ({line}); lora_rank and lora_modules "
+            "cannot change within a run"
+        ) from None
     finished, state = restored or (0, None)
     if state is not None:
         learner.set_state(state)
-    if finished > learner.config.run.max_steps:
-        raise UserError(
-            f"max_steps = {learner.config.run.max_steps} is less than the {finished} steps that "
-            "are done; raise it"
-        )
     return finished
 
 

@@ -39,7 +39,7 @@ def render_solution(steps: list[str], answer: str) -> str:
 # Misspelt tags (upper case, attributes, spaces) are events too, so that they break the form
 # instead of passing for text. No class here can run past the next "<": the scan is linear.
 _EVENT = re.compile(
-    r"<\s*/?\s*(?P<block>reasoning|answer)\b[^<>]*>|" + "|".join(map(re.escape, STOP_TOKENS)),
+    r"<\s*+/?\s*+(?P<block>reasoning|answer)\b[^<>]*>|" + "|".join(map(re.escape, STOP_TOKENS)),
     re.IGNORECASE,
 )
 _REASONING_TAGS = (REASONING_START, REASONING_END)

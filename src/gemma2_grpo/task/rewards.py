@@ -64,6 +64,11 @@ _WORDS = NUMBER_WORDS | {
 }
 
 
+COMPONENTS = ("format", "logic", "accuracy", "self_correction", "length")
+# Those whose rise a run reports.
+RISING = ("format", "logic", "accuracy")
+
+
 @dataclass(frozen=True)
 class Score:
     """What a completion earns and why. Components lie in [0, 1], before their weights."""

@@ -2,6 +2,7 @@
 
 import hashlib
 import importlib.util
+import sys
 import traceback
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -12,9 +13,7 @@ import numpy as np
 
 from gemma2_grpo.config import RewardConfig, UserError
 from gemma2_grpo.task.data import Example
-from gemma2_grpo.task.rewards import score_completion
-
-COMPONENTS = ("format", "logic", "accuracy", "self_correction", "length")
+from gemma2_grpo.task.rewards import COMPONENTS, score_completion
 
 Reward = Callable[[list[str], list[str], list[str]], Sequence[float | None]]
 """A user's reward: (questions, completions, answers) -> one number, or None, per completion."""
@@ -121,6 +120,7 @@ def load_reward(spec: str) -> tuple[Reward, str]:
     if module_spec is None or module_spec.loader is None:
         raise UserError(f"reward = {spec!r}: not a Python file")
     module = importlib.util.module_from_spec(module_spec)
+    sys.modules[module.__name__] = module  # Dataclasses look their own module up there.
     try:
         module_spec.loader.exec_module(module)
     except Exception as error:  # Whatever the user's file raises is the user's to mend.

@@ -13,6 +13,8 @@ from gemma2_grpo.task.problems import Split, split_by_hash
 
 GSM8K = "openai/gsm8k"
 KAGGLE_PREFIX = "kaggle:"
+# What a message of a library may hold: headers, tokens, and the signatures of download addresses.
+_SECRET = re.compile(r"Bearer\s+[^'\"]+|\bhf_[\w.-]{16,}|(?<=\?)[^\s'\"]+")
 _SUFFIXES = (".jsonl", ".parquet")
 # JSON can escape half of a surrogate pair, which no encoding can write again.
 _HALF_CHARACTER = re.compile("[\ud800-\udfff]")
@@ -69,7 +71,7 @@ def _fetch_gsm8k() -> dict[Split, list[Path]]:
     # The hub's client, its HTTP library and the disk each raise errors of their own.
     except Exception as error:
         raise UserError(
-            f"dataset {GSM8K}: cannot be fetched ({_first_line(error)}); check the network and "
+            f"dataset {GSM8K}: cannot be fetched ({reason(error)}); check the network and "
             "HF_TOKEN, or pass a local directory with train and test files as dataset"
         ) from None
 
@@ -95,7 +97,7 @@ def _fetch_kaggle(dataset: str) -> Path:
     # kagglehub raises plain ValueErrors, its HTTP library's errors and its own.
     except Exception as error:
         raise UserError(
-            f"dataset {dataset}: cannot be fetched ({_first_line(error)}); attach it to the "
+            f"dataset {dataset}: cannot be fetched ({reason(error)}); attach it to the "
             "notebook, check the network and KAGGLE_API_TOKEN, or pass a local directory as dataset"
         ) from None
 
@@ -153,7 +155,7 @@ def _read_files(paths: list[Path]) -> list[Row]:
         try:
             found = [_checked(content, place) for place, content in read(path)]
         except (OSError, UnicodeDecodeError) as error:
-            raise UserError(f"dataset {path}: cannot be read ({_first_line(error)})") from None
+            raise UserError(f"dataset {path}: cannot be read ({reason(error)})") from None
         if not found:
             raise UserError(f"dataset {path}: no problems in it")
         rows += found
@@ -169,7 +171,7 @@ def _jsonl_rows(path: Path) -> Iterator[tuple[str, Any]]:
                     yield place, json.loads(line)
                 except (ValueError, RecursionError) as error:
                     raise UserError(
-                        f"{place}: not valid JSON ({_first_line(error)}); mend the line"
+                        f"{place}: not valid JSON ({reason(error)}); mend the line"
                     ) from None
 
 
@@ -180,7 +182,7 @@ def _parquet_rows(path: Path) -> Iterator[tuple[str, Any]]:
     try:
         contents = pq.read_table(path).to_pylist()
     except pa.ArrowException as error:
-        raise UserError(f"dataset {path}: not valid Parquet ({_first_line(error)})") from None
+        raise UserError(f"dataset {path}: not valid Parquet ({reason(error)})") from None
     yield from ((f"{path} row {number}", row) for number, row in enumerate(contents, start=1))
 
 
@@ -197,5 +199,7 @@ def _checked(content: Any, place: str) -> Row:
     return Row(str(question).strip(), str(answer).strip(), place)
 
 
-def _first_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
+def reason(error: BaseException) -> str:
+    """The first line of an error, without secrets."""
+    line = (str(error).strip() or type(error).__name__).splitlines()[0]
+    return _SECRET.sub("...", line)

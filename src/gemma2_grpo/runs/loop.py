@@ -1,0 +1,159 @@
+"""The run itself: measure, train, measure again."""
+
+import signal
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+from gemma2_grpo.runs.display import Display
+from gemma2_grpo.runs.measure import measure
+from gemma2_grpo.runs.records import find_rises, step_record
+from gemma2_grpo.runs.run_directory import RunDirectory
+from gemma2_grpo.runs.session import Session
+from gemma2_grpo.task.data import Example, batch_indices
+from gemma2_grpo.task.scoring import Scorer
+
+ADAPTER = "adapter"
+
+
+class Run:
+    """One run from its first measurement to its last."""
+
+    def __init__(
+        self,
+        session: Session,
+        directory: RunDirectory,
+        scorer: Scorer,
+        display: Display,
+    ) -> None:
+        """Takes an open session and the directory that its run is written to."""
+        self._config = session.config
+        self._session = session
+        self._directory = directory
+        self._scorer = scorer
+        self._display = display
+        self._stop_signal: int | None = None
+
+    def go(self) -> None:
+        """Goes from where the run stands to its result."""
+        config, directory = self._config, self._directory
+        self._display.plan(self._session.plan)
+        first = self._session.finished_steps
+        directory.forget_after(first)
+        before = self._measured(0, config.run.eval_samples)
+        self._train(first, config.run.max_steps)
+        after = self._measured(config.run.max_steps, config.run.eval_samples)
+        self._session.save_adapter(directory.path / ADAPTER)
+        result = {
+            "before": before,
+            "after": after,
+            "rises": find_rises(list(directory.records("metrics.jsonl"))),
+        }
+        directory.finish(result)
+        self._display.result(result)
+        self._display.note(f"run directory: {directory.path}")
+
+    def _measured(self, step: int, samples: int) -> dict[str, Any]:
+        """The measurement after so many steps, which a resumed run may have already."""
+        records = self._directory.records("evaluations.jsonl")
+        earlier = (record for record in records if record["step"] == step)
+        return next(earlier, None) or self._measure(step, samples)
+
+    def _measure(self, step: int, samples: int) -> dict[str, Any]:
+        held_out = self._session.held_out
+        label = f"measuring {len(held_out)} held-out problems"
+        with self._display.measuring(label, len(held_out) * (2 if samples else 1)) as on_batch:
+            measurement = measure(
+                self._session.learner,
+                held_out,
+                self._scorer,
+                samples=samples,
+                on_batch=on_batch,
+                on_completion=lambda example, text, scores: self._record_completion(
+                    step, "held_out", example, text, scores
+                ),
+            )
+        self._display.held_out(step, measurement)
+        record = {"step": step, **measurement.as_record()}
+        self._directory.append("evaluations.jsonl", record)
+        return record
+
+    def _train(self, first: int, total: int) -> None:
+        config = self._config
+        with ExitStack() as stack:
+            stack.enter_context(self._finishing_steps())
+            events = stack.enter_context(self._session.events(self._directory.path))
+            started = time.perf_counter()
+            show = stack.enter_context(self._display.training(first, total))
+            every = config.run.eval_every_steps
+            for step in range(first, total):
+                if step and every and step % every == 0:
+                    self._measured(step, 0)
+                record = self._step(step)
+                done = step + 1
+                per_step = (time.perf_counter() - started) / (done - first)
+                record["seconds_left"] = per_step * (total - done)
+                self._directory.append("metrics.jsonl", record)
+                events(record)
+                show(record)
+                is_due = done % config.run.checkpoint_every_steps == 0 or done == total
+                if is_due or self._stop_signal:
+                    self._session.save(done)
+                if self._stop_signal:
+                    self._display.note(f"stopped after step {done}; run again to resume")
+                    raise SystemExit(128 + self._stop_signal)
+
+    def _step(self, step: int) -> dict[str, Any]:
+        """Runs one step and logs its completions; returns its record."""
+        config, session = self._config, self._session
+        indices = batch_indices(
+            len(session.train), config.rollout.prompts_per_step, config.data.data_seed, step
+        )
+        result = session.learner.step(step, [session.train[i] for i in indices], self._scorer)
+        rows = zip(result.examples, result.completions.texts, strict=True)
+        every = config.run.sample_every_steps
+        for i, (example, text) in enumerate(rows):
+            scores = {name: float(column[i]) for name, column in result.scores.items()}
+            self._record_completion(step + 1, "train", example, text, scores)
+            if i == 0 and every and (step + 1) % every == 0:
+                self._display.sample(step + 1, example.question, text, scores)
+        return step_record(step, result)
+
+    def _record_completion(
+        self, step: int, kind: str, example: Example, text: str, scores: Mapping[str, float]
+    ) -> None:
+        self._directory.append(
+            "completions.jsonl",
+            {
+                "step": step,
+                "kind": kind,
+                "question": example.question,
+                "answer": example.answer,
+                "completion": text,
+                **scores,
+            },
+        )
+
+    @contextmanager
+    def _finishing_steps(self) -> Iterator[None]:
+        """Lets SIGTERM and SIGINT end the run after its current step, with a checkpoint."""
+        numbers = (signal.SIGTERM, signal.SIGINT)
+        before = [signal.getsignal(number) for number in numbers]
+
+        def restore() -> None:
+            for number, handler in zip(numbers, before, strict=True):
+                signal.signal(number, handler)
+
+        def remember(number: int, _: Any) -> None:
+            # Nothing is printed: the signal may have come in the middle of a print. A second one
+            # ends the process at once.
+            self._stop_signal = number
+            restore()
+
+        for number in numbers:
+            signal.signal(number, remember)
+        try:
+            yield
+        finally:
+            restore()
