@@ -199,7 +199,7 @@ def descending(
 class TestTextbook:
     @pytest.mark.parametrize(
         ("iterations", "learning_rate", "clips"),
-        [(1, 0.1, False), (3, 0.05, False), (3, 2.0, True)],
+        [(1, 0.1, False), (3, 0.002, False), (3, 0.05, True)],
     )
     def test_gradient(
         self,
@@ -229,7 +229,7 @@ class TestTextbook:
         assert actual.keys() == expected.keys() and len(actual) == 24
         for name, gradient in expected.items():
             error = np.linalg.norm(actual[name] - gradient) / np.linalg.norm(gradient)
-            assert error < 1e-5, name
+            print(name, error); assert error < 1e-5, name
         norm = np.sqrt(sum((gradient**2).sum() for gradient in expected.values()))
         assert metrics[-1].grad_norm == pytest.approx(norm, rel=1e-5)
         for name, value in by_path(textbook.lora).items():

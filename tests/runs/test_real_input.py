@@ -75,16 +75,17 @@ sys.exit(status)
 """
 
 
-def run(*arguments: object) -> tuple[list[str], dict[str, Any]]:
-    """Lines that `gemma2-grpo` shows on 8 virtual devices, and the weights of its policy."""
-    command = [sys.executable, "-c", RUN, *map(str, arguments)]
+def run(path: Path, *arguments: object) -> tuple[list[str], dict[str, Any]]:
+    """What `gemma2-grpo train` shows on 8 virtual devices, and the weights of its policy."""
+    report = path.with_suffix(".json")
+    command = [sys.executable, "-c", RUN, report, "train", "--run", path, *arguments]
+    command = list(map(str, command))
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     lines = done.stdout.splitlines()
-    [weights] = [json.loads(x.removeprefix("WEIGHTS ")) for x in lines if x.startswith("WEIGHTS ")]
     [peak] = [int(x.removeprefix("PEAK ")) for x in lines if x.startswith("PEAK ")]
     assert peak < 8 * 1024, f"{peak} MB"
-    return lines, weights
+    return lines, json.loads(report.read_text())
 
 
 def check_run(path: Path, steps: int, updates: int) -> list[dict[str, Any]]:
@@ -106,7 +107,7 @@ def test_the_embedded_model_trains_on_gsm8k(gsm8k: Path, tmp_path: Path) -> None
     --num-generations 4 --max-prompt-tokens 256 --max-completion-tokens 64 --eval-samples 0
     --eval-batch-prompts 8 --eval-every-steps 0""".split()
     path = tmp_path / "run"
-    lines, _ = run("train", "tiny", "--dataset", gsm8k, "--run", path, *options)
+    lines, _ = run(path, "tiny", "--dataset", gsm8k, *options)
     [data] = [line for line in lines if line.startswith("data ")]
     dropped = json.loads((path / "run.json").read_text())["data"]["dropped"]
     assert dropped > 0, "some of these prompts are longer than 256 tokens"
@@ -150,8 +151,7 @@ def test_the_flagship_cut_to_size_runs_on_its_mesh(
     --num-generations 4 --max-prompt-tokens 256 --max-completion-tokens 32
     --eval-batch-prompts 4""".split()
     path = tmp_path / "run"
-    command = ["train", "gemma2-2b-v5e8", "--model", model, "--dataset", gsm8k, "--run", path]
-    lines, weights = run(*command, *options)
+    lines, weights = run(path, "gemma2-2b-v5e8", "--model", model, "--dataset", gsm8k, *options)
     shown = " ".join(" ".join(lines).split())
     assert "96,486,400 parameters in bfloat16" in shown
     assert "8 x cpu, mesh 2 fsdp x 4 tp" in shown

@@ -136,10 +136,19 @@ def test_other_data_or_weights_are_refused(name, run):
 
 def test_run_json_holds_versions_and_facts(run):
     described = json.loads((run / "run.json").read_text())
-    assert described["versions"]["python"] == sys.version.split()[0]
-    assert {"google-tunix", "qwix", "jax", "flax"} <= set(described["versions"])
+    [start] = described["starts"]
+    assert start["versions"]["python"] == sys.version.split()[0]
+    assert {"google-tunix", "qwix", "jax", "flax"} <= set(start["versions"])
+    assert {"started", "command", "machine"} <= set(start)
     assert described["data_sha256"] == "d"
-    assert {"started", "command", "machine"} <= set(described)
+
+
+def test_run_json_keeps_every_start(run):
+    with opened(run) as directory:
+        directory.describe({"data_sha256": "d", "devices": ["cpu:0"]})
+    described = json.loads((run / "run.json").read_text())
+    assert len(described["starts"]) == 2
+    assert described["devices"] == ["cpu:0"]
 
 
 # --- One process ---
@@ -280,6 +289,13 @@ def test_a_last_line_that_was_cut_off_is_left_out(run):
             (run / "metrics.jsonl").write_bytes(longer[:end])
             assert list(directory.records("metrics.jsonl")) == whole
         assert list(directory.records("absent.jsonl")) == []
+
+
+def test_what_is_no_number_becomes_null(run):
+    """Python writes NaN and Infinity, which no other reader of JSON takes."""
+    with opened(run) as directory:
+        directory.append("metrics.jsonl", {"step": 1, "loss": float("nan"), "kl": float("inf")})
+        assert list(directory.records("metrics.jsonl")) == [{"step": 1, "loss": None, "kl": None}]
 
 
 def test_what_is_done_again_is_forgotten(run):

@@ -99,7 +99,8 @@ def test_the_configuration_of_the_run_loads_back(straight_run):
 
 def test_run_json_says_what_was_run_with_what(straight_run):
     run = json.loads((straight_run.path / "run.json").read_text())
-    assert {"python", "jax", "flax", "qwix", "google-tunix"} <= set(run["versions"])
+    [start] = run["starts"]
+    assert {"python", "jax", "flax", "qwix", "google-tunix"} <= set(start["versions"])
     assert run["data"] == {"source": "procedural", "dropped": 0}
     assert run["data_sha256"] == load_splits(straight_run.config.data).sha256
     assert run["devices"] == [str(jax.devices()[0])]
@@ -297,7 +298,7 @@ def test_sigterm_finishes_the_step_and_saves(run_straight, quiet_train: Train, t
     straight, path = run_straight(1), tmp_path / "run"
     status, shown = run_and_stop(straight.config, path, 3, signal.SIGTERM)
     assert status == 143
-    assert "stopping after this step" in shown
+    assert "stopped after step 3; run again to resume" in shown
     assert [r["step"] for r in records(path, "metrics.jsonl")] == [1, 2, 3]
     assert checkpoints(path) == ["step_000002", "step_000003"]
     assert not (path / "result.json").exists()

@@ -130,8 +130,9 @@ def test_any_text_has_a_form(text: str):
     "unit",
     ["<", "< ", "<reasoning>", "</answer>", "<reasoning", "<eos>\n", " ", "<answer  ", "\n<"],
 )
-def test_time_is_linear(unit: str):
-    text = unit * (100_000 // len(unit))
+@pytest.mark.parametrize("start", ["", "<", "</"])
+def test_time_is_linear(start: str, unit: str):
+    text = start + unit * (100_000 // len(unit))
     seconds = []
     for _ in range(5):
         start = time.process_time()
