@@ -14,7 +14,8 @@ from typing import Any
 import pytest
 
 from gemma2_grpo import cli
-from gemma2_grpo.config import Config, RewardConfig, UserError, load_config, load_sft_config
+from gemma2_grpo.config import Config, RewardConfig, UserError
+from gemma2_grpo.presets import load_config, load_sft_config
 
 Recorder = list[tuple[tuple[Any, ...], dict[str, Any]]]
 

@@ -17,15 +17,8 @@ import tyro
 from tyro import _errors  # Private, but the one way to errors of one line; hence the exact minor.
 from tyro.conf import FlagCreatePairsOff, OmitArgPrefixes, Positional, arg, subcommand
 
-from gemma2_grpo.config import (
-    Config,
-    SftConfig,
-    UserError,
-    check,
-    check_sft,
-    from_mapping,
-    read_toml,
-)
+from gemma2_grpo.config import Config, SftConfig, UserError, check, check_sft
+from gemma2_grpo.presets import from_mapping, read_toml
 
 if TYPE_CHECKING:
     from tyro._arguments import ArgumentDefinition

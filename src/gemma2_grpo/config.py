@@ -5,17 +5,13 @@ reported before anything expensive has loaded.
 """
 
 import dataclasses
-import json
 import math
 import re
-import tomllib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from importlib import resources
-from pathlib import Path
-from typing import Any, Literal, TypeVar, get_type_hints
+from typing import Any, Literal
 
-from pydantic import ConfigDict, TypeAdapter, ValidationError
+from pydantic import ConfigDict
 
 
 class UserError(Exception):
@@ -228,93 +224,6 @@ class SftConfig:
     data: DataConfig = field(default_factory=DataConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     sft: SupervisedConfig = field(default_factory=SupervisedConfig)
-
-
-ConfigT = TypeVar("ConfigT")
-
-
-def preset_names() -> list[str]:
-    """Names of the TOML files that the package ships; those for `sft` begin with `sft-`."""
-    folder = resources.files("gemma2_grpo") / "configs"
-    return sorted(entry.name.removesuffix(".toml") for entry in folder.iterdir())
-
-
-def read_toml(name_or_path: str) -> dict[str, Any]:
-    """Reads a shipped preset by name, or a TOML file by path.
-
-    Raises:
-        ConfigError: if there is no such preset or file, or it is not TOML.
-    """
-    shipped = resources.files("gemma2_grpo") / "configs" / f"{name_or_path}.toml"
-    source = shipped if shipped.is_file() else Path(name_or_path)
-    try:
-        return tomllib.loads(source.read_text(encoding="utf-8"))
-    except (FileNotFoundError, NotADirectoryError, IsADirectoryError):
-        raise ConfigError(
-            f"config {name_or_path!r}: no such file or preset; "
-            f"presets are {', '.join(preset_names())}"
-        ) from None
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError, OSError) as error:
-        raise ConfigError(f"config {name_or_path}: {error}") from None
-
-
-def from_mapping(kind: type[ConfigT], values: Mapping[str, Any], source: str) -> ConfigT:
-    """Builds a configuration dataclass from nested values, types and names checked.
-
-    Args:
-        kind: The configuration dataclass.
-        values: Nested values as TOML gives them; absent fields take their defaults.
-        source: Where the values come from, for the error message.
-
-    Raises:
-        ConfigError: naming the first wrong field.
-    """
-    try:
-        # By way of JSON, where a list may stand for a tuple although checking is strict.
-        return TypeAdapter(kind).validate_json(json.dumps(values, default=str))
-    except ValidationError as error:
-        first = error.errors()[0]
-        name = ".".join(str(part) for part in first["loc"])
-        if first["type"] == "unexpected_keyword_argument":
-            raise ConfigError(
-                f"config {source}: unknown field {name!r}{_nearest(kind, first['loc'])}"
-            ) from None
-        raise ConfigError(
-            f"config {source}: {name} = {first['input']!r}: {first['msg'].lower()}"
-        ) from None
-
-
-def load_config(name_or_path: str = "tiny") -> Config:
-    """Loads and checks a preset or a TOML file.
-
-    Raises:
-        ConfigError: if it cannot be read or cannot run.
-    """
-    return check(from_mapping(Config, read_toml(name_or_path), name_or_path))
-
-
-def load_sft_config(name_or_path: str) -> SftConfig:
-    """Loads and checks a preset or a TOML file for `sft`.
-
-    Raises:
-        ConfigError: if it cannot be read or cannot run.
-    """
-    return check_sft(from_mapping(SftConfig, read_toml(name_or_path), name_or_path))
-
-
-def _nearest(kind: type, location: tuple[int | str, ...]) -> str:
-    """Says where an unknown field belongs, what is spelled most alike, or what is known."""
-    import difflib
-
-    fields = get_type_hints(kind)
-    for part in location[:-1]:
-        fields = get_type_hints(fields[str(part)])
-    name = str(location[-1])
-    for section, section_kind in fields.items():
-        if dataclasses.is_dataclass(section_kind) and name in get_type_hints(section_kind):
-            return f"; it belongs in [{section}]"
-    close = difflib.get_close_matches(name, fields, n=1)
-    return f"; did you mean {close[0]!r}?" if close else f"; known are {', '.join(fields)}"
 
 
 def check(config: Config) -> Config:

@@ -229,7 +229,8 @@ class TestTextbook:
         assert actual.keys() == expected.keys() and len(actual) == 24
         for name, gradient in expected.items():
             error = np.linalg.norm(actual[name] - gradient) / np.linalg.norm(gradient)
-            print(name, error); assert error < 1e-5, name
+            print(name, error)
+            assert error < 1e-5, name
         norm = np.sqrt(sum((gradient**2).sum() for gradient in expected.values()))
         assert metrics[-1].grad_norm == pytest.approx(norm, rel=1e-5)
         for name, value in by_path(textbook.lora).items():

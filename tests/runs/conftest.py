@@ -16,7 +16,8 @@ import pytest
 from rich.console import Console
 from safetensors.numpy import save_file
 
-from gemma2_grpo.config import Config, check, from_mapping
+from gemma2_grpo.config import Config, check
+from gemma2_grpo.presets import from_mapping
 from gemma2_grpo.runs.display import Display
 from gemma2_grpo.runs.run_directory import RunDirectory
 from gemma2_grpo.runs.session import Session, open_session

@@ -13,8 +13,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from gemma2_grpo.config import Config, load_config
+from gemma2_grpo.config import Config
 from gemma2_grpo.engine.learner import Stream, fold_key
+from gemma2_grpo.presets import load_config
 from gemma2_grpo.runs.measure import measure
 from gemma2_grpo.runs.session import Session
 from gemma2_grpo.task.data import load_splits

@@ -52,6 +52,7 @@ from gemma2_grpo import cli
 from gemma2_grpo.runs import session as session_module
 
 opened = session_module.open_session
+report = sys.argv.pop(1)
 
 def spy(*args):
     session = opened(*args)
@@ -65,7 +66,8 @@ def spy(*args):
         }
         for path, variable in nnx.to_flat_state(nnx.state(session.learner.policy))
     }
-    print("WEIGHTS", json.dumps(weights))
+    with open(report, "w") as file:
+        json.dump(weights, file)
     return session
 
 session_module.open_session = spy

@@ -42,8 +42,8 @@ def rise(accuracy: list[float]) -> dict[str, Any]:
         ([0] * 5 + [1] * 3 + [0] * 4 + [1] * 5, 0, 1, 15),
         # Means .2, .2, .4; a mean that lies on the middle counts, and .3 is the middle.
         ([1, 0, 0, 0, 0, 1, 1], 0.2, 0.4, 7),
-        ([0.50, 0.50, 0.50, 0.50, 0.50, 0.60], 0.5, 0.52, 6),
-        ([0.50, 0.50, 0.50, 0.50, 0.50, 0.59], 0.5, 0.518, None),
+        ([0.50, 0.50, 0.50, 0.50, 0.50, 0.80], 0.5, 0.56, 6),
+        ([0.50, 0.50, 0.50, 0.50, 0.50, 0.70], 0.5, 0.54, None),
         ([1, 1, 1, 1, 1, 0, 0, 0, 0, 0], 1, 0, None),
         # Too few for two means of five: the one mean is first and last.
         ([0, 1, 1], 2 / 3, 2 / 3, None),

@@ -13,7 +13,8 @@ from typing import Any
 
 import pytest
 
-from gemma2_grpo.config import Config, ConfigError, UserError, load_config
+from gemma2_grpo.config import Config, ConfigError, UserError
+from gemma2_grpo.presets import load_config
 from gemma2_grpo.runs.run_directory import RunDirectory, check_free_space
 
 CONFIG = load_config("tiny")
@@ -156,7 +157,7 @@ def test_run_json_keeps_every_start(run):
 HOLD = """
 import sys
 from pathlib import Path
-from gemma2_grpo.config import load_config
+from gemma2_grpo.presets import load_config
 from gemma2_grpo.runs.run_directory import RunDirectory
 directory = RunDirectory(Path(sys.argv[1]), load_config("tiny"))
 print("open", flush=True)

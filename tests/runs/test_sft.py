@@ -14,9 +14,10 @@ import pytest
 from rich.console import Console
 from safetensors.numpy import load_file
 
-from gemma2_grpo.config import SftConfig, UserError, check_sft, from_mapping
+from gemma2_grpo.config import SftConfig, UserError, check_sft
 from gemma2_grpo.engine.forward import hidden_states, output_logits, split_model
 from gemma2_grpo.engine.model import load_tokenizer, load_weights, make_mesh
+from gemma2_grpo.presets import from_mapping
 from gemma2_grpo.runs import sft as sft_module
 from gemma2_grpo.runs.display import Display
 from gemma2_grpo.runs.sft import sft

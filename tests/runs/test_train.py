@@ -20,10 +20,10 @@ import tomli_w
 from safetensors import safe_open
 
 from gemma2_grpo import cli
-from gemma2_grpo.config import Config, UserError, load_config
+from gemma2_grpo.config import Config, UserError
 from gemma2_grpo.engine import learner as learner_module
 from gemma2_grpo.engine.checkpoint import restore_checkpoint
-from gemma2_grpo.runs import session as session_module
+from gemma2_grpo.presets import load_config
 from gemma2_grpo.runs import session as session_module
 from gemma2_grpo.task.data import load_splits
 from gemma2_grpo.task.scoring import COMPONENTS, Scorer, load_reward

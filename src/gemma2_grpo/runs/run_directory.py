@@ -15,7 +15,8 @@ from typing import Any
 
 import tomli_w
 
-from gemma2_grpo.config import Config, ConfigError, UserError, from_mapping, read_toml
+from gemma2_grpo.config import Config, ConfigError, UserError
+from gemma2_grpo.presets import from_mapping, read_toml
 
 # Fields of [run] that change nothing that is computed.
 _FREE_FIELDS = (
