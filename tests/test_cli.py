@@ -87,11 +87,11 @@ def test_sft_passes_config_and_directory(monkeypatch: pytest.MonkeyPatch) -> Non
     calls: Recorder = []
     _stub(monkeypatch, "sft:sft", lambda *args: calls.append((args, {})))
     assert cli.main("sft sft-tiny --to out --steps 3 --data-seed 5".split()) == 0
-    [((config, to, name), _)] = calls
+    [((config, to), _)] = calls
     preset = load_sft_config("sft-tiny")
     assert config.sft == dataclasses.replace(preset.sft, steps=3)
     assert config.data == dataclasses.replace(preset.data, data_seed=5)
-    assert (config.optimizer, to, name) == (preset.optimizer, Path("out"), "sft-tiny")
+    assert (config.optimizer, to) == (preset.optimizer, Path("out"))
 
 
 def test_score_passes_file_and_format(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -129,7 +129,7 @@ def test_a_wrong_file_is_refused_by_field(toml: str, message: str, tmp_path: Pat
         ({"run": {"seed": -1}}, "seed = -1 must be at least 0"),
         ({"rollout": {"temperature": 0.0}}, "temperature = 0.0 must be greater than 0"),
         ({"rollout": {"top_p": 0.0}}, "top_p = 0.0 must lie in (0, 1]; 1 keeps all tokens"),
-        ({"optimizer": {"adam_b1": 1.5}}, "adam_b1 = 1.5 must lie between 0 and 1"),
+        ({"optimizer": {"adam_b1": 1.5}}, "adam_b1 = 1.5 must lie between 0 and 1, below 1"),
         ({"grpo": {"epsilon_high": 0.1}}, "epsilon_high = 0.1 is below epsilon = 0.2; raise it"),
         ({"model": {"mesh_shape": [0, 8]}}, "mesh_shape = (0, 8) must have two positive sizes"),
         (
@@ -164,7 +164,7 @@ def test_what_cannot_run_is_refused(values: dict[str, dict[str, object]], messag
         ({"sft": {"steps": 0}}, "steps = 0 must be at least 1"),
         (
             {"sft": {"arithmetic_fraction": 1.5}},
-            "arithmetic_fraction = 1.5 must lie between 0 and 1",
+            "arithmetic_fraction = 1.5 must lie between 0 and 1, below 1",
         ),
         ({"data": {"num_train_samples": 0}}, "num_train_samples = 0 must be at least 1"),
     ],

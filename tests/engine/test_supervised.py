@@ -1,0 +1,181 @@
+"""Supervised training: the loss is that of the targets alone, and it goes down."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from flax import nnx
+from jax.sharding import Mesh
+from tunix.models.gemma import model as gemma
+
+from gemma2_grpo.config import Config
+from gemma2_grpo.engine.forward import Network, Weights, split_model
+from gemma2_grpo.engine.lora import add_lora
+from gemma2_grpo.engine.model import load_weights, with_remat
+from gemma2_grpo.engine.supervised import Row, next_token_loss, pack, train_supervised
+
+WIDTH = 16
+
+
+@pytest.fixture(scope="module")
+def rows() -> list[Row]:
+    """Prompts of 3 to 6 tokens with completions of 4 to 8; the last is longer than the width."""
+    random = np.random.default_rng(4)
+    made = []
+    for prompt, completion in [(3, 8), (6, 4), (4, 6), (6, 14)]:
+        tokens = random.integers(3, 496, prompt + completion).tolist()
+        made.append(Row(tokens, [False] * prompt + [True] * completion))
+    return made
+
+
+@jax.jit(static_argnames=("network", "chunk_tokens"))
+def loss_of(
+    network: Network, weights: Weights, tokens: jax.Array, targets: jax.Array, chunk_tokens: int
+) -> jax.Array:
+    return next_token_loss(network, weights, tokens, targets, chunk_tokens)
+
+
+class TestLoss:
+    def test_rows_are_padded_or_cut(self) -> None:
+        tokens, targets = pack(
+            [Row([5, 6, 7], [False, True, True]), Row([8, 9, 1, 2, 3], [False] * 3 + [True] * 2)],
+            width=4,
+            pad_id=0,
+        )
+        assert tokens.tolist() == [[5, 6, 7, 0], [8, 9, 1, 2]]
+        assert targets.tolist() == [[False, True, True, False], [False, False, False, True]]
+
+    @pytest.mark.parametrize("chunk_tokens", [4, 7, 128])
+    def test_by_hand(
+        self,
+        chunk_tokens: int,
+        base: gemma.Gemma,
+        rows: list[Row],
+        full_logits: Callable[..., np.ndarray],
+    ) -> None:
+        tokens, targets = pack(rows, WIDTH, 0)
+        logits = full_logits(base, tokens).astype(np.float64)
+        logps = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
+        losses = [
+            -logps[i, t - 1, tokens[i, t]]
+            for i, row in enumerate(rows)
+            for t in range(1, WIDTH)
+            if t < len(row.tokens) and row.is_target[t]
+        ]
+        assert len(losses) == 8 + 4 + 6 + 10
+        network, weights = split_model(base)
+        loss = loss_of(network, weights, tokens, targets, chunk_tokens)
+        assert float(loss) == pytest.approx(np.mean(losses), rel=1e-6)
+
+    def test_prompts_and_padding_carry_none(self, base: gemma.Gemma, rows: list[Row]) -> None:
+        tokens, targets = pack(rows[:1], WIDTH, 0)
+        network, weights = split_model(base)
+
+        def of(embedding: jax.Array, tokens: np.ndarray) -> jax.Array:
+            base = jax.tree.map(lambda x: x, weights.base)
+            base["embedder"]["input_embedding"].set_value(embedding)
+            return next_token_loss(network, Weights(weights.lora, base), tokens, targets, 7)
+
+        # What follows the last target is not seen by it.
+        other = tokens.copy()
+        other[0, 11:] = 400
+        losses = [float(of(weights.embedding, t)) for t in (tokens, other)]
+        assert losses[0] == losses[1]
+        only = np.zeros_like(targets)
+        assert float(loss_of(network, weights, tokens, only, 7)) == 0  # Not 0 / 0.
+        only[0, 3] = True
+        first = float(loss_of(network, weights, tokens, only, 7))
+        only[0, :3] = True
+        only[0, 3] = False
+        prompt = float(loss_of(network, weights, tokens, only, 7))
+        assert first > 0 and prompt > 0 and first != pytest.approx(prompt)
+
+
+def train(
+    model: gemma.Gemma, rows: list[Row], mesh: Mesh, steps: int, *, train_base: bool
+) -> list[float]:
+    seen: list[tuple[int, float]] = []
+    train_supervised(
+        model,
+        (rows for _ in range(steps)),
+        optax.adam(3e-3 if train_base else 1e-2),
+        mesh,
+        width=WIDTH,
+        pad_id=0,
+        chunk_tokens=7,
+        train_base=train_base,
+        on_step=lambda step, loss: seen.append((step, loss)),
+    )
+    assert [step for step, _ in seen] == list(range(1, steps + 1))
+    return [loss for _, loss in seen]
+
+
+def values(model: gemma.Gemma, kind: Any) -> list[np.ndarray]:
+    return [np.asarray(leaf) for leaf in jax.tree.leaves(nnx.state(model, kind))]
+
+
+class TestTraining:
+    def test_all_weights(
+        self, tiny_directory: Path, mesh: Mesh, wide_mesh: Mesh, rows: list[Row]
+    ) -> None:
+        results = []
+        for where in (mesh, wide_mesh):
+            model = load_weights(tiny_directory, "float32", where)
+            before = values(model, nnx.Param)
+            shardings = [x.sharding for x in jax.tree.leaves(nnx.state(model))]
+            results.append(train(model, rows, where, 10, train_base=True))
+            after = values(model, nnx.Param)
+            assert all((a != b).any() for a, b in zip(before, after, strict=True))
+            assert [x.sharding for x in jax.tree.leaves(nnx.state(model))] == shardings
+        one, wide = results
+        assert one[-1] < 0.5 * one[0]
+        np.testing.assert_allclose(wide, one, rtol=1e-3)
+
+    def test_adapters_alone(
+        self,
+        make_policy: Callable[..., gemma.Gemma],
+        base: gemma.Gemma,
+        mesh: Mesh,
+        rows: list[Row],
+    ) -> None:
+        policy = make_policy()
+        before = values(base, nnx.Param)
+        losses = train(policy, rows, mesh, 15, train_base=False)
+        assert losses[-1] < 0.7 * losses[0]
+        for model in (base, policy):
+            for one, other in zip(values(model, nnx.Not(nnx.LoRAParam)), before, strict=True):
+                np.testing.assert_array_equal(one, other)
+        assert all(value.any() for value in values(policy, nnx.LoRAParam))
+
+        again = make_policy()
+        assert train(again, rows, mesh, 15, train_base=False) == losses
+        for one, other in zip(
+            values(again, nnx.LoRAParam), values(policy, nnx.LoRAParam), strict=True
+        ):
+            np.testing.assert_array_equal(one, other)
+
+    def test_a_graph_with_remat_trains_the_same_weights(
+        self, make_policy: Callable[..., gemma.Gemma], mesh: Mesh, rows: list[Row]
+    ) -> None:
+        plain, remat = make_policy(), make_policy()
+        losses = train(plain, rows, mesh, 3, train_base=False)
+        again = train(with_remat(remat, "decoder"), rows, mesh, 3, train_base=False)
+        np.testing.assert_allclose(again, losses, rtol=1e-5)
+        for one, other in zip(
+            values(remat, nnx.LoRAParam), values(plain, nnx.LoRAParam), strict=True
+        ):
+            np.testing.assert_allclose(one, other, atol=2e-4)
+
+    def test_a_bfloat16_base_keeps_its_type(
+        self, tiny_directory: Path, mesh: Mesh, config: Config, rows: list[Row]
+    ) -> None:
+        model = add_lora(load_weights(tiny_directory, "bfloat16", mesh), config.model, mesh, 0)
+        losses = train(model, rows, mesh, 6, train_base=False)
+        assert losses[-1] < losses[0]
+        assert {v.dtype for v in values(model, nnx.LoRAParam)} == {jnp.dtype("float32")}
+        assert {v.dtype for v in values(model, nnx.Not(nnx.LoRAParam))} == {jnp.dtype("bfloat16")}
