@@ -26,7 +26,8 @@ from gemma2_grpo.config import (
 )
 from gemma2_grpo.engine.learner import Completions, Learner
 from gemma2_grpo.engine.lora import add_lora
-from gemma2_grpo.engine.model import Tokenizer, load_tokenizer, load_weights, make_mesh
+from gemma2_grpo.engine.model import load_weights, make_mesh
+from gemma2_grpo.engine.tokenizer import Tokenizer, load_tokenizer
 from gemma2_grpo.task.data import Example
 
 EMBEDDED = Path(str(resources.files("gemma2_grpo") / "assets" / "tiny-gemma2"))

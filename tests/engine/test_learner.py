@@ -10,7 +10,7 @@ from gemma2_grpo.config import Config
 from gemma2_grpo.engine.checkpoint import restore_checkpoint, save_checkpoint
 from gemma2_grpo.engine.learner import Learner, Stream, fold_key
 from gemma2_grpo.engine.lora import add_lora
-from gemma2_grpo.engine.model import Tokenizer
+from gemma2_grpo.engine.tokenizer import Tokenizer
 from gemma2_grpo.task.data import Example
 
 

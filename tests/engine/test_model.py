@@ -23,8 +23,6 @@ from gemma2_grpo.config import UserError
 from gemma2_grpo.engine.export import fingerprint, save_model
 from gemma2_grpo.engine.forward import hidden_states, output_logits, split_model
 from gemma2_grpo.engine.model import (
-    Tokenizer,
-    load_tokenizer,
     load_weights,
     make_mesh,
     on_mesh,
@@ -32,6 +30,7 @@ from gemma2_grpo.engine.model import (
     random_weights,
     read_architecture,
 )
+from gemma2_grpo.engine.tokenizer import Tokenizer, load_tokenizer
 
 PARITY = {
     "grouped keys and values": {},

@@ -22,7 +22,7 @@ from gemma2_grpo.config import Config
 from gemma2_grpo.engine.forward import Network, split_model
 from gemma2_grpo.engine.learner import Learner, Stream, fold_key
 from gemma2_grpo.engine.lora import add_lora
-from gemma2_grpo.engine.model import Tokenizer, load_weights
+from gemma2_grpo.engine.model import load_weights
 from gemma2_grpo.engine.rollout import (
     GroupRollout,
     Sampled,
@@ -34,6 +34,7 @@ from gemma2_grpo.engine.rollout import (
     sample,
     truncate,
 )
+from gemma2_grpo.engine.tokenizer import Tokenizer
 from gemma2_grpo.task.data import Example
 from gemma2_grpo.task.prompts import render_prompt
 

@@ -26,8 +26,9 @@ from gemma2_grpo.engine.forward import Network, Weights, completion_logps, split
 from gemma2_grpo.engine.learner import Completions, Learner
 from gemma2_grpo.engine.lora import add_lora
 from gemma2_grpo.engine.loss import Advantages, group_advantages
-from gemma2_grpo.engine.model import Tokenizer, with_remat
+from gemma2_grpo.engine.model import with_remat
 from gemma2_grpo.engine.rollout import pad_left
+from gemma2_grpo.engine.tokenizer import Tokenizer
 from gemma2_grpo.engine.update import MicroBatch, Updater, learning_rate_schedule
 from gemma2_grpo.task.data import Example
 from gemma2_grpo.task.prompts import render_prompt

@@ -16,7 +16,8 @@ from safetensors.numpy import load_file
 
 from gemma2_grpo.config import SftConfig, UserError, check_sft
 from gemma2_grpo.engine.forward import hidden_states, output_logits, split_model
-from gemma2_grpo.engine.model import load_tokenizer, load_weights, make_mesh
+from gemma2_grpo.engine.model import load_weights, make_mesh
+from gemma2_grpo.engine.tokenizer import load_tokenizer
 from gemma2_grpo.presets import from_mapping
 from gemma2_grpo.runs import sft as sft_module
 from gemma2_grpo.runs.display import Display

@@ -16,8 +16,8 @@ from tunix.rl.rollout.base_rollout import RolloutConfig as TunixRolloutConfig
 
 from gemma2_grpo.config import Config
 from gemma2_grpo.engine.loss import Advantages, group_advantages, token_weights
-from gemma2_grpo.engine.model import Tokenizer
 from gemma2_grpo.engine.rollout import GroupRollout
+from gemma2_grpo.engine.tokenizer import Tokenizer
 from gemma2_grpo.engine.update import (
     MicroBatch,
     UpdateMetrics,

@@ -1,11 +1,10 @@
-"""Gemma 2 on Tunix: architecture, mesh, weights from safetensors or at random, tokenizer."""
+"""Gemma 2 on Tunix: architecture, mesh, weights from safetensors or at random."""
 
 import dataclasses
 import json
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any, Literal
@@ -16,12 +15,10 @@ import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
 from safetensors import SafetensorError, safe_open
-from tokenizers import Tokenizer as HfTokenizer
 from tunix.models.gemma import model as gemma
 from tunix.models.gemma import params_safetensors
 
 from gemma2_grpo.config import UserError
-from gemma2_grpo.task.prompts import STOP_TOKENS
 
 MESH_AXES = ("fsdp", "tp")
 _SIZES = (
@@ -307,56 +304,3 @@ def with_remat(model: gemma.Gemma, remat: Literal["none", "block", "decoder"]) -
         elif isinstance(module, gemma.Gemma | gemma.DecoderLayer | gemma.FeedForward):
             module.config = dataclasses.replace(module.config, remat_config=kind)
     return copy
-
-
-@dataclass(frozen=True)
-class Tokenizer:
-    """A Hugging Face fast tokenizer with the special tokens of Gemma resolved.
-
-    It has the methods that Tunix asks of a tokenizer.
-    """
-
-    backend: HfTokenizer
-    pad: int
-    bos: int
-    stop_ids: tuple[int, ...]
-
-    def encode(self, text: str, **_: Any) -> list[int]:
-        """Token ids of text that already carries its special tokens."""
-        return self.backend.encode(text, add_special_tokens=False).ids
-
-    def decode(self, ids: Any, **_: Any) -> str:
-        """Text of token ids, special tokens left out."""
-        return self.backend.decode([int(i) for i in ids], skip_special_tokens=True)
-
-    def pad_id(self) -> int:
-        """Id of the padding token."""
-        return self.pad
-
-    def bos_id(self) -> int:
-        """Id of the token that begins every text."""
-        return self.bos
-
-    def eos_id(self) -> int:
-        """Id of the token that ends Gemma's turn."""
-        return self.stop_ids[0]
-
-
-def load_tokenizer(directory: Path) -> Tokenizer:
-    """Loads tokenizer.json from a model directory.
-
-    Raises:
-        UserError: if it is missing or unreadable, or lacks one of Gemma's special tokens.
-    """
-    path = directory / "tokenizer.json"
-    if not path.is_file():
-        raise UserError(f"{path}: missing; copy the tokenizer.json of the model there")
-    try:
-        backend = HfTokenizer.from_file(str(path))
-    except Exception as error:  # The library raises nothing narrower.
-        raise UserError(f"{path}: not a readable tokenizer ({error})") from None
-    ids = {name: backend.token_to_id(name) for name in ("<pad>", "<bos>", *STOP_TOKENS)}
-    for name, token in ids.items():
-        if token is None:
-            raise UserError(f"{path}: has no token {name}; is it Gemma's tokenizer?")
-    return Tokenizer(backend, ids["<pad>"], ids["<bos>"], tuple(ids[n] for n in STOP_TOKENS))

@@ -33,13 +33,8 @@ from gemma2_grpo.engine.lora import (
     check_patterns,
     max_adapter_parameters,
 )
-from gemma2_grpo.engine.model import (
-    check_heads,
-    load_tokenizer,
-    load_weights,
-    make_mesh,
-    read_architecture,
-)
+from gemma2_grpo.engine.model import check_heads, load_weights, make_mesh, read_architecture
+from gemma2_grpo.engine.tokenizer import load_tokenizer
 from gemma2_grpo.runs.run_directory import RunDirectory, check_free_space
 from gemma2_grpo.task.data import Example, Splits, drop_long
 

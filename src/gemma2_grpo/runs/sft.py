@@ -15,8 +15,6 @@ from gemma2_grpo.engine.export import merge_lora, save_model
 from gemma2_grpo.engine.fetch import find_model
 from gemma2_grpo.engine.lora import add_lora
 from gemma2_grpo.engine.model import (
-    Tokenizer,
-    load_tokenizer,
     load_weights,
     make_mesh,
     query_scale,
@@ -25,6 +23,7 @@ from gemma2_grpo.engine.model import (
     with_remat,
 )
 from gemma2_grpo.engine.supervised import Row, train_supervised
+from gemma2_grpo.engine.tokenizer import Tokenizer, load_tokenizer
 from gemma2_grpo.engine.update import make_optimizer
 from gemma2_grpo.runs.display import Display
 from gemma2_grpo.task.data import PROCEDURAL, batch_indices, load_splits

@@ -1,0 +1,63 @@
+"""Gemma's tokenizer: a Hugging Face tokenizer.json with the special tokens resolved."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from tokenizers import Tokenizer as HfTokenizer
+
+from gemma2_grpo.config import UserError
+from gemma2_grpo.task.prompts import STOP_TOKENS
+
+
+@dataclass(frozen=True)
+class Tokenizer:
+    """A Hugging Face fast tokenizer with the special tokens of Gemma resolved.
+
+    It has the methods that Tunix asks of a tokenizer.
+    """
+
+    backend: HfTokenizer
+    pad: int
+    bos: int
+    stop_ids: tuple[int, ...]
+
+    def encode(self, text: str, **_: Any) -> list[int]:
+        """Token ids of text that already carries its special tokens."""
+        return self.backend.encode(text, add_special_tokens=False).ids
+
+    def decode(self, ids: Any, **_: Any) -> str:
+        """Text of token ids, special tokens left out."""
+        return self.backend.decode([int(i) for i in ids], skip_special_tokens=True)
+
+    def pad_id(self) -> int:
+        """Id of the padding token."""
+        return self.pad
+
+    def bos_id(self) -> int:
+        """Id of the token that begins every text."""
+        return self.bos
+
+    def eos_id(self) -> int:
+        """Id of the token that ends Gemma's turn."""
+        return self.stop_ids[0]
+
+
+def load_tokenizer(directory: Path) -> Tokenizer:
+    """Loads tokenizer.json from a model directory.
+
+    Raises:
+        UserError: if it is missing or unreadable, or lacks one of Gemma's special tokens.
+    """
+    path = directory / "tokenizer.json"
+    if not path.is_file():
+        raise UserError(f"{path}: missing; copy the tokenizer.json of the model there")
+    try:
+        backend = HfTokenizer.from_file(str(path))
+    except Exception as error:  # The library raises nothing narrower.
+        raise UserError(f"{path}: not a readable tokenizer ({error})") from None
+    ids = {name: backend.token_to_id(name) for name in ("<pad>", "<bos>", *STOP_TOKENS)}
+    for name, token in ids.items():
+        if token is None:
+            raise UserError(f"{path}: has no token {name}; is it Gemma's tokenizer?")
+    return Tokenizer(backend, ids["<pad>"], ids["<bos>"], tuple(ids[n] for n in STOP_TOKENS))
