@@ -102,7 +102,7 @@ class TestSaving:
         large["lora"]["layers"][0]["a"] = jnp.asarray(
             np.random.default_rng(0).standard_normal((500, 400)), jnp.float32
         )
-        with file_size_limit(100_000), pytest.raises(OSError, match="^checkpoint of step 4 could"):
+        with file_size_limit(100_000), pytest.raises(OSError, match=r"^checkpoint of step 4 could"):
             save_checkpoint(folder, 4, large, keep=3)
         assert names(folder) == ["step_000001", "step_000002", "step_000003"]
         found = restore_checkpoint(folder, zeros())

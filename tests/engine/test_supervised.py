@@ -131,7 +131,8 @@ class TestTraining:
             results.append(train(model, rows, where, 10, train_base=True))
             after = values(model, nnx.Param)
             assert all((a != b).any() for a, b in zip(before, after, strict=True))
-            assert [x.sharding for x in jax.tree.leaves(nnx.state(model))] == shardings
+            for leaf, sharding in zip(jax.tree.leaves(nnx.state(model)), shardings, strict=True):
+                assert leaf.sharding.is_equivalent_to(sharding, leaf.ndim)
         one, wide = results
         assert one[-1] < 0.5 * one[0]
         np.testing.assert_allclose(wide, one, rtol=1e-3)

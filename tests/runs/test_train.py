@@ -16,7 +16,6 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 import pytest
-import tomli_w
 from safetensors import safe_open
 
 from gemma2_grpo import cli
@@ -272,18 +271,30 @@ def test_a_run_does_not_go_on_with_other_weights_data_or_code(
     assert checkpoints(path) == ["step_000002"]
 
 
+def test_a_run_can_start_from_the_adapter_of_another(
+    run_straight, make_config, quiet_train: Train, tmp_path
+):
+    straight, path = run_straight(1), tmp_path / "run"
+    adapter = str(straight.path / "adapter")
+    quiet_train(make_config(model={"adapter": adapter}, run={"max_steps": 1}), path)
+
+    def held_out(run: Path, step: int) -> list[str]:
+        rows = records(run, "completions.jsonl")
+        return [r["completion"] for r in rows if (r["kind"], r["step"]) == ("held_out", step)]
+
+    assert held_out(path, 0) == held_out(straight.path, 5)
+    assert held_out(path, 0) != held_out(straight.path, 0)
+
+
 # --- Stopping ---
 
 # The reward is called at steps 1, 2, ... as number 3, 4, 6, 7, 9: measuring calls it as well.
 CALL_OF_STEP = {1: 3, 3: 6, 4: 7}
 
 
-def run_and_stop(config: Config, path: Path, step: int, number: signal.Signals) -> tuple[int, str]:
+def run_and_stop(like: Path, path: Path, step: int, number: signal.Signals) -> tuple[int, str]:
     """Runs in a process of its own, which gets a signal in the middle of a step."""
-    file = path.with_suffix(".toml")
-    values = dataclasses.asdict(config)
-    values["grpo"].pop("epsilon_high")
-    file.write_text(tomli_w.dumps(values))
+    file = like / "config.toml"
     stop = {"STOP_AT_CALL": str(CALL_OF_STEP[step]), "STOP_SIGNAL": str(int(number))}
     done = subprocess.run(
         [sys.executable, "-m", "gemma2_grpo.cli", "train", str(file), "--run", str(path)],
@@ -296,7 +307,7 @@ def run_and_stop(config: Config, path: Path, step: int, number: signal.Signals) 
 
 def test_sigterm_finishes_the_step_and_saves(run_straight, quiet_train: Train, tmp_path):
     straight, path = run_straight(1), tmp_path / "run"
-    status, shown = run_and_stop(straight.config, path, 3, signal.SIGTERM)
+    status, shown = run_and_stop(straight.path, path, 3, signal.SIGTERM)
     assert status == 143
     assert "stopped after step 3; run again to resume" in shown
     assert [r["step"] for r in records(path, "metrics.jsonl")] == [1, 2, 3]
@@ -308,7 +319,7 @@ def test_sigterm_finishes_the_step_and_saves(run_straight, quiet_train: Train, t
 
 def test_a_killed_run_loses_no_more_than_an_interval(run_straight, quiet_train: Train, tmp_path):
     straight, path = run_straight(3), tmp_path / "run"
-    status, _ = run_and_stop(straight.config, path, 4, signal.SIGKILL)
+    status, _ = run_and_stop(straight.path, path, 4, signal.SIGKILL)
     assert status == -signal.SIGKILL
     assert [r["step"] for r in records(path, "metrics.jsonl")] == [1, 2, 3]
     assert checkpoints(path) == ["step_000002"]
@@ -517,6 +528,8 @@ def test_data_that_are_not_enough_are_refused(refused, tmp_path):
          "kaggle:OWNER/MODEL/FRAMEWORK/VARIATION"),
         ("--dataset nowhere", "dataset 'nowhere': no such file or directory; use procedural, "
          "openai/gsm8k, kaggle:OWNER/NAME, a directory or a JSONL file"),
+        ("--lora-modules attn/o_proj", "lora_modules: 'attn/o_proj' matches no weight matrix; "
+         "those of a layer are layers/0/attn/"),
         ("--reward nowhere.py:f", "reward = 'nowhere.py:f': no such file; write "
          "path/to/file.py:function"),
     ],
@@ -525,11 +538,19 @@ def test_what_cannot_run_is_refused_before_weights_load(options, fault, refused)
     assert refused(*options.split()).startswith(fault)
 
 
-def test_a_pattern_without_a_module_is_refused(make_config, quiet_train: Train, tmp_path):
-    config = make_config(model={"lora_modules": ["attn/o_proj"]})
-    with pytest.raises(UserError, match="'attn/o_proj' matches no module; modules are named like"):
-        quiet_train(config, tmp_path / "run")
-    assert not (tmp_path / "run").exists()
+def test_an_adapter_of_another_base_or_shape_is_refused(run_straight, refused):
+    straight = run_straight(1)
+    adapter = ["--adapter", str(straight.path / "adapter")]
+    assert refused(*adapter) == (
+        f"{straight.path / ADAPTER}: does not fit; it was made with lora_rank = 2, lora_alpha = "
+        f"2.0, lora_modules = {list(straight.config.model.lora_modules)}; set the same"
+    )
+    same_shape = ["--lora-rank", "2", "--lora-alpha", "2"]
+    assert refused(*adapter, *same_shape, "--model", "embedded") == (
+        f"{straight.path / ADAPTER}: made for another base ({straight.config.model.model}); "
+        "load it on that one"
+    )
+    assert refused("--adapter", "nowhere").startswith(f"{Path('nowhere')}/adapter.safetensors: ")
 
 
 def test_a_full_disk_is_refused_before_weights_load(refused, monkeypatch, tmp_path):

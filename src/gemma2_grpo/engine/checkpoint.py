@@ -116,10 +116,11 @@ def _problem(path: Path, step: int) -> str | None:
     """What is wrong with a checkpoint on disk, or None."""
     try:
         manifest = json.loads((path / _MANIFEST).read_text(encoding="utf-8"))
-        if manifest["step"] != step:
-            return f"its manifest is of step {manifest['step']}"
+        written, expected = manifest["step"], dict(manifest["sha256"])
         present = _hashes(path)
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, TypeError) as error:
         return f"no readable manifest: {error}"
-    wrong = [name for name, digest in manifest["sha256"].items() if present.get(name) != digest]
+    if written != step:
+        return f"its manifest is of step {written}"
+    wrong = [name for name, digest in expected.items() if present.get(name) != digest]
     return f"{wrong[0]} differs from the manifest" if wrong else None

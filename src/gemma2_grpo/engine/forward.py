@@ -159,18 +159,20 @@ def map_chunks(function: Callable[[Any], Any], arrays: Any, chunk_tokens: int) -
     Args:
         function: Maps arrays [R, C, ...] to arrays [R, C].
         arrays: Arrays [R, T, ...].
-        chunk_tokens: C, the width of a chunk; the last one is padded with zeros.
+        chunk_tokens: The most that C may be. The last chunk is padded with zeros.
 
     Returns:
         What the function gives, as [R, T].
     """
     width = jax.tree.leaves(arrays)[0].shape[1]
     count = -(-width // chunk_tokens)
+    if count == 1:
+        return function(arrays)
+    size = -(-width // count)  # Of equal chunks, so that little is padding.
 
     def cut(x: jax.Array) -> jax.Array:
-        padding = [(0, 0), (0, count * chunk_tokens - width)] + [(0, 0)] * (x.ndim - 2)
-        return jnp.pad(x, padding).reshape(x.shape[0], count, chunk_tokens, *x.shape[2:])
+        padding = [(0, 0), (0, count * size - width)] + [(0, 0)] * (x.ndim - 2)
+        return jnp.pad(x, padding).reshape(x.shape[0], count, size, *x.shape[2:]).swapaxes(0, 1)
 
-    chunks = jax.tree.map(lambda x: cut(x).swapaxes(0, 1), arrays)
-    results = jax.lax.map(function, chunks)
+    results = jax.lax.map(function, jax.tree.map(cut, arrays))
     return jax.tree.map(lambda x: x.swapaxes(0, 1).reshape(x.shape[1], -1)[:, :width], results)
