@@ -96,7 +96,8 @@ def _random_tensors(config: dict[str, Any], kind: np.dtype) -> dict[str, np.ndar
         values = rng.standard_normal((rows, columns), np.float32)
         return (values * (deviation or columns**-0.5)).astype(kind)
 
-    tensors = {"model.embed_tokens.weight": matrix(config["vocab_size"], width, 0.1)}
+    # Small beside what the layers add, or the likeliest token is always the one before.
+    tensors = {"model.embed_tokens.weight": matrix(config["vocab_size"], width, 0.05)}
     for i in range(config["num_hidden_layers"]):
         shapes = {
             "self_attn.q_proj": (queries, width),

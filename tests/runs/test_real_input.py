@@ -138,34 +138,34 @@ def test_the_flagship_cut_to_size_runs_on_its_mesh(
 ) -> None:
     sizes = {
         "vocab_size": 32_768,
-        "hidden_size": 1024,
-        "intermediate_size": 4096,
-        "num_hidden_layers": 4,
+        "hidden_size": 1280,
+        "intermediate_size": 6144,
+        "num_hidden_layers": 2,
         "num_attention_heads": 8,
         "num_key_value_heads": 4,
-        "head_dim": 128,
+        "head_dim": 160,
         "sliding_window": 64,
     }
     model = write_model(tmp_path / "model", dtype="bfloat16", shards=3, **sizes)
     assert len(list(model.glob("*.safetensors"))) == 3
     # What `--max-steps` and the like cut; everything else is the flagship's own.
-    options = """--num-train-samples 16 --num-test-samples 4 --prompts-per-step 2 --max-steps 2
-    --num-generations 4 --max-prompt-tokens 256 --max-completion-tokens 32
-    --eval-batch-prompts 4""".split()
+    options = """--num-train-samples 48 --num-test-samples 8 --prompts-per-step 2 --max-steps 2
+    --num-generations 4 --max-prompt-tokens 160 --max-completion-tokens 24
+    --eval-batch-prompts 8""".split()
     path = tmp_path / "run"
     lines, weights = run(path, "gemma2-2b-v5e8", "--model", model, "--dataset", gsm8k, *options)
     shown = " ".join(" ".join(lines).split())
-    assert "96,486,400 parameters in bfloat16" in shown
+    assert "98,970,880 parameters in bfloat16" in shown
     assert "8 x cpu, mesh 2 fsdp x 4 tp" in shown
     check_run(path, steps=2, updates=3)
 
     adapters = {name: w for name, w in weights.items() if w["is_adapter"]}
     base = {name: w for name, w in weights.items() if not w["is_adapter"]}
-    assert len(adapters) == 2 * 4 * 6
+    assert len(adapters) == 2 * 2 * 6
     assert {w["dtype"] for w in adapters.values()} == {"float32"}
     assert {w["dtype"] for w in base.values()} == {"bfloat16"}
     matrices = {name: w for name, w in base.items() if len(w["shape"]) > 1}
-    assert len(matrices) == 1 + 4 * 6
+    assert len(matrices) == 1 + 2 * 6
     for name, w in matrices.items():
         assert "tp" in w["axes"], f"{name} is on every device of a tp group"
         assert math.prod(w["shard"]) * 8 == math.prod(w["shape"]), name
