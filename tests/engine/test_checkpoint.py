@@ -26,6 +26,9 @@ from gemma2_grpo.task.data import Example
 
 MANIFEST = "manifest.json"
 
+# Orbax's threads go on for a moment after the test of a full disk.
+pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+
 
 def state_of(step: int) -> dict[str, Any]:
     random = np.random.default_rng(step)
@@ -196,6 +199,12 @@ class TestDamage:
             found = restore_checkpoint(folder, zeros())
         assert found is not None and found[0] == 3
         assert "its manifest is of step 2" in caplog.text
+
+    def test_what_was_passed_over_is_cleared_away(self, folder: Path) -> None:
+        """Else it would be the newest one still when the resumed run is stopped again."""
+        (folder / "step_000002").rename(folder / "step_000007")
+        save_checkpoint(folder, 4, state_of(4), keep=2)
+        assert names(folder) == ["step_000003", "step_000004"]
 
     def test_all_damaged_is_an_error(self, folder: Path) -> None:
         for path in folder.iterdir():

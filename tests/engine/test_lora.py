@@ -150,13 +150,22 @@ class TestPatterns:
             add_lora(base, modules, mesh, 0)
         message = str(caught.value)
         assert message.startswith(
-            "lora_modules: 'attn/o_proj' matches no module; modules are named like layers/0/attn, "
+            "lora_modules: 'attn/o_proj' matches no weight matrix; those of a layer are layers/0/attn"
         )
         assert "layers/0/attn/attn_vec_einsum" in message and "\n" not in message
 
         provider = qwix.LoraProvider(module_path=".*attn/o_proj", rank=4, alpha=8.0)
         stock = qwix.apply_lora_to_model(base, provider, **base.get_model_input(), rngs=nnx.Rngs(0))
         assert not jax.tree.leaves(nnx.state(stock, nnx.LoRAParam))
+
+    @pytest.mark.parametrize("pattern", ["attn", "mlp", "embedder", "final_norm"])
+    def test_one_that_matches_only_containers_is_refused(
+        self, pattern: str, base: gemma.Gemma, mesh: Mesh, config: Config
+    ) -> None:
+        """Qwix adapts matrices; with such a pattern it would adapt nothing, in silence."""
+        modules = dataclasses.replace(config.model, lora_modules=("mlp/up_proj", pattern))
+        with pytest.raises(UserError, match=f"'{pattern}' matches no weight matrix"):
+            add_lora(base, modules, mesh, 0)
 
     def test_one_that_is_none_is_refused(
         self, base: gemma.Gemma, mesh: Mesh, config: Config
@@ -256,7 +265,7 @@ class TestMerge:
         logits = full_logits(policy, tokens)
         assert abs(logits - before).max() > 1
         merged = merge_lora(policy, base, config.model)
-        np.testing.assert_allclose(full_logits(merged, tokens), logits, atol=1e-5, rtol=1e-5)
+        np.testing.assert_allclose(full_logits(merged, tokens), logits, atol=5e-5, rtol=1e-5)
         np.testing.assert_array_equal(full_logits(base, tokens), before)
 
     def test_as_many_keys_as_queries(
@@ -273,7 +282,7 @@ class TestMerge:
         logits = full_logits(policy, tokens)
         assert abs(logits - full_logits(fused_base, tokens)).max() > 1
         merged = merge_lora(policy, fused_base, config.model)
-        np.testing.assert_allclose(full_logits(merged, tokens), logits, atol=1e-5, rtol=1e-5)
+        np.testing.assert_allclose(full_logits(merged, tokens), logits, atol=5e-5, rtol=1e-5)
 
     @pytest.mark.parametrize("kind", KINDS)
     def test_one_kind(
@@ -295,7 +304,7 @@ class TestMerge:
         logits = full_logits(policy, tokens)
         assert abs(logits - full_logits(base, tokens)).max() > 0.1
         merged = merge_lora(policy, base, config.model)
-        np.testing.assert_allclose(full_logits(merged, tokens), logits, atol=1e-5, rtol=1e-5)
+        np.testing.assert_allclose(full_logits(merged, tokens), logits, atol=5e-5, rtol=1e-5)
 
 
 class TestAdapterFile:

@@ -70,7 +70,11 @@ def check_patterns(architecture: gemma.ModelConfig, patterns: tuple[str, ...]) -
         if isinstance(module, gemma.Einsum | nnx.Linear)
     ]
     for pattern in patterns:
-        if not any(re.fullmatch(f".*({pattern})", path) for path in paths):
+        try:
+            is_matched = any(re.fullmatch(f".*({pattern})", path) for path in paths)
+        except re.error as error:
+            raise UserError(f"lora_modules: {pattern!r} is not a pattern ({error})") from None
+        if not is_matched:
             raise UserError(
                 f"lora_modules: {pattern!r} matches no weight matrix; those of a layer are "
                 f"{', '.join(sorted(p for p in paths if p.startswith('layers/0/')))}"
