@@ -45,8 +45,9 @@ def pytest_runtest_teardown() -> None:
     jax.config.update("jax_disable_most_optimizations", False)
 
 
-def pytest_collection_finish() -> None:
-    # Tunix collects garbage whenever a cluster is made; what imports left behind is none.
+@pytest.fixture(scope="module", autouse=True)
+def short_collections() -> None:
+    """Tunix collects garbage whenever a cluster is made; what is here for good is none."""
     gc.collect()
     gc.freeze()
 

@@ -15,7 +15,7 @@ import qwix
 from flax import nnx
 from jax.sharding import Mesh
 from safetensors import safe_open
-from safetensors.numpy import load_file, save_file
+from safetensors.numpy import save_file
 from tunix.models.gemma import model as gemma
 
 from gemma2_grpo.config import Config, ModelConfig, UserError
@@ -62,14 +62,6 @@ class TestSize:
         size = adapter_size(add_lora(fused_base, config.model, mesh, 0))
         assert (size.matrices, size.parameters) == (2 * 5, 2 * layer) == (10, 4864)
 
-    def test_adapters_are_float32_on_a_bfloat16_base(
-        self, tiny_directory: Path, mesh: Mesh, config: Config
-    ) -> None:
-        base = load_weights(tiny_directory, "bfloat16", mesh)
-        policy = add_lora(base, config.model, mesh, 0)
-        leaves = jax.tree.leaves(nnx.state(policy, nnx.LoRAParam))
-        assert {leaf.dtype for leaf in leaves} == {jnp.dtype("float32")}
-
 
 def buffers(model: nnx.Module) -> dict[str, list[int]]:
     """Where the base weights lie, by path and device."""
@@ -115,10 +107,14 @@ def test_the_base_is_left_as_it_was(base: gemma.Gemma, mesh: Mesh, config: Confi
 class TestSeeds:
     def test_a_seed_decides_every_a(
         self,
-        make_policy: Callable[..., gemma.Gemma],
+        base: gemma.Gemma,
+        mesh: Mesh,
+        config: Config,
         adapters: Callable[..., dict[str, np.ndarray]],
     ) -> None:
-        one, same, other = (adapters(make_policy(seed=seed)) for seed in (0, 0, 1))
+        one, same, other = (
+            adapters(add_lora(base, config.model, mesh, seed)) for seed in (0, 0, 1)
+        )
         drawn = [value for name, value in one.items() if name.endswith("_a")]
         assert len(drawn) == 12
         for name, value in one.items():
@@ -149,10 +145,11 @@ class TestPatterns:
         with pytest.raises(UserError) as caught:
             add_lora(base, modules, mesh, 0)
         message = str(caught.value)
-        assert message.startswith(
-            "lora_modules: 'attn/o_proj' matches no weight matrix; those of a layer are layers/0/attn"
+        assert message == (
+            "lora_modules: 'attn/o_proj' matches no weight matrix; those of a layer are "
+            "layers/0/attn/attn_vec_einsum, layers/0/attn/kv_einsum, layers/0/attn/q_einsum, "
+            "layers/0/mlp/down_proj, layers/0/mlp/gate_proj, layers/0/mlp/up_proj"
         )
-        assert "layers/0/attn/attn_vec_einsum" in message and "\n" not in message
 
         provider = qwix.LoraProvider(module_path=".*attn/o_proj", rank=4, alpha=8.0)
         stock = qwix.apply_lora_to_model(base, provider, **base.get_model_input(), rngs=nnx.Rngs(0))
@@ -173,15 +170,6 @@ class TestPatterns:
         modules = dataclasses.replace(config.model, lora_modules=("(",))
         with pytest.raises(UserError, match=r"^lora_modules: '\(' is not a pattern \(.*\)$"):
             add_lora(base, modules, mesh, 0)
-
-    @pytest.mark.parametrize("kind", KINDS)
-    def test_each_kind_alone(
-        self, kind: str, base: gemma.Gemma, mesh: Mesh, config: Config
-    ) -> None:
-        chosen = dataclasses.replace(config.model, lora_modules=(kind,))
-        state = nnx.to_flat_state(nnx.state(add_lora(base, chosen, mesh, 0), nnx.LoRAParam))
-        assert len(state) == 4
-        assert all(kind in path for path, _ in state)
 
 
 class TestGradients:
@@ -260,7 +248,7 @@ class TestMerge:
         config: Config,
         full_logits: Callable[..., np.ndarray],
     ) -> None:
-        policy = make_policy(filled=1)
+        policy = make_policy(filled=1, scale=0.1)
         before = full_logits(base, tokens)
         logits = full_logits(policy, tokens)
         assert abs(logits - before).max() > 1
@@ -278,7 +266,7 @@ class TestMerge:
         full_logits: Callable[..., np.ndarray],
     ) -> None:
         policy = add_lora(fused_base, config.model, mesh, 0)
-        fill_adapters(policy, 1)
+        fill_adapters(policy, 1, 0.1)
         logits = full_logits(policy, tokens)
         assert abs(logits - full_logits(fused_base, tokens)).max() > 1
         merged = merge_lora(policy, fused_base, config.model)
@@ -294,7 +282,7 @@ class TestMerge:
         config: Config,
         full_logits: Callable[..., np.ndarray],
     ) -> None:
-        policy = make_policy(filled=1)
+        policy = make_policy(filled=1, scale=0.1)
         for path, variable in nnx.to_flat_state(nnx.state(policy, nnx.LoRAParam)):
             if kind not in path:
                 nnx.update(
@@ -352,15 +340,10 @@ class TestAdapterFile:
         for name, value in adapters(saved).items():
             np.testing.assert_array_equal(adapters(policy)[name], value)
 
-    def refusal(
-        self, policy: gemma.Gemma, folder: Path, config: ModelConfig, sha256: str = "1234"
-    ) -> str:
-        before = jax.tree.leaves(nnx.state(policy, nnx.LoRAParam))
+    @staticmethod
+    def refusal(folder: Path, config: ModelConfig, sha256: str = "1234") -> str:
         with pytest.raises(UserError) as caught:
             check_adapter(folder, config, sha256)
-        after = jax.tree.leaves(nnx.state(policy, nnx.LoRAParam))
-        for one, other in zip(before, after, strict=True):
-            np.testing.assert_array_equal(one, other)
         assert "\n" not in str(caught.value)
         return str(caught.value)
 
@@ -368,7 +351,8 @@ class TestAdapterFile:
         self, make_policy: Callable[..., gemma.Gemma], config: Config, tmp_path: Path
     ) -> None:
         path = save_adapter(make_policy(filled=1), tmp_path, config.model, "1234")
-        assert self.refusal(make_policy(), tmp_path, config.model, "5678") == (
+        check_adapter(tmp_path, config.model, "1234")
+        assert self.refusal(tmp_path, config.model, "5678") == (
             f"{path}: made for another base (tiny); load it on that one"
         )
 
@@ -381,40 +365,24 @@ class TestAdapterFile:
         self,
         change: dict[str, Any],
         make_policy: Callable[..., gemma.Gemma],
-        base: gemma.Gemma,
-        mesh: Mesh,
         config: Config,
         tmp_path: Path,
     ) -> None:
         other = dataclasses.replace(config.model, **change)
         path = save_adapter(make_policy(filled=1), tmp_path, config.model, "1234")
-        message = self.refusal(add_lora(base, other, mesh, 0), tmp_path, other)
-        assert message == (
+        assert self.refusal(tmp_path, other) == (
             f"{path}: does not fit; it was made with lora_rank = 4, lora_alpha = 8.0, "
             f"lora_modules = {list(config.model.lora_modules)}; set the same"
         )
-
-    def test_fewer_adapters_than_the_policy_has_are_refused(
-        self,
-        make_policy: Callable[..., gemma.Gemma],
-        base: gemma.Gemma,
-        mesh: Mesh,
-        config: Config,
-        tmp_path: Path,
-    ) -> None:
-        fewer = dataclasses.replace(config.model, lora_modules=("attn/q_einsum",))
-        save_adapter(add_lora(base, fewer, mesh, 0), tmp_path, fewer, "1234")
-        assert "does not fit" in self.refusal(make_policy(), tmp_path, config.model)
 
     def test_what_is_no_adapter_is_refused(
         self, make_policy: Callable[..., gemma.Gemma], config: Config, tmp_path: Path
     ) -> None:
         policy = make_policy()
         start = f"{tmp_path}/adapter.safetensors: not a readable adapter ("
-        assert self.refusal(policy, tmp_path, config.model).startswith(start)
+        assert self.refusal(tmp_path, config.model).startswith(start)
         path = save_adapter(policy, tmp_path, config.model, "1234")
         path.write_bytes(path.read_bytes()[:-8])
-        assert self.refusal(policy, tmp_path, config.model).startswith(start)
+        assert self.refusal(tmp_path, config.model).startswith(start)
         save_file({"x": np.zeros(1, np.float32)}, path)
-        assert "another base" in self.refusal(policy, tmp_path, config.model)
-        assert load_file(path).keys() == {"x"}
+        assert "another base" in self.refusal(tmp_path, config.model)
