@@ -25,6 +25,8 @@ from gemma2_grpo.engine.learner import Completions, Learner
 from gemma2_grpo.engine.lora import adapter_size, add_lora
 from gemma2_grpo.engine.loss import group_advantages
 from gemma2_grpo.engine.model import load_weights, make_mesh
+from gemma2_grpo.task.data import Example
+from gemma2_grpo.task.prompts import render_prompt
 
 KINDS = ("q_einsum", "kv_einsum", "attn_vec_einsum", "gate_proj", "up_proj", "down_proj")
 
@@ -186,7 +188,7 @@ class TestGradients:
         make_policy: Callable[..., gemma.Gemma],
         make_learner: Callable[..., Learner],
         config: Config,
-        examples: list[Any],
+        examples: list[Example],
         random_completions: Callable[..., Completions],
     ) -> None:
         policy = make_policy()
@@ -201,7 +203,7 @@ class TestGradients:
                 assert not gradient.any(), name
 
         learner = make_learner(config, policy)
-        prompts = [learner.tokenizer.decode([10, 11]), examples[0].question]
+        prompts = [render_prompt(example.question) for example in examples[:2]]
         advantages = group_advantages(np.array([[0.0, 1, 2, 3], [3, 1, 0, 1]]), scale_by_std=True)
         batch = learner.micro_batches(prompts, random_completions(8, 12, seed=0), advantages)
         learner.updater.update(batch)

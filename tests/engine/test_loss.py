@@ -188,6 +188,9 @@ class TestDivergence:
         assert abs(ours).max() > 0.3
 
 
+_compiled = jax.jit(policy_loss, static_argnames="config")
+
+
 def loss(config: GrpoConfig, **values: Any) -> LossTerms:
     """The loss of one batch; what is not given is that of the policy that sampled."""
     logps = jnp.asarray(values["logps"], jnp.float32)
@@ -198,7 +201,7 @@ def loss(config: GrpoConfig, **values: Any) -> LossTerms:
         "entropy": jnp.zeros_like(logps),
         "weights": jnp.ones_like(logps),
     } | {name: jnp.asarray(value, jnp.float32) for name, value in values.items()}
-    return policy_loss(**inputs, config=config)
+    return _compiled(**inputs, config=config)
 
 
 PLAIN = GrpoConfig(beta=0.0)

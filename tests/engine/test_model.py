@@ -35,14 +35,12 @@ from gemma2_grpo.engine.tokenizer import Tokenizer, load_tokenizer
 PARITY = {
     "grouped keys and values": {},
     "as many keys as queries": {"num_key_value_heads": 4},
-    "one key for all queries": {"num_key_value_heads": 1},
     "other query scale": {"query_pre_attn_scalar": 12},
     "other query scale, as many keys as queries": {
         "query_pre_attn_scalar": 32,
         "num_key_value_heads": 4,
     },
     "no soft caps": {"attn_logit_softcapping": None, "final_logit_softcapping": None},
-    "wide heads": {"head_dim": 16, "query_pre_attn_scalar": 16, "num_hidden_layers": 3},
 }
 
 

@@ -13,10 +13,8 @@ from flax import nnx
 from jax.sharding import Mesh
 from tunix.models.gemma import model as gemma
 
-from gemma2_grpo.config import Config
 from gemma2_grpo.engine.forward import Network, Weights, split_model
-from gemma2_grpo.engine.lora import add_lora
-from gemma2_grpo.engine.model import load_weights, with_remat
+from gemma2_grpo.engine.model import load_weights
 from gemma2_grpo.engine.supervised import Row, next_token_loss, pack, train_supervised
 
 WIDTH = 16
@@ -50,7 +48,7 @@ class TestLoss:
         assert tokens.tolist() == [[5, 6, 7, 0], [8, 9, 1, 2]]
         assert targets.tolist() == [[False, True, True, False], [False, False, False, True]]
 
-    @pytest.mark.parametrize("chunk_tokens", [4, 7, 128])
+    @pytest.mark.parametrize("chunk_tokens", [7, 128])
     def test_by_hand(
         self,
         chunk_tokens: int,
@@ -153,18 +151,12 @@ class TestTraining:
                 np.testing.assert_array_equal(one, other)
         assert all(value.any() for value in values(policy, nnx.LoRAParam))
 
-        # Another graph over the same weights trains these, and as before.
-        other = make_policy()
-        again = train(with_remat(other, "decoder"), rows, mesh, 3, train_base=False)
-        np.testing.assert_allclose(again, losses[:3], rtol=1e-5)
-        fresh = values(make_policy(), nnx.LoRAParam)
-        for one, new in zip(values(other, nnx.LoRAParam), fresh, strict=True):
-            assert not np.array_equal(one, new)
-
     def test_a_bfloat16_base_keeps_its_type(
-        self, tiny_directory: Path, mesh: Mesh, config: Config, rows: list[Row]
+        self, make_policy: Callable[..., gemma.Gemma], mesh: Mesh, rows: list[Row]
     ) -> None:
-        model = add_lora(load_weights(tiny_directory, "bfloat16", mesh), config.model, mesh, 0)
+        model = make_policy()
+        base = nnx.state(model, nnx.Not(nnx.LoRAParam))
+        nnx.update(model, jax.tree.map(lambda x: x.astype(jnp.bfloat16), base))
         losses = train(model, rows, mesh, 6, train_base=False)
         assert losses[-1] < losses[0]
         assert {v.dtype for v in values(model, nnx.LoRAParam)} == {jnp.dtype("float32")}
