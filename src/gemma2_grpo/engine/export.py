@@ -4,10 +4,8 @@ import hashlib
 import json
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import jax
-import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 from flax import nnx
@@ -16,6 +14,8 @@ from safetensors.numpy import save_file
 from tunix.models.gemma import model as gemma
 
 from gemma2_grpo.config import ModelConfig, UserError
+from gemma2_grpo.engine.forward import split_model
+from gemma2_grpo.engine.lora import merge_adapters
 
 ADAPTER_FILE = "adapter.safetensors"
 # One entry of metadata: safetensors writes several in no fixed order.
@@ -76,35 +76,8 @@ def merge_lora(policy: gemma.Gemma, base: gemma.Gemma, config: ModelConfig) -> g
     """A copy of the base with the policy's adapters added into its weights."""
     # Else the copy would share its variables with the base, and change them too.
     merged = nnx.merge(*nnx.split(base), copy=True)
-    adapters = nnx.to_pure_dict(nnx.state(policy, nnx.LoRAParam))
-    scale = config.lora_alpha / config.lora_rank
-    for i, layer in enumerate(merged.layers):
-        for part in ("attn", "mlp"):
-            for name, pair in adapters["layers"].get(i, {}).get(part, {}).items():
-                variable = _weight(getattr(getattr(layer, part), name))
-                a, b = sorted(pair)
-                delta = _product(name, pair[a], pair[b], config.lora_rank)
-                weight = variable.get_value()
-                delta = (scale * delta).reshape(weight.shape)
-                variable.set_value((weight.astype(jnp.float32) + delta).astype(weight.dtype))
+    nnx.update(merged, merge_adapters(split_model(policy)[1], config.lora_alpha / config.lora_rank))
     return merged
-
-
-def _weight(module: Any) -> nnx.Variable:
-    return module.kernel if hasattr(module, "kernel") else module.w
-
-
-def _product(name: str, a: jax.Array, b: jax.Array, rank: int) -> jax.Array:
-    """The weight change of one adapter, laid out like the weight it belongs to.
-
-    Qwix keeps the rank last in A and first in B. Query, key and value weights have their heads
-    before the width, [N, D, H]; their B is [r, N, H] (or [r, 2, K, H]) and their A is [D, r].
-    """
-    if name == "q_einsum":
-        return jnp.einsum("dr,rnh->ndh", a, b)
-    if name in ("kv_einsum", "qkv_einsum"):
-        return jnp.einsum("dr,rckh->ckdh", a, b)
-    return a.reshape(-1, rank) @ b.reshape(rank, -1)
 
 
 def fingerprint(directory: Path) -> str:

@@ -6,7 +6,7 @@ so hidden states are always taken from a whole call, and only the head, which ca
 adapter, is computed here.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, NamedTuple, cast
@@ -15,6 +15,13 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from tunix.models.gemma import model as gemma
+
+from gemma2_grpo.engine.attention import KeyValues, LayerCache, Visible, visible
+from gemma2_grpo.engine.loss import TokenLogps
+from gemma2_grpo.engine.packing import MicroBatch
+
+Prefix = Mapping[str, KeyValues]
+"""Keys and values of prompts, [B, P, K, H], by the name that Tunix gives a layer's cache."""
 
 
 class Weights(NamedTuple):
@@ -40,6 +47,16 @@ class Network:
         """Puts the model together for one call."""
         return cast(gemma.Gemma, nnx.merge(self.graphdef, *weights))
 
+    @property
+    def layers(self) -> list[str]:
+        """Names under which the layers keep their caches."""
+        return [f"layer_{i}" for i in range(self.architecture.num_layers)]
+
+    @property
+    def window(self) -> int | None:
+        """Positions that a token sees in a sliding layer."""
+        return self.architecture.sliding_window_size
+
 
 def split_model(model: gemma.Gemma) -> tuple[Network, Weights]:
     """Splits a model into its static half and its weights."""
@@ -55,9 +72,9 @@ def hidden_states(
     weights: Weights,
     tokens: jax.Array,
     positions: jax.Array,
-    mask: jax.Array,
-    cache: Any = None,
-) -> tuple[jax.Array, Any]:
+    seen: Visible,
+    cache: Mapping[str, LayerCache],
+) -> tuple[jax.Array, Prefix]:
     """Runs the model up to its final norm.
 
     Adapters are kept in float32 and cast to the type of the base where they are used; else they
@@ -66,88 +83,167 @@ def hidden_states(
     Args:
         network: Static half of the model.
         weights: Its variables.
-        tokens: Token ids [B, L].
-        positions: Position of each token [B, L].
-        mask: True where a query may attend to a key, [B, L, S] with S the length of the cache
-            or L without one.
-        cache: Key-value cache of Tunix's Gemma, or None.
+        tokens: Token ids [R, T].
+        positions: Position of each token [R, T].
+        seen: What each token may attend to.
+        cache: Keys and values from before, by layer.
 
     Returns:
-        Hidden states [B, L, D] after the final norm, and the cache with the new keys and values.
+        Hidden states [R, T, D] after the final norm, and each layer's keys and values of the rows.
     """
     dtype = weights.embedding.dtype
     lora = jax.tree.map(lambda x: x.astype(dtype), weights.lora)
     model = network.merge(Weights(lora, weights.base))
     # The logits of this call are never used, so the compiler drops them.
-    _, cache = model(tokens, positions, cache, mask, output_hidden_states=True)
+    given: Any = (cache, seen)
+    _, kept = model(tokens, positions, *given, output_hidden_states=True)
     sown = cast(Any, nnx.pop(model, nnx.Intermediate))["all_hidden_states"]
-    return sown.get_value()[-1], cache
+    return sown.get_value()[-1], cast(Any, kept)
+
+
+def run_from_start(
+    network: Network, weights: Weights, tokens: jax.Array
+) -> tuple[jax.Array, Prefix]:
+    """Hidden states, keys and values of right-padded rows [R, T] that begin at position 0.
+
+    Padding comes last, so that no real token ever sees it.
+    """
+    rows, length = tokens.shape
+    positions = jnp.arange(length)
+    seen = visible(jnp.tri(length, dtype=bool), positions, positions, network.window)
+    wide = tuple(jnp.broadcast_to(mask, (rows, length, length)) for mask in seen)
+    return hidden_states(
+        network,
+        weights,
+        tokens,
+        jnp.broadcast_to(positions, tokens.shape),
+        Visible(own=cast(Any, wide)),
+        dict.fromkeys(network.layers, LayerCache()),
+    )
 
 
 def output_logits(network: Network, weights: Weights, hidden: jax.Array) -> jax.Array:
     """Logits in float32 with Gemma 2's final soft cap: [..., D] -> [..., V]."""
-    softcap = network.architecture.final_logit_softcap
-    logits = jnp.einsum(
-        "...d,vd->...v", hidden, weights.embedding, preferred_element_type=jnp.float32
-    )
+    logits = _uncapped_logits(hidden, weights.embedding)
+    return _cap(logits, network.architecture.final_logit_softcap)
+
+
+def _uncapped_logits(hidden: jax.Array, embedding: jax.Array) -> jax.Array:
+    return jnp.einsum("...d,vd->...v", hidden, embedding, preferred_element_type=jnp.float32)
+
+
+def _cap(logits: jax.Array, softcap: float | None) -> jax.Array:
     return logits if softcap is None else softcap * jnp.tanh(logits / softcap)
 
 
-class TokenLogps(NamedTuple):
-    """What the loss and the metrics need of the distribution at each completion token."""
+def token_logps(
+    network: Network,
+    weights: Weights,
+    hidden: jax.Array,
+    targets: jax.Array,
+    *,
+    temperature: float,
+    chunk_tokens: int,
+) -> TokenLogps:
+    """Log-probabilities of tokens from the hidden states that predict them.
 
-    logps: jax.Array
-    """Log-probability of the token under the policy at the sampling temperature, [R, T]."""
-    entropy: jax.Array
-    """Entropy of the distribution in nats, without gradient, [R, T]."""
+    Logits exist for `chunk_tokens` of the T positions at a time. The gradient with respect to the
+    hidden state, up to a factor per token, is taken while they do, so that the backward pass
+    needs no logits: that of log p(y) is W[y] less the mean of W under p.
+
+    Args:
+        network: Static half of the model.
+        weights: Its variables; the output head gets no gradient.
+        hidden: Hidden states [R, T, D].
+        targets: The tokens they predict [R, T].
+        temperature: Divides the logits, as in sampling.
+        chunk_tokens: Positions whose logits exist at one time.
+
+    Returns:
+        Float32 values [R, T].
+    """
+    softcap = network.architecture.final_logit_softcap
+
+    def logits_of(hidden: jax.Array) -> tuple[jax.Array, jax.Array]:
+        capped = _cap(_uncapped_logits(hidden, weights.embedding), softcap)
+        return capped, jax.nn.log_softmax(capped / temperature)
+
+    def chosen(logps: jax.Array, ids: jax.Array) -> TokenLogps:
+        entropy = -jnp.sum(jnp.exp(logps) * logps, axis=-1)
+        return TokenLogps(jnp.take_along_axis(logps, ids[..., None], axis=-1)[..., 0], entropy)
+
+    @jax.custom_vjp
+    def logps_of(hidden: jax.Array, targets: jax.Array) -> TokenLogps:
+        return map_chunks(
+            lambda chunk: chosen(logits_of(chunk[0])[1], chunk[1]), (hidden, targets), chunk_tokens
+        )
+
+    def with_slopes(hidden: jax.Array, targets: jax.Array) -> tuple[TokenLogps, jax.Array]:
+        def chunk_slopes(chunk: tuple[jax.Array, jax.Array]) -> tuple[TokenLogps, jax.Array]:
+            hidden, ids = chunk
+            capped, logps = logits_of(hidden)
+            slopes = (jax.nn.one_hot(ids, capped.shape[-1]) - jnp.exp(logps)) / temperature
+            if softcap is not None:
+                slopes = slopes * (1 - jnp.square(capped / softcap))
+            back = jnp.einsum("...v,vd->...d", slopes.astype(hidden.dtype), weights.embedding)
+            return chosen(logps, ids), back
+
+        return map_chunks(chunk_slopes, (hidden, targets), chunk_tokens)
+
+    def backward(slopes: jax.Array, cotangents: TokenLogps) -> tuple[jax.Array, None]:
+        return (cotangents.logps[..., None] * slopes).astype(slopes.dtype), None
+
+    logps_of.defvjp(with_slopes, backward)
+    return logps_of(hidden, targets)
 
 
 def completion_logps(
     network: Network,
     weights: Weights,
-    tokens: jax.Array,
-    prompt_lengths: jax.Array,
-    completion_ids: jax.Array,
+    prefix: Prefix,
+    lengths: jax.Array,
+    micro: MicroBatch,
     *,
     temperature: float,
     chunk_tokens: int,
 ) -> TokenLogps:
-    """Log-probabilities of completions that follow their prompts without a gap.
-
-    Rows are right-padded, so that a token's slot is its position: causal and sliding masks are
-    then exact whatever the prompt's length, and padding is never attended to. Logits exist for
-    `chunk_tokens` of the T completion positions at a time, here and in the backward pass.
+    """Log-probabilities of packed completions after the prompts that they belong to.
 
     Args:
         network: Static half of the model.
         weights: Its variables.
-        tokens: Prompt and completion [R, L], right-padded.
-        prompt_lengths: Tokens of each prompt [R].
-        completion_ids: The completions [R, T], right-padded; T + longest prompt <= L.
+        prefix: Keys and values of the prompts [B, P, K, H], without the last token of each.
+        lengths: How many of them are real [B].
+        micro: The completions.
         temperature: Divides the logits, as in sampling.
         chunk_tokens: Completion positions whose logits exist at one time.
 
     Returns:
-        Float32 values [R, T]; they mean nothing at padding.
+        Float32 values [R, W]; they mean nothing at padding.
     """
-    rows, length = tokens.shape
-    positions = jnp.broadcast_to(jnp.arange(length), tokens.shape)
-    mask = jnp.broadcast_to(jnp.tri(length, dtype=bool), (rows, length, length))
-    hidden, _ = hidden_states(network, weights, tokens, positions, mask)
-
-    # The state at a token predicts the next one.
-    predicting = prompt_lengths[:, None] - 1 + jnp.arange(completion_ids.shape[1])
-    hidden = jnp.take_along_axis(hidden, predicting[..., None], axis=1)
-
-    @jax.checkpoint
-    def chunk_logps(chunk: tuple[jax.Array, jax.Array]) -> TokenLogps:
-        hidden, ids = chunk
-        logps = jax.nn.log_softmax(output_logits(network, weights, hidden) / temperature)
-        frozen = jax.lax.stop_gradient(logps)
-        entropy = -jnp.sum(jnp.exp(frozen) * frozen, axis=-1)
-        return TokenLogps(jnp.take_along_axis(logps, ids[..., None], axis=-1)[..., 0], entropy)
-
-    return map_chunks(chunk_logps, (hidden, completion_ids), chunk_tokens)
+    width = micro.inputs.shape[1]
+    own = micro.owners[:, :, None] == micro.owners[:, None, :]
+    slots = jnp.arange(prefix[network.layers[0]].keys.shape[1])
+    real = jnp.broadcast_to(
+        slots < lengths[micro.prompts][:, None, None], (*micro.inputs.shape, len(slots))
+    )
+    seen = Visible(
+        own=visible(
+            own & jnp.tri(width, dtype=bool), micro.positions, micro.positions, network.window
+        ),
+        prefix=visible(real, micro.positions, slots, network.window),
+    )
+    rows = jax.tree.map(lambda x: x[micro.prompts], prefix)
+    cache = {layer: LayerCache(prefix=KeyValues(*rows[layer])) for layer in network.layers}
+    hidden, _ = hidden_states(network, weights, micro.inputs, micro.positions, seen, cache)
+    return token_logps(
+        network,
+        weights,
+        hidden,
+        micro.targets,
+        temperature=temperature,
+        chunk_tokens=chunk_tokens,
+    )
 
 
 def map_chunks(function: Callable[[Any], Any], arrays: Any, chunk_tokens: int) -> Any:
@@ -157,12 +253,12 @@ def map_chunks(function: Callable[[Any], Any], arrays: Any, chunk_tokens: int) -
     there to avoid.
 
     Args:
-        function: Maps arrays [R, C, ...] to arrays [R, C].
+        function: Maps arrays [R, C, ...] to arrays [R, C, ...].
         arrays: Arrays [R, T, ...].
         chunk_tokens: The most that C may be. The last chunk is padded with zeros.
 
     Returns:
-        What the function gives, as [R, T].
+        What the function gives, as [R, T, ...].
     """
     width = jax.tree.leaves(arrays)[0].shape[1]
     count = -(-width // chunk_tokens)
@@ -174,5 +270,8 @@ def map_chunks(function: Callable[[Any], Any], arrays: Any, chunk_tokens: int) -
         padding = [(0, 0), (0, count * size - width)] + [(0, 0)] * (x.ndim - 2)
         return jnp.pad(x, padding).reshape(x.shape[0], count, size, *x.shape[2:]).swapaxes(0, 1)
 
-    results = jax.lax.map(function, jax.tree.map(cut, arrays))
-    return jax.tree.map(lambda x: x.swapaxes(0, 1).reshape(x.shape[1], -1)[:, :width], results)
+    def join(x: jax.Array) -> jax.Array:
+        rows_first = x.swapaxes(0, 1)
+        return rows_first.reshape(rows_first.shape[0], -1, *x.shape[3:])[:, :width]
+
+    return jax.tree.map(join, jax.lax.map(function, jax.tree.map(cut, arrays)))

@@ -4,6 +4,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import IntEnum
+from functools import partial
 from typing import Any, cast
 
 import jax
@@ -16,10 +17,11 @@ from tunix.rl.rollout.base_rollout import RolloutConfig as TunixRolloutConfig
 
 from gemma2_grpo.config import Config
 from gemma2_grpo.engine.loss import Advantages, group_advantages, token_weights
-from gemma2_grpo.engine.rollout import GroupRollout
+from gemma2_grpo.engine.packing import PromptBatch, Shapes, bucket, prompt_batches
+from gemma2_grpo.engine.rollout import GroupRollout, GroupRolloutConfig
 from gemma2_grpo.engine.tokenizer import Tokenizer
 from gemma2_grpo.engine.update import (
-    MicroBatch,
+    Credit,
     UpdateMetrics,
     Updater,
     learning_rate_schedule,
@@ -27,6 +29,9 @@ from gemma2_grpo.engine.update import (
 )
 from gemma2_grpo.task.data import Example
 from gemma2_grpo.task.prompts import render_prompt
+
+# Rows and prompts are padded to this, or to a power of two of it; each width is more programs.
+_LEAST_TOKENS = 64
 
 
 class Stream(IntEnum):
@@ -106,7 +111,7 @@ class Learner:
             tokenizer=tokenizer,
             cluster_config=ClusterConfig(
                 role_to_mesh={Role.ACTOR: mesh, Role.REFERENCE: mesh, Role.ROLLOUT: mesh},
-                rollout_engine=GroupRollout,
+                rollout_engine=cast(Any, partial(GroupRollout, merged_scale=self._merged_scale())),
                 rollout_config={
                     Mode.TRAIN: self._rollout_config(config.rollout.temperature),
                     Mode.EVAL: self._rollout_config(0.0),
@@ -122,9 +127,18 @@ class Learner:
         _place_scalars(self.cluster.actor_trainer.optimizer, mesh)
         self.updater = Updater(self.cluster.actor_trainer, reference, config, mesh)
 
+    def _merged_scale(self) -> float | None:
+        """Scale of the adapters where they are added into the weights before sampling.
+
+        In bfloat16 a weight keeps 8 bits, so that small changes of it would be rounded away.
+        """
+        model, merge = self.config.model, self.config.rollout.merge_lora
+        is_merged = merge == "always" or (merge == "auto" and model.dtype == "float32")
+        return model.lora_alpha / model.lora_rank if is_merged else None
+
     def _rollout_config(self, temperature: float) -> TunixRolloutConfig:
         rollout = self.config.rollout
-        return TunixRolloutConfig(
+        return GroupRolloutConfig(
             max_tokens_to_generate=rollout.max_completion_tokens,
             max_prompt_length=rollout.max_prompt_tokens,
             kv_cache_size=rollout.max_prompt_tokens + rollout.max_completion_tokens,
@@ -136,16 +150,31 @@ class Learner:
         )
 
     def generate(
-        self, prompts: Sequence[str], group: int, key: jax.Array, *, greedy: bool = False
+        self,
+        prompts: Sequence[str],
+        group: int,
+        key: jax.Array,
+        *,
+        greedy: bool = False,
+        limits: Sequence[int] | None = None,
     ) -> Completions:
-        """Completes each prompt `group` times, with randomness from `key` alone."""
+        """Completes each prompt `group` times, with randomness from `key` alone.
+
+        Args:
+            prompts: Rendered prompts.
+            group: Completions of each.
+            key: Key of this call.
+            greedy: Take the likeliest token.
+            limits: The most tokens of each completion, where they differ.
+        """
         mode = Mode.EVAL if greedy else Mode.TRAIN
+        settings = cast(GroupRolloutConfig, self.cluster.get_rollout_config(mode))
         # Tunix hands an engine the same seed at every call; here each call has its own.
-        self.cluster.get_rollout_config(mode).seed = key
+        settings.seed, settings.limits = key, limits
         repeated = [prompt for prompt in prompts for _ in range(group)]
         output = self.cluster.generate(repeated, mode=mode)
         stops = self.tokenizer.stop_ids
-        truncated = np.array([row[-1] not in stops for row in output.tokens])
+        truncated = np.array([not len(row) or row[-1] not in stops for row in output.tokens])
         return Completions(output.text, output.tokens, truncated)
 
     def step(self, step: int, batch: Sequence[Example], score: Scores) -> StepResult:
@@ -162,6 +191,11 @@ class Learner:
         completions = self.generate(prompts, group, fold_key(seed, Stream.TRAIN, step))
         sampled = time.perf_counter()
         examples = [example for example in batch for _ in range(group)]
+        # The reference runs on the device while the host scores.
+        packed, references = [], None
+        if self.config.grpo.beta:
+            packed = self.pack(prompts, completions, [True] * len(batch))
+            references = self.updater.reference_logps(packed)
         scores = score(examples, completions.texts)
         values = scores["total"]
         if self.config.rewards.shuffle_rewards:
@@ -170,9 +204,11 @@ class Learner:
             values.reshape(len(batch), group),
             scale_by_std=self.config.grpo.loss_type != "drgrpo",
         )
+        if not self.config.grpo.beta:
+            packed = self.pack(prompts, completions, ~advantages.is_uniform)
         scored = time.perf_counter()
         first_update = self.updater.made
-        updates = self.updater.update(self.micro_batches(prompts, completions, advantages))
+        updates = self.update(packed, references, completions, advantages)
         return StepResult(
             examples=examples,
             completions=completions,
@@ -185,38 +221,66 @@ class Learner:
             update_seconds=time.perf_counter() - scored,
         )
 
-    def micro_batches(
-        self, prompts: Sequence[str], completions: Completions, advantages: Advantages
-    ) -> list[MicroBatch]:
-        """Cuts a batch into micro-batches of whole groups, all of one shape.
+    def pack(
+        self, prompts: Sequence[str], completions: Completions, chosen: Sequence[bool] | np.ndarray
+    ) -> list[PromptBatch]:
+        """Cuts a batch into micro-batches of whole completions and puts them on the devices.
 
-        Groups without a gradient are put last, so that whole micro-batches of them are left out:
-        those without a score, and without a KL penalty those whose rewards are all equal.
+        Args:
+            prompts: Rendered prompts.
+            completions: A group for each.
+            chosen: Which prompts are wanted.
         """
-        rollout, grpo = self.config.rollout, self.config.grpo
-        group, width = rollout.num_generations, rollout.max_completion_tokens
-        mask = np.arange(width) < completions.lengths[:, None]
-        weights = token_weights(mask, advantages.is_scored.ravel(), grpo.loss_type, width)
-        teaches = ~advantages.is_uniform if grpo.beta == 0 else advantages.is_scored.any(axis=1)
-        order = np.argsort(~teaches, kind="stable")
-        prompt_ids = [self.tokenizer.encode(prompt) for prompt in prompts]
-        batches = []
-        for start in range(0, int(teaches.sum()), grpo.prompts_per_micro_batch):
-            chosen = order[start : start + grpo.prompts_per_micro_batch]
-            rows = [prompt * group + i for prompt in chosen for i in range(group)]
-            batches.append(
-                MicroBatch(
-                    *_join(
-                        [prompt_ids[row // group] for row in rows],
-                        [completions.tokens[row] for row in rows],
-                        (rollout.max_prompt_tokens, width),
-                        self.tokenizer.pad,
-                    ),
-                    advantages=advantages.values.ravel()[rows],
-                    weights=weights[rows],
-                )
+        rollout, budget = self.config.rollout, self.config.grpo.micro_batch_tokens
+        fsdp = self.config.model.mesh_shape[0]
+        ids = [self.tokenizer.encode(prompt) for prompt in prompts]
+        row_tokens = bucket(
+            int(completions.lengths.max()), _LEAST_TOKENS, rollout.max_completion_tokens
+        )
+        prompt_tokens = bucket(
+            max(len(row) for row in ids), _LEAST_TOKENS, rollout.max_prompt_tokens
+        )
+        shapes = Shapes(
+            prompts=min(len(prompts), budget // prompt_tokens),
+            prompt_tokens=prompt_tokens,
+            rows=budget // row_tokens // fsdp * fsdp,
+            row_tokens=row_tokens,
+            least_rows=fsdp,
+        )
+        packed = prompt_batches(ids, completions.tokens, list(chosen), shapes, self.tokenizer.pad)
+        return [self.updater.place(batch) for batch in packed]
+
+    def update(
+        self,
+        packed: Sequence[PromptBatch],
+        references: Sequence[Sequence[jax.Array]] | None,
+        completions: Completions,
+        advantages: Advantages,
+    ) -> list[UpdateMetrics]:
+        """The updates of one batch; none where no completion has a score or a gradient."""
+        is_scored = advantages.is_scored.ravel()
+        if not packed or not is_scored.any():
+            return []
+        weights = token_weights(
+            completions.lengths,
+            is_scored,
+            self.config.grpo.loss_type,
+            self.config.rollout.max_completion_tokens,
+        )
+        values = advantages.values.ravel()
+
+        def credit(owners: np.ndarray) -> Credit:
+            is_token = owners >= 0
+            return Credit(
+                np.where(is_token, values[owners], 0.0).astype(np.float32),
+                np.where(is_token, weights[owners], 0.0).astype(np.float32),
             )
-        return batches
+
+        credited = [
+            self.updater.place([credit(np.asarray(micro.owners)) for micro in batch.micro])
+            for batch in packed
+        ]
+        return self.updater.update(packed, credited, references)
 
     @property
     def policy(self) -> gemma.Gemma:
@@ -240,23 +304,6 @@ class Learner:
         ):
             nnx.replace_by_pure_dict(target, state[name])
             nnx.update(trainer.model if name == "lora" else trainer.optimizer, target)
-
-
-def _join(
-    prompts: list[list[int]],
-    completions: list[np.ndarray],
-    limits: tuple[int, int],
-    pad_id: int,
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Rows of prompt and completion without a gap, prompt lengths, completions; right-padded."""
-    tokens = np.full((len(prompts), sum(limits)), pad_id, np.int32)
-    ids = np.full((len(prompts), limits[1]), pad_id, np.int32)
-    lengths = np.array([len(prompt) for prompt in prompts], np.int32)
-    for i, (prompt, completion) in enumerate(zip(prompts, completions, strict=True)):
-        end = len(prompt) + len(completion)
-        tokens[i, : len(prompt)], tokens[i, len(prompt) : end] = prompt, completion
-        ids[i, : len(completion)] = completion
-    return tokens, lengths, ids
 
 
 def _place_scalars(optimizer: nnx.Optimizer, mesh: Mesh) -> None:

@@ -2,6 +2,7 @@
 
 import re
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, cast
 
 import jax
@@ -13,6 +14,7 @@ from jax.sharding import Mesh
 from tunix.models.gemma import model as gemma
 
 from gemma2_grpo.config import ModelConfig, UserError
+from gemma2_grpo.engine.forward import Weights
 from gemma2_grpo.engine.model import on_mesh
 
 
@@ -79,6 +81,43 @@ def check_patterns(architecture: gemma.ModelConfig, patterns: tuple[str, ...]) -
                 f"lora_modules: {pattern!r} matches no weight matrix; those of a layer are "
                 f"{', '.join(sorted(p for p in paths if p.startswith('layers/0/')))}"
             )
+
+
+@partial(jax.jit, static_argnames="scale")
+def merge_adapters(weights: Weights, scale: float) -> nnx.State:
+    """The base weights with the adapters added, in the type of the base.
+
+    Args:
+        weights: Of a policy.
+        scale: Factor of the adapters, `lora_alpha / lora_rank`.
+    """
+    flat = dict(nnx.to_flat_state(weights.base))
+    adapters = dict(nnx.to_flat_state(weights.lora))
+    for path, a in adapters.items():
+        name = str(path[-1])
+        if not name.endswith("_lora_a"):
+            continue
+        target = (*path[:-1], name.removesuffix("_lora_a"))
+        b = adapters[(*path[:-1], name.removesuffix("a") + "b")]
+        weight = flat[target].get_value()
+        delta = scale * _product(str(path[-2]), a.get_value(), b.get_value())
+        merged = weight.astype(jnp.float32) + delta.reshape(weight.shape)
+        flat[target] = flat[target].replace(merged.astype(weight.dtype))
+    return nnx.from_flat_state(list(flat.items()))
+
+
+def _product(module: str, a: jax.Array, b: jax.Array) -> jax.Array:
+    """The weight change of one adapter, laid out like the weight it belongs to.
+
+    Qwix keeps the rank last in A and first in B. Query, key and value weights have their heads
+    before the width, [N, D, H]; their B is [r, N, H] (or [r, 2, K, H]) and their A is [D, r].
+    """
+    if module == "q_einsum":
+        return jnp.einsum("dr,rnh->ndh", a, b)
+    if module in ("kv_einsum", "qkv_einsum"):
+        return jnp.einsum("dr,rckh->ckdh", a, b)
+    rank = a.shape[-1]
+    return a.reshape(-1, rank) @ b.reshape(rank, -1)
 
 
 def _as_float32(state: nnx.State) -> nnx.State:

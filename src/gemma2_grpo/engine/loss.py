@@ -49,9 +49,9 @@ def group_advantages(rewards: np.ndarray, *, scale_by_std: bool) -> Advantages:
 
 
 def token_weights(
-    completion_mask: np.ndarray, is_scored: np.ndarray, loss_type: str, max_tokens: int
+    lengths: np.ndarray, is_scored: np.ndarray, loss_type: str, max_tokens: int
 ) -> np.ndarray:
-    """The weight of each token in the loss of a whole batch of rollouts.
+    """The weight of each token of a completion in the loss of a whole batch of rollouts.
 
     The loss is the weighted sum over all tokens, so that micro-batches of any size add up to the
     same gradient.
@@ -62,24 +62,23 @@ def token_weights(
       constant is the completion limit, so that length does not matter.
 
     Args:
-        completion_mask: True for real completion tokens, [N, T].
+        lengths: Tokens of each completion, [N].
         is_scored: Completions that count, [N].
         loss_type: One of the names above.
         max_tokens: The completion limit.
 
     Returns:
-        Float32 [N, T], zero at padding and for completions that do not count.
+        Float32 [N], zero for completions that do not count.
     """
-    mask = (completion_mask & is_scored[:, None]).astype(np.float64)
-    lengths = np.maximum(mask.sum(axis=1, keepdims=True), 1)
+    counted = np.where(is_scored, lengths, 0).astype(np.float64)
     completions = max(int(is_scored.sum()), 1)
     divisor = {
-        "grpo": lengths * completions,
-        "gspo": lengths * completions,
-        "token_mean": max(mask.sum(), 1),
+        "grpo": np.maximum(counted, 1) * completions,
+        "gspo": np.maximum(counted, 1) * completions,
+        "token_mean": max(counted.sum(), 1),
         "drgrpo": max_tokens * completions,
     }[loss_type]
-    return (mask / divisor).astype(np.float32)
+    return (is_scored / divisor).astype(np.float32)
 
 
 def k3_divergence(logps: jax.Array, ref_logps: jax.Array) -> jax.Array:
@@ -90,6 +89,15 @@ def k3_divergence(logps: jax.Array, ref_logps: jax.Array) -> jax.Array:
     """
     difference = ref_logps - logps
     return jnp.expm1(difference) - difference
+
+
+class TokenLogps(NamedTuple):
+    """What the loss and the metrics need of the distribution at each completion token."""
+
+    logps: jax.Array
+    """Log-probability of the token under the policy at the sampling temperature, [R, T]."""
+    entropy: jax.Array
+    """Entropy of the distribution in nats, without gradient, [R, T]."""
 
 
 class LossTerms(NamedTuple):
@@ -104,12 +112,12 @@ class LossTerms(NamedTuple):
 
 
 def policy_loss(
-    logps: jax.Array,
+    policy: TokenLogps,
     old_logps: jax.Array,
-    ref_logps: jax.Array,
-    entropy: jax.Array,
+    ref_logps: jax.Array | None,
     advantages: jax.Array,
     weights: jax.Array,
+    owners: jax.Array,
     config: GrpoConfig,
 ) -> LossTerms:
     """Clipped policy objective with KL penalty, negated.
@@ -118,42 +126,43 @@ def policy_loss(
     equations 7 and 13); `epsilon_high` is DAPO's clip-higher (arXiv:2503.14476, equation 8).
 
     Args:
-        logps: Log-probabilities under the policy that is trained, [R, T], the only input with a
-            gradient.
+        policy: Log-probabilities under the policy that is trained, [R, T], the only input with a
+            gradient, and entropy, for the metrics.
         old_logps: Under the policy that sampled, [R, T].
-        ref_logps: Under the reference, [R, T].
-        entropy: Of the policy's distribution, for the metrics, [R, T].
-        advantages: [R].
-        weights: Weight of each token, from `token_weights`, [R, T].
+        ref_logps: Under the reference, [R, T]; None without a KL penalty, whose value is then 0.
+        advantages: Of the completion that a token belongs to, [R, T].
+        weights: Weight of each token, from `token_weights`; 0 where there is none, [R, T].
+        owners: Completion of each token [R, T].
         config: Objective and its constants.
     """
     is_token = weights > 0
-    log_ratio = jnp.where(is_token, logps - old_logps, 0.0)
+    log_ratio = jnp.where(is_token, policy.logps - old_logps, 0.0)
     if config.loss_type == "gspo":
-        log_ratio = _sequence_log_ratio(log_ratio, is_token)
+        log_ratio = _sequence_log_ratio(log_ratio, owners)
     ratio = jnp.exp(log_ratio)
     high = config.epsilon if config.epsilon_high is None else config.epsilon_high
-    gain = ratio * advantages[:, None]
-    clipped_gain = jnp.clip(ratio, 1 - config.epsilon, 1 + high) * advantages[:, None]
+    gain = ratio * advantages
+    clipped_gain = jnp.clip(ratio, 1 - config.epsilon, 1 + high) * advantages
     # Chosen before the exponential: where its value is left out, its gradient could still be NaN.
-    kl = k3_divergence(logps, jnp.where(is_token, ref_logps, logps))
+    ref = policy.logps if ref_logps is None else jnp.where(is_token, ref_logps, policy.logps)
+    kl = k3_divergence(policy.logps, ref)
     per_token = -jnp.minimum(gain, clipped_gain) + config.beta * kl
     return LossTerms(
         loss=jnp.sum(weights * per_token),
         kl_sum=jnp.sum(kl),
         clipped_sum=jnp.sum(is_token & (clipped_gain < gain)),
-        entropy_sum=jnp.sum(jnp.where(is_token, entropy, 0.0)),
+        entropy_sum=jnp.sum(jnp.where(is_token, policy.entropy, 0.0)),
         token_count=jnp.sum(is_token),
         max_ratio=jnp.max(jnp.where(is_token, ratio, 1.0)),
     )
 
 
-def _sequence_log_ratio(log_ratio: jax.Array, is_token: jax.Array) -> jax.Array:
-    """Mean log-ratio of each sequence, as the value of every token of it.
+def _sequence_log_ratio(log_ratio: jax.Array, owners: jax.Array) -> jax.Array:
+    """Mean log-ratio of each completion, as the value of every token of it.
 
     Every token carries the gradient of its own log-probability and the value of the mean; summed
     with equal weights this is the gradient of the sequence ratio.
     """
-    lengths = jnp.maximum(is_token.sum(axis=1, keepdims=True), 1)
-    mean = jax.lax.stop_gradient(log_ratio.sum(axis=1, keepdims=True) / lengths)
-    return jnp.where(is_token, mean + log_ratio - jax.lax.stop_gradient(log_ratio), 0.0)
+    together = owners[:, :, None] == owners[:, None, :]
+    means = jnp.einsum("rst,rt->rs", together, log_ratio) / together.sum(axis=-1)
+    return jax.lax.stop_gradient(means) + log_ratio - jax.lax.stop_gradient(log_ratio)

@@ -13,12 +13,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from safetensors import SafetensorError, safe_open
 from tunix.models.gemma import model as gemma
 from tunix.models.gemma import params_safetensors
 
 from gemma2_grpo.config import UserError
+from gemma2_grpo.engine.attention import SharedPrefixAttention
+from gemma2_grpo.engine.forward import Network, split_model
 
 MESH_AXES = ("fsdp", "tp")
 _SIZES = (
@@ -40,6 +42,12 @@ def make_mesh(shape: tuple[int, int]) -> Mesh:
             f"({jax.default_backend()}) are present; choose a mesh of at most {present}"
         )
     return Mesh(np.asarray(jax.devices()[:needed]).reshape(shape), MESH_AXES)
+
+
+def batch_sharding(mesh: Mesh, rows: int) -> NamedSharding:
+    """Rows over the fsdp axis where they divide, else on every device."""
+    divides = rows % mesh.shape["fsdp"] == 0
+    return NamedSharding(mesh, PartitionSpec("fsdp") if divides else PartitionSpec())
 
 
 @contextmanager
@@ -277,17 +285,26 @@ class _Float32RMSNorm(gemma.RMSNorm):
         return (wide * inverse * scale).astype(x.dtype)
 
 
+_OURS = {gemma.RMSNorm: _Float32RMSNorm, gemma.Attention: SharedPrefixAttention}
+
+
 def _prepare(model: gemma.Gemma, scale: float) -> gemma.Gemma:
     for _, module in nnx.iter_graph(model):
-        if type(module) is gemma.RMSNorm:
+        if type(module) in _OURS:
             # Past nnx, which would record the class as one more attribute.
-            object.__setattr__(module, "__class__", _Float32RMSNorm)
-        elif isinstance(module, gemma.Attention) and scale != 1.0:
+            object.__setattr__(module, "__class__", _OURS[type(module)])
+        if isinstance(module, gemma.Attention) and scale != 1.0:
             name = "qkv_einsum" if module.use_qkv_einsum else "q_einsum"
             weight = getattr(module, name).w
             factor = jnp.array([scale, 1.0, 1.0]).reshape(3, 1, 1, 1) if "kv" in name else scale
             weight.set_value((weight.get_value() * factor).astype(weight.get_value().dtype))
     return model
+
+
+def plain_network(architecture: gemma.ModelConfig) -> Network:
+    """The static half of a model without adapters, made without any weights."""
+    model = nnx.eval_shape(lambda: gemma.Gemma(architecture, rngs=nnx.Rngs(0)))
+    return split_model(_prepare(model, 1.0))[0]
 
 
 def with_remat(model: gemma.Gemma, remat: Literal["none", "block", "decoder"]) -> gemma.Gemma:

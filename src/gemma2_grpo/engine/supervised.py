@@ -15,13 +15,12 @@ from tunix.models.gemma import model as gemma
 from gemma2_grpo.engine.forward import (
     Network,
     Weights,
-    hidden_states,
     map_chunks,
     output_logits,
+    run_from_start,
     split_model,
 )
-from gemma2_grpo.engine.model import on_mesh
-from gemma2_grpo.engine.rollout import batch_sharding
+from gemma2_grpo.engine.model import batch_sharding, on_mesh
 
 
 @dataclass(frozen=True)
@@ -51,10 +50,7 @@ def next_token_loss(
     chunk_tokens: int,
 ) -> jax.Array:
     """Mean negative log-likelihood in nats of the target tokens of right-padded rows [R, L]."""
-    rows, length = tokens.shape
-    positions = jnp.broadcast_to(jnp.arange(length), tokens.shape)
-    mask = jnp.broadcast_to(jnp.tri(length, dtype=bool), (rows, length, length))
-    hidden, _ = hidden_states(network, weights, tokens, positions, mask)
+    hidden, _ = run_from_start(network, weights, tokens)
 
     @jax.checkpoint
     def chunk_losses(chunk: tuple[jax.Array, jax.Array]) -> jax.Array:

@@ -1,4 +1,4 @@
-"""Updates of the policy: accumulated micro-batches of prompt groups, one optimizer step."""
+"""Updates of the policy: accumulated micro-batches of packed completions, one optimizer step."""
 
 from collections.abc import Sequence
 from functools import partial
@@ -9,30 +9,31 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from flax import nnx
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from tunix.models.gemma import model as gemma
 from tunix.rl.trainer import Trainer
 
 from gemma2_grpo.config import Config, OptimizerConfig
-from gemma2_grpo.engine.forward import Weights, completion_logps, split_model
+from gemma2_grpo.engine.forward import (
+    Network,
+    Prefix,
+    Weights,
+    completion_logps,
+    run_from_start,
+    split_model,
+)
 from gemma2_grpo.engine.loss import LossTerms, policy_loss
-from gemma2_grpo.engine.model import on_mesh, with_remat
-from gemma2_grpo.engine.rollout import batch_sharding
+from gemma2_grpo.engine.model import batch_sharding, on_mesh, with_remat
+from gemma2_grpo.engine.packing import MicroBatch, PromptBatch
 
 
-class MicroBatch(NamedTuple):
-    """R completions with their prompts. All arrays lie on the device, rows over fsdp."""
+class Credit(NamedTuple):
+    """What the rewards say of each token of a micro-batch."""
 
-    tokens: Any
-    """Prompt and completion without a gap, right-padded, [R, L]."""
-    prompt_lengths: Any
-    """[R]."""
-    completion_ids: Any
-    """[R, T], right-padded."""
     advantages: Any
-    """[R]."""
+    """[R, W]."""
     weights: Any
-    """Weight of each token in the loss of the whole batch, [R, T]."""
+    """Weight in the loss of the whole batch, 0 for what does not count, [R, W]."""
 
 
 class UpdateMetrics(NamedTuple):
@@ -87,6 +88,10 @@ class Updater:
     The trainer's own step is not used: it averages micro-batches that may not weigh the same,
     keeps no log-probabilities from one iteration for the next, and counts and logs every
     micro-batch as a step.
+
+    The tokens of a prompt that come before its last are run once for all of its completions, and
+    once more to take back through them what the micro-batches of its completions say of their
+    keys and values. So the memory of a micro-batch does not depend on the size of a group.
     """
 
     def __init__(self, trainer: Trainer, reference: gemma.Gemma, config: Config, mesh: Mesh):
@@ -95,30 +100,52 @@ class Updater:
         self._optimizer = trainer.optimizer
         self._mesh = mesh
         self._iterations = config.grpo.num_iterations
-        self._reference_network, self._reference = split_model(reference)
-        self._policy_network, _ = split_model(with_remat(self._policy, config.model.remat))
+        reference_network, self._reference = split_model(reference)
+        network, _ = split_model(with_remat(self._policy, config.model.remat))
+        self._network = network
         self._optimizer_def, _ = nnx.split(self._optimizer)
         logps = partial(
             completion_logps,
             temperature=config.rollout.temperature,
             chunk_tokens=config.model.logprob_chunk_tokens,
         )
-        self._reference_logps = jax.jit(
-            lambda weights, micro: logps(self._reference_network, weights, *micro[:3]).logps
-        )
 
-        def loss(
-            lora: nnx.State, base: nnx.State, micro: MicroBatch, ref: Any, old: Any, is_first: Any
+        def prefix(network: Network, weights: Weights, prompts: jax.Array) -> Prefix:
+            return _whole_prompts(run_from_start(network, weights, prompts)[1], mesh)
+
+        def rows_loss(
+            lora: nnx.State,
+            prefix: Prefix,
+            base: nnx.State,
+            lengths: jax.Array,
+            micro: MicroBatch,
+            credit: Credit,
+            ref: jax.Array | None,
+            old: jax.Array,
+            is_first: jax.Array,
         ) -> tuple[jax.Array, tuple[LossTerms, jax.Array]]:
-            now = logps(self._policy_network, Weights(lora, base), *micro[:3])
+            now = logps(network, Weights(lora, base), prefix, lengths, micro)
             old = jnp.where(is_first, jax.lax.stop_gradient(now.logps), old)
-            terms = policy_loss(
-                now.logps, old, ref, now.entropy, micro.advantages, micro.weights, config.grpo
-            )
+            terms = policy_loss(now, old, ref, *credit, micro.owners, config.grpo)
             return terms.loss, (terms, now.logps)
 
-        self._gradients = jax.jit(jax.grad(loss, has_aux=True))
-        self._add = jax.jit(partial(jax.tree.map, jnp.add), donate_argnums=0)
+        @partial(jax.jit, donate_argnums=0)
+        def rows_gradients(total: Any, *args: Any) -> tuple[Any, LossTerms, jax.Array]:
+            gradients, (terms, logps) = jax.grad(rows_loss, (0, 1), has_aux=True)(*args)
+            return jax.tree.map(jnp.add, total, gradients), terms, logps
+
+        @partial(jax.jit, donate_argnums=0)
+        def prompt_gradients(
+            total: nnx.State, slopes: Prefix, lora: nnx.State, base: nnx.State, prompts: jax.Array
+        ) -> nnx.State:
+            _, pull = jax.vjp(lambda lora: prefix(network, Weights(lora, base), prompts), lora)
+            return jax.tree.map(jnp.add, total, pull(slopes)[0])
+
+        self._prefix = jax.jit(partial(prefix, network))
+        self._rows_gradients = rows_gradients
+        self._prompt_gradients = prompt_gradients
+        self._reference_prefix = jax.jit(partial(prefix, reference_network))
+        self._reference_logps = jax.jit(lambda *args: logps(reference_network, *args).logps)
         self._apply = jax.jit(self._applied, donate_argnums=(0, 2))
 
     @property
@@ -131,48 +158,75 @@ class Updater:
         ]
         return max(counts)
 
-    def update(self, batch: Sequence[MicroBatch]) -> list[UpdateMetrics]:
+    def place(self, batch: Any) -> Any:
+        """Puts arrays on the devices, rows over fsdp."""
+        return jax.device_put(
+            batch, jax.tree.map(lambda x: batch_sharding(self._mesh, len(x)), batch)
+        )
+
+    def reference_logps(self, batches: Sequence[PromptBatch]) -> list[list[jax.Array]]:
+        """Log-probabilities of all completions under the reference; it does not wait for them."""
+        with on_mesh(self._mesh):
+            return [
+                [
+                    self._reference_logps(self._reference, prefix, batch.lengths, micro)
+                    for micro in batch.micro
+                ]
+                for batch in batches
+                for prefix in [self._reference_prefix(self._reference, batch.prompts)]
+            ]
+
+    def update(
+        self,
+        batches: Sequence[PromptBatch],
+        credit: Sequence[Sequence[Credit]],
+        references: Sequence[Sequence[jax.Array]] | None,
+    ) -> list[UpdateMetrics]:
         """Makes the `num_iterations` updates of one batch of rollouts.
 
         The log-probabilities of the first iteration, taken before any update, are the old ones
         of all: the ratio is exactly 1 there at any temperature, without a pass of its own.
 
         Args:
-            batch: Micro-batches whose token weights add up to one loss. All of one shape, or
-                each shape is compiled.
+            batches: What `place` gave.
+            credit: Of each micro-batch; the token weights of all add up to one loss.
+            references: What `reference_logps` gave; None without a KL penalty.
 
         Returns:
             Metrics of each iteration; nothing, and no update, for an empty batch.
         """
-        if not batch:
+        if not batches:
             return []
+        metrics, old = [], None
         with on_mesh(self._mesh):
-            placed = [
-                jax.device_put(micro, batch_sharding(self._mesh, len(micro.tokens)))
-                for micro in batch
-            ]
-            references = [self._reference_logps(self._reference, micro) for micro in placed]
-            metrics, old = [], None
             for _ in range(self._iterations):
-                measured, logps = self._one_update(placed, references, old)
+                measured, logps = self._one_update(batches, credit, references, old)
                 old = old or logps
                 metrics.append(measured)
         return metrics
 
     def _one_update(
         self,
-        batch: Sequence[MicroBatch],
-        references: Sequence[jax.Array],
-        old: Sequence[jax.Array] | None,
-    ) -> tuple[UpdateMetrics, list[jax.Array]]:
+        batches: Sequence[PromptBatch],
+        credit: Sequence[Sequence[Credit]],
+        references: Sequence[Sequence[jax.Array]] | None,
+        old: Sequence[Sequence[jax.Array]] | None,
+    ) -> tuple[UpdateMetrics, list[list[jax.Array]]]:
         _, (lora, base) = split_model(self._policy)
-        total, terms, all_logps = None, [], []
-        for micro, ref, previous in zip(batch, references, old or references, strict=True):
-            gradients, (term, logps) = self._gradients(
-                lora, base, micro, ref, previous, jnp.array(old is None)
-            )
-            total = gradients if total is None else self._add(total, gradients)
-            terms.append(term)
+        total, terms, all_logps = _zeros(lora), [], []
+        for i, batch in enumerate(batches):
+            prefix = self._prefix(Weights(lora, base), batch.prompts)
+            sums, logps = (total, _zeros(prefix)), []
+            for j, micro in enumerate(batch.micro):
+                ref = references[i][j] if references else None
+                before = old[i][j] if old else credit[i][j].weights
+                sums, term, now = self._rows_gradients(
+                    *(sums, lora, prefix, base, batch.lengths, micro, credit[i][j], ref, before),
+                    jnp.array(old is None),
+                )
+                terms.append(term)
+                logps.append(now)
+            total = self._prompt_gradients(*sums, lora, base, batch.prompts)
             all_logps.append(logps)
         _, state = nnx.split(self._optimizer)
         lora, state, grad_norm = self._apply(lora, base, state, total)
@@ -185,7 +239,7 @@ class Updater:
     ) -> tuple[nnx.State, nnx.State, jax.Array]:
         """One optimizer step; the base only completes the model and is neither read nor copied."""
         optimizer = nnx.merge(self._optimizer_def, state)
-        model = self._policy_network.merge(Weights(lora, base))
+        model = self._network.merge(Weights(lora, base))
         grad_norm = optax.tree.norm(gradients)
         optimizer.update(model, gradients)
         return nnx.state(model, nnx.LoRAParam), nnx.state(optimizer), grad_norm
@@ -203,3 +257,12 @@ def _summarise(terms: Sequence[LossTerms], grad_norm: float) -> UpdateMetrics:
         grad_norm=grad_norm,
         is_finite=bool(np.isfinite(grad_norm)),
     )
+
+
+_zeros = jax.jit(partial(jax.tree.map, jnp.zeros_like))
+
+
+def _whole_prompts(prefix: Prefix, mesh: Mesh) -> Prefix:
+    """Keys and values over tp only: any row may need any prompt."""
+    heads = NamedSharding(mesh, PartitionSpec(None, None, "tp", None))
+    return jax.lax.with_sharding_constraint(prefix, heads)

@@ -1,0 +1,270 @@
+"""Decoding a group of completions per prompt on a grid that shrinks as they finish."""
+
+from collections.abc import Mapping
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from gemma2_grpo.engine.attention import KeyValues, LayerCache, Visible, visible
+from gemma2_grpo.engine.forward import (
+    Network,
+    Prefix,
+    Weights,
+    hidden_states,
+    output_logits,
+    run_from_start,
+)
+from gemma2_grpo.engine.packing import bucket
+from gemma2_grpo.engine.sampling import Sampling, draw_tokens
+
+# A cache begins with room for so many tokens and doubles; each size is one more program.
+_FIRST_SLOTS = 64
+# A grid of fewer rows is not made smaller: the weights are then what decoding waits for.
+_LEAST_ROWS = 4
+
+
+class Grid(NamedTuple):
+    """Completions that are being decoded: B prompts with G rows each, R = B * G."""
+
+    step: jax.Array
+    """Tokens that each row has, the same for all."""
+    last: jax.Array
+    """Token that is run next: at first the last of the prompt, [R]."""
+    stopped: jax.Array
+    """Rows that take no more tokens [R]."""
+    limits: jax.Array
+    """The most tokens of each row [R]."""
+    keys: jax.Array
+    """Random key of each row; its token t is drawn with fold_in(key, t), [R]."""
+    lengths: jax.Array
+    """Tokens of each prompt without its last [B]."""
+    prefix: Prefix
+    """Keys and values of those, [B, P, K, H]."""
+    own: Mapping[str, KeyValues]
+    """Keys and values of the rows, [R, S, K, H]."""
+
+
+class Drawn(NamedTuple):
+    """What one call drew; only the columns of its own steps mean anything."""
+
+    tokens: jax.Array
+    """[R, S]."""
+    logps: jax.Array
+    """Float32, under the distribution that was sampled from, [R, S]."""
+
+
+class Completed(NamedTuple):
+    """All completions, right-padded."""
+
+    tokens: np.ndarray
+    """[N, T], with the stop token."""
+    logps: np.ndarray
+    """[N, T]."""
+    lengths: np.ndarray
+    """[N]."""
+
+
+def complete(
+    network: Network,
+    weights: Weights,
+    prompts: jax.Array,
+    lengths: jax.Array,
+    limits: np.ndarray,
+    key: jax.Array,
+    *,
+    max_tokens: int,
+    sampling: Sampling,
+    mesh: Mesh,
+) -> Completed:
+    """Decodes until every row has stopped or is at its limit.
+
+    The device runs on by itself until the cache is full, or until the rows that are left fit a
+    grid of half as many prompts or half as many rows a prompt; then they are moved there. So the
+    number of programs grows with the logarithm of the sizes. A row's randomness depends only on
+    its own number, never on the grid.
+
+    Args:
+        network: Static half of the policy.
+        weights: Its variables.
+        prompts: Token ids [B, P], right-padded.
+        lengths: Tokens of each prompt [B].
+        limits: The most tokens of each completion [B * G]; 0 for one that is not wanted.
+        key: Key of this call; row r has the key fold_in(key, r).
+        max_tokens: The most that any limit may be.
+        sampling: How tokens are drawn.
+        mesh: Mesh of the weights.
+    """
+    rows = np.arange(len(limits))
+    tokens = np.full((len(rows), max_tokens), sampling.pad_id, np.int32)
+    logps = np.zeros((len(rows), max_tokens), np.float32)
+    slots, step = bucket(1, _FIRST_SLOTS, max_tokens), 0
+    grid = _start(network, weights, prompts, lengths, limits, key, slots=slots, mesh=mesh)
+    while True:
+        grid, drawn = _decode(network, weights, grid, sampling=sampling, mesh=mesh)
+        now, stopped, drawn = jax.device_get((grid.step, grid.stopped, drawn))
+        columns = slice(step, int(now))
+        tokens[rows, columns], logps[rows, columns] = (
+            drawn.tokens[:, columns],
+            drawn.logps[:, columns],
+        )
+        step = int(now)
+        if stopped.all() or step == max_tokens:
+            break
+        kept, shape = _fit(stopped.reshape(len(grid.lengths), -1), mesh.shape["fsdp"])
+        rows = rows[kept]
+        slots = bucket(step + 1, _FIRST_SLOTS, max_tokens)
+        grid = _regrid(grid, kept, shape=shape, slots=slots, mesh=mesh)
+    return Completed(tokens, logps, _lengths(tokens, limits, sampling.stop_ids))
+
+
+def _lengths(tokens: np.ndarray, limits: np.ndarray, stop_ids: tuple[int, ...]) -> np.ndarray:
+    """Tokens of each completion up to and with its first stop token."""
+    stops = np.isin(tokens, stop_ids)
+    ends = np.where(stops.any(axis=1), stops.argmax(axis=1) + 1, tokens.shape[1])
+    return np.minimum(ends, limits)
+
+
+def _halves(shape: tuple[int, int], fsdp: int) -> list[tuple[int, int]]:
+    """Grids of half as many prompts or rows a prompt, where that leaves enough rows to shard."""
+    prompts, group = shape
+    halved = [(-(-prompts // 2), group), (prompts, -(-group // 2))]
+    return [
+        (b, g)
+        for b, g in halved
+        if (b, g) != shape and b * g >= _LEAST_ROWS and (b * g) % fsdp == 0
+    ]
+
+
+def _fit(stopped: np.ndarray, fsdp: int) -> tuple[np.ndarray, tuple[int, int]]:
+    """Rows [R'] of the smallest grid that holds all unfinished ones, and its shape."""
+    active = (~stopped).sum(axis=1)
+    busy, most = int((active > 0).sum()), int(active.max())
+    shape = stopped.shape
+    while smaller := [s for s in _halves(shape, fsdp) if s[0] >= busy and s[1] >= most]:
+        shape = smaller[0]
+    # Busy prompts first and unfinished rows first; stable, so that the order is a function of it.
+    prompts = np.argsort(-active, kind="stable")[: shape[0]]
+    rows = np.argsort(stopped[prompts], axis=1, kind="stable")[:, : shape[1]]
+    return (prompts[:, None] * stopped.shape[1] + rows).ravel(), shape
+
+
+@partial(jax.jit, static_argnames=("network", "slots", "mesh"))
+def _start(
+    network: Network,
+    weights: Weights,
+    prompts: jax.Array,
+    lengths: jax.Array,
+    limits: jax.Array,
+    key: jax.Array,
+    *,
+    slots: int,
+    mesh: Mesh,
+) -> Grid:
+    """Runs each prompt but for its last token, which every row of its group runs first."""
+    batch, rows = len(prompts), len(limits)
+    _, prefix = run_from_start(network, weights, prompts[:, :-1])
+    last = jnp.take_along_axis(prompts, lengths[:, None] - 1, axis=1)[:, 0]
+    shape = (rows, slots, *prefix[network.layers[0]].keys.shape[2:])
+    empty = jnp.zeros(shape, weights.embedding.dtype)
+    own = dict.fromkeys(network.layers, KeyValues(empty, empty))
+    return _sharded(
+        Grid(
+            step=jnp.array(0),
+            last=jnp.repeat(last, rows // batch),
+            stopped=limits == 0,
+            limits=limits,
+            keys=jax.vmap(partial(jax.random.fold_in, key))(jnp.arange(rows)),
+            lengths=lengths - 1,
+            prefix=prefix,
+            own=own,
+        ),
+        mesh,
+    )
+
+
+@partial(jax.jit, static_argnames=("network", "sampling", "mesh"), donate_argnames="grid")
+def _decode(
+    network: Network, weights: Weights, grid: Grid, *, sampling: Sampling, mesh: Mesh
+) -> tuple[Grid, Drawn]:
+    """Draws tokens until the cache is full or a smaller grid would do."""
+    rows, slots = grid.own[network.layers[0]].keys.shape[:2]
+    batch = len(grid.lengths)
+    width = grid.prefix[network.layers[0]].keys.shape[1]
+    smaller = _halves((batch, rows // batch), mesh.shape["fsdp"])
+    real = jnp.repeat(jnp.arange(width) < grid.lengths[:, None], rows // batch, axis=0)
+    starts = jnp.repeat(grid.lengths, rows // batch)
+    stop_ids = jnp.array(sampling.stop_ids)
+
+    def fits_smaller(stopped: jax.Array) -> jax.Array:
+        active = (~stopped).reshape(batch, -1).sum(axis=1)
+        fits = [((active > 0).sum() <= b) & (active.max() <= g) for b, g in smaller]
+        return jnp.any(jnp.array([*fits, ~jnp.any(active > 0)]))
+
+    def go_on(carry: tuple[Grid, Drawn]) -> jax.Array:
+        grid, _ = carry
+        return (grid.step < slots) & ~fits_smaller(grid.stopped)
+
+    def draw(carry: tuple[Grid, Drawn]) -> tuple[Grid, Drawn]:
+        grid, drawn = carry
+        step = grid.step
+        positions = (starts + step)[:, None]
+        written = jnp.broadcast_to(jnp.arange(slots) <= step, (rows, 1, slots))
+        seen = Visible(
+            own=visible(
+                written,
+                positions,
+                starts[:, None] + jnp.arange(slots),
+                network.window,
+            ),
+            prefix=visible(real[:, None], positions, jnp.arange(width), network.window),
+            slot=step,
+        )
+        cache = {layer: LayerCache(grid.prefix[layer], grid.own[layer]) for layer in network.layers}
+        hidden, own = hidden_states(network, weights, grid.last[:, None], positions, seen, cache)
+        keys = jax.vmap(jax.random.fold_in, (0, None))(grid.keys, step)
+        tokens, logps = draw_tokens(keys, output_logits(network, weights, hidden[:, 0]), sampling)
+        tokens = jnp.where(grid.stopped, sampling.pad_id, tokens)
+        drawn = Drawn(drawn.tokens.at[:, step].set(tokens), drawn.logps.at[:, step].set(logps))
+        stopped = grid.stopped | jnp.isin(tokens, stop_ids) | (step + 1 >= grid.limits)
+        return grid._replace(step=step + 1, last=tokens, stopped=stopped, own=own), drawn
+
+    empty = Drawn(jnp.zeros((rows, slots), jnp.int32), jnp.zeros((rows, slots), jnp.float32))
+    return jax.lax.while_loop(go_on, draw, (grid, empty))
+
+
+@partial(jax.jit, static_argnames=("shape", "slots", "mesh"))
+def _regrid(grid: Grid, kept: jax.Array, *, shape: tuple[int, int], slots: int, mesh: Mesh) -> Grid:
+    """Moves rows to a grid of another shape, with a cache of so many slots."""
+    rows, batch = len(grid.last), len(grid.lengths)
+    prompts = kept[:: shape[1]] // (rows // batch)
+
+    def move(x: jax.Array) -> jax.Array:
+        room = slots - x.shape[1]
+        return jnp.pad(x[kept], [(0, 0), (0, room), (0, 0), (0, 0)])
+
+    moved = Grid(
+        step=grid.step,
+        last=grid.last[kept],
+        stopped=grid.stopped[kept],
+        limits=grid.limits[kept],
+        keys=grid.keys[kept],
+        lengths=grid.lengths[prompts],
+        prefix=jax.tree.map(lambda x: x[prompts], grid.prefix),
+        own=jax.tree.map(move, grid.own),
+    )
+    return _sharded(moved, mesh)
+
+
+def _sharded(grid: Grid, mesh: Mesh) -> Grid:
+    """Keys and values over fsdp and tp; where they lie decides the decoder's speed."""
+
+    def place(x: Any) -> Any:
+        fsdp = "fsdp" if len(x) % mesh.shape["fsdp"] == 0 else None
+        heads = NamedSharding(mesh, PartitionSpec(fsdp, None, "tp", None))
+        return jax.lax.with_sharding_constraint(x, heads)
+
+    return grid._replace(prefix=jax.tree.map(place, grid.prefix), own=jax.tree.map(place, grid.own))
