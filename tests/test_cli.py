@@ -77,9 +77,9 @@ def test_config_may_be_a_file_and_may_come_last(train_calls: Recorder, tmp_path:
 
 def test_an_override_can_mend_a_file_that_cannot_run(train_calls: Recorder, tmp_path: Path) -> None:
     file = tmp_path / "mine.toml"
-    file.write_text("[grpo]\nprompts_per_micro_batch = 3\n")
+    file.write_text("[grpo]\nmicro_batch_tokens = 1000\n")
     assert cli.main(["train", str(file)]) == 2
-    assert cli.main(["train", str(file), "--prompts-per-step", "6"]) == 0
+    assert cli.main(["train", str(file), "--max-completion-tokens", "500"]) == 0
     assert len(train_calls) == 1
 
 
@@ -125,9 +125,9 @@ def test_score_passes_file_and_format(monkeypatch: pytest.MonkeyPatch) -> None:
         ("train --remat all", "--remat takes one of none, block, decoder, not 'all'"),
         ("train --max-steps 0", "max_steps = 0 must be at least 1"),
         (
-            "train gemma2-2b-v5e8 --num-generations 5",
-            "mesh_shape[0] = 2 does not divide the micro-batch of 1 x 5 completions; "
-            "change num_generations or the mesh",
+            "train gemma2-2b-v5e8 --micro-batch-tokens 1000",
+            "micro_batch_tokens = 1000 does not hold a sequence of 768 tokens for each of "
+            "mesh_shape[0] = 2; raise it to 1536",
         ),
         (
             "train large --max-steps 3",

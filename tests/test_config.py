@@ -21,7 +21,7 @@ SPECIFICATION = {
         "max_prompt_tokens": 256,
         "max_completion_tokens": 768,
     },
-    "grpo": {"num_iterations": 3, "beta": 0.04, "epsilon": 0.2, "prompts_per_micro_batch": 1},
+    "grpo": {"num_iterations": 3, "beta": 0.04, "epsilon": 0.2},
     "optimizer": {"learning_rate": 2e-6},
     "rewards": {"format_weight": 0.25, "logic_weight": 0.30, "accuracy_weight": 0.45},
     "run": {"max_steps": 600},
@@ -46,6 +46,18 @@ def test_flagship_has_the_number_of_the_specification(section: str, name: str) -
     assert getattr(getattr(load_config("gemma2-2b-v5e8"), section), name) == wanted
     assert getattr(getattr(Config(), section), name) == wanted
     assert name in read_toml("gemma2-2b-v5e8")[section], "stated, not inherited"
+
+
+def test_a_micro_batch_of_the_flagship_is_one_group_at_full_length() -> None:
+    config = load_config("gemma2-2b-v5e8")
+    group = config.rollout.num_generations * config.rollout.max_completion_tokens
+    assert config.grpo.micro_batch_tokens == Config().grpo.micro_batch_tokens == group
+    assert "micro_batch_tokens" in read_toml("gemma2-2b-v5e8")["grpo"]
+
+
+def test_a_micro_batch_may_hold_just_one_sequence() -> None:
+    values = {"grpo": {"micro_batch_tokens": 1536}}
+    check(from_mapping(Config, values, "test"))
 
 
 def test_flagship_adapts_attention_and_mlp() -> None:
@@ -112,18 +124,20 @@ def test_a_wrong_file_is_refused_by_field(toml: str, message: str, tmp_path: Pat
     ("values", "message"),
     [
         (
-            {"grpo": {"prompts_per_micro_batch": 3}},
-            "prompts_per_micro_batch = 3 does not divide prompts_per_step = 8; choose a divisor",
+            {"grpo": {"micro_batch_tokens": 1535}},
+            "micro_batch_tokens = 1535 does not hold a sequence of 768 tokens for each of "
+            "mesh_shape[0] = 2; raise it to 1536",
         ),
         (
-            {"rollout": {"num_generations": 5}},
-            "mesh_shape[0] = 2 does not divide the micro-batch of 1 x 5 completions; "
-            "change num_generations or the mesh",
+            {"rollout": {"max_prompt_tokens": 6145}},
+            "micro_batch_tokens = 12288 does not hold a sequence of 6145 tokens for each of "
+            "mesh_shape[0] = 2; raise it to 12290",
         ),
         (
             {"data": {"num_train_samples": 4}},
             "prompts_per_step = 8 is more than num_train_samples = 4; lower it",
         ),
+        ({"grpo": {"micro_batch_tokens": 0}}, "micro_batch_tokens = 0 must be at least 1"),
         ({"rollout": {"num_generations": 1}}, "num_generations = 1 must be at least 2"),
         ({"run": {"max_steps": 0}}, "max_steps = 0 must be at least 1"),
         ({"run": {"seed": -1}}, "seed = -1 must be at least 0"),

@@ -129,7 +129,7 @@ def config() -> Config:
             max_completion_tokens=12,
             temperature=0.7,
         ),
-        grpo=GrpoConfig(num_iterations=1, prompts_per_micro_batch=1),
+        grpo=GrpoConfig(num_iterations=1, micro_batch_tokens=56),
         optimizer=OptimizerConfig(
             learning_rate=1e-3, warmup_fraction=0.0, weight_decay=0.0, max_grad_norm=1.0
         ),

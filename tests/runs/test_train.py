@@ -518,8 +518,8 @@ def test_data_that_are_not_enough_are_refused(refused, tmp_path):
 @pytest.mark.parametrize(
     ("options", "fault"),
     [
-        ("--prompts-per-micro-batch 3",
-         "prompts_per_micro_batch = 3 does not divide prompts_per_step = 16; choose a divisor"),
+        ("--micro-batch-tokens 50", "micro_batch_tokens = 50 does not hold a sequence of 56 tokens "
+         "for each of mesh_shape[0] = 1; raise it to 56"),
         ("--mesh-shape 1 16", "mesh_shape = [1, 16] needs 16 devices but 8 (cpu) are present; "
          "choose a mesh of at most 8"),
         ("--mesh-shape 2 3", "mesh_shape[1] = 3 does not divide the 4 KV heads and 8 query heads; "
