@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 from flax import nnx
 from jax.sharding import Mesh
+from scipy.special import log_softmax
 from tunix.models.gemma import model as gemma
 
 from gemma2_grpo.config import (
@@ -28,6 +29,7 @@ from gemma2_grpo.config import (
 from gemma2_grpo.engine.learner import Completions, Learner
 from gemma2_grpo.engine.lora import add_lora
 from gemma2_grpo.engine.model import load_weights, make_mesh
+from gemma2_grpo.engine.sampling import Sampling
 from gemma2_grpo.engine.tokenizer import Tokenizer, load_tokenizer
 from gemma2_grpo.task.data import Example
 
@@ -200,7 +202,7 @@ def make_learner(
 
 @pytest.fixture(scope="session")
 def full_logits() -> Callable[[gemma.Gemma, Any], np.ndarray]:
-    """Logits [R, L, V] of right-padded tokens by the model's own call: no cache, no chunks."""
+    """Logits [R, L, V] of right-padded tokens with Tunix's own attention: no cache, no chunks."""
 
     @nnx.jit
     def call(model: gemma.Gemma, tokens: jax.Array) -> jax.Array:
@@ -210,6 +212,28 @@ def full_logits() -> Callable[[gemma.Gemma, Any], np.ndarray]:
         return model(tokens, positions, None, mask)[0]
 
     return lambda model, tokens: np.asarray(call(model, jnp.asarray(tokens)))
+
+
+@pytest.fixture(scope="session")
+def truncated_logps() -> Callable[[np.ndarray, Sampling], np.ndarray]:
+    """The drawing distribution by hand, token by token from the likeliest: [V] -> [V]."""
+
+    def truncate(logits: np.ndarray, sampling: Sampling) -> np.ndarray:
+        logps = log_softmax(logits / sampling.temperature)
+        order = np.argsort(-logps)
+        kept = order[: sampling.top_k] if sampling.top_k else order
+        probabilities = np.exp(logps[kept]) / np.exp(logps[kept]).sum()
+        chosen, total = [], 0.0
+        for token, probability in zip(kept, probabilities, strict=True):
+            if total >= sampling.top_p and sampling.top_p < 1:
+                break
+            chosen.append(token)
+            total += probability
+        result = np.full(len(logits), -np.inf)
+        result[chosen] = log_softmax(logps[chosen])
+        return result
+
+    return truncate
 
 
 @pytest.fixture(scope="session")

@@ -18,6 +18,7 @@ from tunix.rl.reward_manager import SequenceRewardManager
 from gemma2_grpo.config import GrpoConfig
 from gemma2_grpo.engine.loss import (
     LossTerms,
+    TokenLogps,
     group_advantages,
     k3_divergence,
     policy_loss,
@@ -105,37 +106,38 @@ class TestAdvantages:
 
 
 class TestTokenWeights:
-    MASK = np.array([[1, 1, 1, 1], [1, 1, 0, 0], [1, 0, 0, 0]], bool)
+    LENGTHS = np.array([4, 2, 1])
     ALL = np.array([True, True, True])
 
     @pytest.mark.parametrize("loss_type", ["grpo", "gspo"])
     def test_mean_over_tokens_then_completions(self, loss_type: str) -> None:
-        got = token_weights(self.MASK, self.ALL, loss_type, max_tokens=8)
-        expected = [[1 / 12] * 4, [1 / 6, 1 / 6, 0, 0], [1 / 3, 0, 0, 0]]
-        np.testing.assert_allclose(got, expected, rtol=1e-6)
+        got = token_weights(self.LENGTHS, self.ALL, loss_type, max_tokens=8)
+        np.testing.assert_allclose(got, [1 / 12, 1 / 6, 1 / 3], rtol=1e-6)
+        assert got.dtype == np.float32
 
     def test_mean_over_all_tokens(self) -> None:
-        got = token_weights(self.MASK, self.ALL, "token_mean", max_tokens=8)
-        np.testing.assert_allclose(got, self.MASK / 7, rtol=1e-6)
+        got = token_weights(self.LENGTHS, self.ALL, "token_mean", max_tokens=8)
+        np.testing.assert_allclose(got, [1 / 7] * 3, rtol=1e-6)
 
     def test_constant_divisor(self) -> None:
-        got = token_weights(self.MASK, self.ALL, "drgrpo", max_tokens=8)
-        np.testing.assert_allclose(got, self.MASK / (8 * 3), rtol=1e-6)
+        got = token_weights(self.LENGTHS, self.ALL, "drgrpo", max_tokens=8)
+        np.testing.assert_allclose(got, [1 / (8 * 3)] * 3, rtol=1e-6)
 
     def test_unscored_completions_do_not_count(self) -> None:
         scored = np.array([False, True, True])
         expected = {
-            "grpo": [[0] * 4, [1 / 4, 1 / 4, 0, 0], [1 / 2, 0, 0, 0]],
-            "token_mean": [[0] * 4, [1 / 3, 1 / 3, 0, 0], [1 / 3, 0, 0, 0]],
-            "drgrpo": [[0] * 4, [1 / 16, 1 / 16, 0, 0], [1 / 16, 0, 0, 0]],
+            "grpo": [0, 1 / 4, 1 / 2],
+            "gspo": [0, 1 / 4, 1 / 2],
+            "token_mean": [0, 1 / 3, 1 / 3],
+            "drgrpo": [0, 1 / 16, 1 / 16],
         }
         for loss_type, weights in expected.items():
-            got = token_weights(self.MASK, scored, loss_type, max_tokens=8)
+            got = token_weights(self.LENGTHS, scored, loss_type, max_tokens=8)
             np.testing.assert_allclose(got, weights, rtol=1e-6)
 
     def test_nothing_scored_weighs_nothing(self) -> None:
         for loss_type in ("grpo", "token_mean", "drgrpo", "gspo"):
-            got = token_weights(self.MASK, np.zeros(3, bool), loss_type, max_tokens=8)
+            got = token_weights(self.LENGTHS, np.zeros(3, bool), loss_type, max_tokens=8)
             assert not got.any()
 
 
@@ -191,17 +193,24 @@ class TestDivergence:
 _compiled = jax.jit(policy_loss, static_argnames="config")
 
 
-def loss(config: GrpoConfig, **values: Any) -> LossTerms:
-    """The loss of one batch; what is not given is that of the policy that sampled."""
-    logps = jnp.asarray(values["logps"], jnp.float32)
+def loss(config: GrpoConfig, owners: np.ndarray | None = None, **values: Any) -> LossTerms:
+    """The loss of one batch; what is not given is that of the policy that sampled.
+
+    Each row is a completion of its own, with padding where tokens weigh nothing, unless `owners`
+    says otherwise; advantages may be given by row.
+    """
+    logps = jnp.asarray(values.pop("logps"), jnp.float32)
+    entropy = jnp.asarray(values.pop("entropy", np.zeros(logps.shape)), jnp.float32)
     inputs = {
-        "logps": logps,
         "old_logps": logps,
         "ref_logps": logps,
-        "entropy": jnp.zeros_like(logps),
         "weights": jnp.ones_like(logps),
     } | {name: jnp.asarray(value, jnp.float32) for name, value in values.items()}
-    return _compiled(**inputs, config=config)
+    if inputs["advantages"].ndim == 1:
+        inputs["advantages"] = jnp.broadcast_to(inputs["advantages"][:, None], logps.shape)
+    rows = jnp.where(inputs["weights"] > 0, jnp.arange(len(logps))[:, None], -1)
+    owners = rows if owners is None else jnp.asarray(owners)
+    return _compiled(TokenLogps(logps, entropy), **inputs, owners=owners, config=config)
 
 
 PLAIN = GrpoConfig(beta=0.0)
@@ -279,7 +288,7 @@ class TestPolicyLoss:
         # for each; of the other completion exp(0.4), which is clipped.
         log_ratio = np.array([[0.3, 0.1, -0.1, 9.0], [0.4, 0.4, 9.0, 9.0]], np.float32)
         mask = np.array([[1, 1, 1, 0], [1, 1, 0, 0]], bool)
-        weights = token_weights(mask, np.array([True, True]), "gspo", 4)
+        weights = mask * token_weights(mask.sum(1), np.ones(2, bool), "gspo", 4)[:, None]
         config = dataclasses.replace(PLAIN, loss_type="gspo")
 
         def of(logps: jax.Array) -> jax.Array:
@@ -313,6 +322,71 @@ class TestPolicyLoss:
         assert float(terms.entropy_sum) == pytest.approx(1.2)
         assert float(terms.kl_sum) == pytest.approx(0.5, rel=1e-5)
         assert float(terms.max_ratio) == 1
+
+    @pytest.mark.parametrize("loss_type", ["grpo", "gspo", "token_mean", "drgrpo"])
+    def test_what_shares_a_row_does_not_matter(self, loss_type: Any) -> None:
+        """Loss, gradient and metrics of packed completions are those of one to a row."""
+        random = np.random.default_rng(0)
+        config = GrpoConfig(loss_type=loss_type, beta=0.1, epsilon=0.1, epsilon_high=0.15)
+        lengths = np.array([3, 5, 2, 4, 1])
+        scored = np.array([True, True, False, True, True])
+        by_completion = token_weights(lengths, scored, loss_type, 6)
+        advantages = random.standard_normal(5)
+        tokens = [random.standard_normal((4, n)) * 0.4 for n in lengths]
+
+        def laid(rows: list[list[int]], width: int) -> Any:
+            owners = np.full((len(rows), width), -1)
+            fields = np.zeros((4, len(rows), width), np.float32)
+            for row, members in enumerate(rows):
+                start = 0
+                for i in members:
+                    slots = slice(start, start := start + lengths[i])
+                    owners[row, slots], fields[:, row, slots] = i, tokens[i]
+            is_token = owners >= 0
+
+            def of(logps: jax.Array) -> tuple[jax.Array, LossTerms]:
+                terms = loss(
+                    config,
+                    logps=logps,
+                    old_logps=fields[1],
+                    ref_logps=fields[2],
+                    entropy=fields[3],
+                    advantages=np.where(is_token, advantages[owners], 0),
+                    weights=np.where(is_token, by_completion[owners], 0),
+                    owners=owners,
+                )
+                return terms.loss, terms
+
+            (_, terms), gradient = jax.value_and_grad(of, has_aux=True)(jnp.asarray(fields[0]))
+            return terms, [np.asarray(gradient)[owners == i] for i in range(5)]
+
+        terms, gradients = laid([[i] for i in range(5)], 5)
+        packed, packed_gradients = laid([[1, 0], [3, 2, 4]], 9)
+        np.testing.assert_allclose(packed, terms, rtol=1e-5)
+        assert int(terms.clipped_sum) > 0 and int(terms.token_count) == 3 + 5 + 4 + 1
+        for one, other in zip(gradients, packed_gradients, strict=True):
+            np.testing.assert_allclose(other, one, rtol=1e-5, atol=1e-7)
+        assert not gradients[2].any()
+
+    def test_without_a_reference_there_is_no_penalty(self) -> None:
+        values = {
+            "logps": [[-1.0, -2.0]],
+            "old_logps": [[-1.1, -2.0]],
+            "advantages": [1.0],
+            "weights": [[0.5, 0.5]],
+        }
+        with_reference = loss(PLAIN, **values, ref_logps=[[-3.0, -0.5]])
+        without = _compiled(
+            TokenLogps(jnp.array(values["logps"]), jnp.zeros((1, 2))),
+            jnp.array(values["old_logps"]),
+            None,
+            jnp.ones((1, 2)),
+            jnp.array(values["weights"]),
+            jnp.zeros((1, 2), int),
+            PLAIN,
+        )
+        assert float(without.loss) == float(with_reference.loss)
+        assert float(without.kl_sum) == 0 < float(with_reference.kl_sum)
 
     def test_what_stands_at_padding_does_not_matter(self) -> None:
         weights = [[0.5, 0.5, 0.0, 0.0]]
@@ -369,7 +443,7 @@ class TestAgainstTunix:
 
     def ours(self, tables: dict[str, jax.Array], config: GrpoConfig) -> Any:
         mask = self.COMPLETIONS != 0
-        weights = token_weights(mask, np.ones(3, bool), config.loss_type, 4)
+        weights = token_weights(mask.sum(1), np.ones(3, bool), config.loss_type, 4)
 
         def of(table: jax.Array) -> tuple[jax.Array, LossTerms]:
             terms = loss(
@@ -378,7 +452,7 @@ class TestAgainstTunix:
                 old_logps=self.logps(tables["old"]),
                 ref_logps=self.logps(tables["ref"]),
                 advantages=self.ADVANTAGES,
-                weights=weights,
+                weights=mask * weights[:, None],
             )
             return terms.loss, terms
 
