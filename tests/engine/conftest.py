@@ -28,9 +28,11 @@ from gemma2_grpo.config import (
 )
 from gemma2_grpo.engine.learner import Completions, Learner
 from gemma2_grpo.engine.lora import add_lora
+from gemma2_grpo.engine.loss import group_advantages
 from gemma2_grpo.engine.model import load_weights, make_mesh
 from gemma2_grpo.engine.sampling import Sampling
 from gemma2_grpo.engine.tokenizer import Tokenizer, load_tokenizer
+from gemma2_grpo.engine.update import UpdateMetrics
 from gemma2_grpo.task.data import Example
 
 EMBEDDED = Path(str(resources.files("gemma2_grpo") / "assets" / "tiny-gemma2"))
@@ -264,6 +266,23 @@ def random_completions(tokenizer: Tokenizer) -> Callable[..., Completions]:
         return Completions([tokenizer.decode(row) for row in tokens], tokens, truncated)
 
     return draw
+
+
+@pytest.fixture(scope="session")
+def learn() -> Callable[..., list[UpdateMetrics]]:
+    """What a step does with completions once they are scored: rewards are [B, G]."""
+
+    def learn(
+        learner: Learner, prompts: list[str], completions: Completions, rewards: np.ndarray
+    ) -> list[UpdateMetrics]:
+        grpo = learner.config.grpo
+        advantages = group_advantages(rewards, scale_by_std=grpo.loss_type != "drgrpo")
+        chosen = np.ones(len(prompts), bool) if grpo.beta else ~advantages.is_uniform
+        packed = learner.pack(prompts, completions, chosen)
+        references = learner.updater.reference_logps(packed) if grpo.beta else None
+        return learner.update(packed, references, completions, advantages)
+
+    return learn
 
 
 @pytest.fixture(scope="session")

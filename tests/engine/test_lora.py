@@ -20,11 +20,11 @@ from tunix.models.gemma import model as gemma
 
 from gemma2_grpo.config import Config, ModelConfig, UserError
 from gemma2_grpo.engine.export import check_adapter, load_adapter, merge_lora, save_adapter
-from gemma2_grpo.engine.forward import Network, Weights, completion_logps, split_model
+from gemma2_grpo.engine.forward import Network, Weights, run_from_start, split_model, token_logps
 from gemma2_grpo.engine.learner import Completions, Learner
 from gemma2_grpo.engine.lora import adapter_size, add_lora
-from gemma2_grpo.engine.loss import group_advantages
 from gemma2_grpo.engine.model import load_weights, make_mesh
+from gemma2_grpo.engine.update import UpdateMetrics
 from gemma2_grpo.task.data import Example
 from gemma2_grpo.task.prompts import render_prompt
 
@@ -190,6 +190,7 @@ class TestGradients:
         config: Config,
         examples: list[Example],
         random_completions: Callable[..., Completions],
+        learn: Callable[..., list[UpdateMetrics]],
     ) -> None:
         policy = make_policy()
         tokens = np.random.default_rng(0).integers(3, 496, (3, 18)).astype(np.int32)
@@ -204,9 +205,8 @@ class TestGradients:
 
         learner = make_learner(config, policy)
         prompts = [render_prompt(example.question) for example in examples[:2]]
-        advantages = group_advantages(np.array([[0.0, 1, 2, 3], [3, 1, 0, 1]]), scale_by_std=True)
-        batch = learner.micro_batches(prompts, random_completions(8, 12, seed=0), advantages)
-        learner.updater.update(batch)
+        rewards = np.array([[0.0, 1, 2, 3], [3, 1, 0, 1]])
+        learn(learner, prompts, random_completions(8, 12, seed=0), rewards)
         after = self.of(policy, tokens)
         for name, gradient in after.items():
             assert abs(gradient).max() > 1e-5, name
@@ -223,16 +223,12 @@ class TestGradients:
 @jax.jit(static_argnames="network")
 def _gradient(network: Network, weights: Weights, tokens: jax.Array) -> nnx.State:
     def loss(lora: nnx.State) -> jax.Array:
-        logps = completion_logps(
-            network,
-            Weights(lora, weights.base),
-            tokens,
-            jnp.full(len(tokens), 8),
-            tokens[:, 8:],
-            temperature=1.0,
-            chunk_tokens=10,
-        ).logps
-        return logps.mean()
+        policy = Weights(lora, weights.base)
+        hidden, _ = run_from_start(network, policy, tokens[:, :-1])
+        found = token_logps(
+            *(network, policy, hidden, tokens[:, 1:]), temperature=1.0, chunk_tokens=10
+        )
+        return found.logps.mean()
 
     return jax.grad(loss)(weights.lora)
 
