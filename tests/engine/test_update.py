@@ -1,9 +1,9 @@
-"""Updates are those of the textbook, however the batch is cut and wherever it lies."""
+"""Updates are those of the textbook, however the batch is cut and packed and wherever it lies."""
 
 import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cache
+from functools import partial
 from typing import Any
 
 import jax
@@ -16,30 +16,23 @@ from jax.sharding import Mesh
 from tunix.generate.sampler import CacheConfig, Sampler
 from tunix.models.gemma import model as gemma
 from tunix.rl import common
-from tunix.rl.rl_cluster import RLTrainingConfig
 from tunix.rl.rollout.base_rollout import CacheConfig as RolloutCacheConfig
 from tunix.rl.rollout.vanilla_rollout import VanillaRollout
-from tunix.rl.trainer import Trainer
 
 from gemma2_grpo.config import Config, OptimizerConfig
-from gemma2_grpo.engine.forward import Network, Weights, completion_logps, split_model
+from gemma2_grpo.engine.forward import Network, split_model
 from gemma2_grpo.engine.learner import Completions, Learner, Stream
 from gemma2_grpo.engine.lora import add_lora
 from gemma2_grpo.engine.loss import Advantages, group_advantages
 from gemma2_grpo.engine.model import with_remat
-from gemma2_grpo.engine.rollout import pad_left
 from gemma2_grpo.engine.tokenizer import Tokenizer
-from gemma2_grpo.engine.update import (
-    MicroBatch,
-    Updater,
-    learning_rate_schedule,
-    make_optimizer,
-)
+from gemma2_grpo.engine.update import UpdateMetrics, learning_rate_schedule, make_optimizer
 from gemma2_grpo.task.data import Example
 from gemma2_grpo.task.prompts import render_prompt
 
 GROUP, LIMIT, LENGTH = 4, 12, 40
 Adapters = Callable[[gemma.Gemma], dict[str, np.ndarray]]
+Learn = Callable[..., list[UpdateMetrics]]
 
 
 @dataclass(frozen=True)
@@ -57,22 +50,17 @@ class Rollouts:
         )
         return Rollouts(self.prompts[:count], completions, self.rewards[:count])
 
-    def batches(self, learner: Learner) -> list[MicroBatch]:
-        advantages = group_advantages(self.rewards, scale_by_std=True)
-        return learner.micro_batches(self.prompts, self.completions, advantages)
-
-
-@pytest.fixture(scope="module")
-def cutter(make_learner: Callable[..., Learner], config: Config) -> Learner:
-    """Cuts rollouts into micro-batches, and is never updated."""
-    return make_learner(config)
+    @property
+    def given(self) -> tuple[list[str], Completions, np.ndarray]:
+        return self.prompts, self.completions, self.rewards
 
 
 @pytest.fixture(scope="module")
 def rollouts(examples: list[Example], random_completions: Callable[..., Completions]) -> Rollouts:
-    """Eight prompts of four completions; one of them could not be scored."""
+    """Eight prompts of four completions. One of them has no score, and one group equal ones."""
     rewards = np.random.default_rng(2).random((8, GROUP))
     rewards[1, 2] = np.nan
+    rewards[2] = 0.25
     return Rollouts(
         [render_prompt(example.question) for example in examples],
         random_completions(8 * GROUP, LIMIT, seed=3),
@@ -80,49 +68,50 @@ def rollouts(examples: list[Example], random_completions: Callable[..., Completi
     )
 
 
-@cache
-def _compiled(temperature: float) -> Any:
-    """Log-probabilities, and loss with gradient, of one row by way of all its logits."""
-
-    def logps(network: Network, lora: Any, base: Any, row: Any) -> tuple[jax.Array, jax.Array]:
-        tokens, start, completion = row
-        length = len(tokens)
-        model = nnx.merge(network.graphdef, lora, base)
-        mask = jnp.tri(length, dtype=bool)[None]
-        logits, _ = model(tokens[None], jnp.arange(length)[None], None, mask)
-        everything = jax.nn.log_softmax(logits[0] / temperature)
-        predicted = everything[start - 1 + jnp.arange(len(completion))]
-        chosen = jnp.take_along_axis(predicted, completion[:, None], axis=1)[:, 0]
-        return chosen, -(jnp.exp(predicted) * predicted).sum(axis=-1)
-
-    def loss(lora: Any, network: Network, base: Any, row: Any, given: Any) -> jax.Array:
-        old, ref, advantage, is_token, weight, beta = given
-        now, _ = logps(network, lora, base, row)
-        ratio = jnp.exp(now - old)
-        gain = jnp.minimum(ratio * advantage, jnp.clip(ratio, 0.8, 1.2) * advantage)
-        kl = jnp.exp(ref - now) - (ref - now) - 1
-        return weight * jnp.sum(jnp.where(is_token, -gain + beta * kl, 0.0))
-
-    return (
-        jax.jit(logps, static_argnums=0),
-        jax.jit(jax.value_and_grad(loss), static_argnums=1),
-    )
+def plain_logps(network: Network, lora: Any, base: Any, row: Any, temperature: Any) -> Any:
+    """Log-probabilities and entropy of one completion by way of all logits of its sequence."""
+    tokens, start, completion = row
+    length = len(tokens)
+    model = nnx.merge(network.graphdef, lora, base)
+    mask = jnp.tri(length, dtype=bool)[None]
+    logits, _ = model(tokens[None], jnp.arange(length)[None], None, mask)
+    everything = jax.nn.log_softmax(logits[0] / temperature)
+    predicted = everything[start - 1 + jnp.arange(len(completion))]
+    chosen = jnp.take_along_axis(predicted, completion[:, None], axis=1)[:, 0]
+    return chosen, -(jnp.exp(predicted) * predicted).sum(axis=-1)
 
 
+def plain_loss(
+    lora: Any, network: Network, base: Any, row: Any, temperature: Any, given: Any, loss_type: str
+) -> jax.Array:
+    """The objective of one completion as the papers write it."""
+    old, ref, advantage, is_token, scale, beta, low, high = given
+    now, _ = plain_logps(network, lora, base, row, temperature)
+    count = is_token.sum()
+    ratio = jnp.exp(now - old)
+    if loss_type == "gspo":
+        ratio = jnp.exp(jnp.where(is_token, now - old, 0).sum() / count)
+    gain = jnp.minimum(ratio * advantage, jnp.clip(ratio, 1 - low, 1 + high) * advantage)
+    kl = jnp.exp(ref - now) - (ref - now) - 1
+    total = jnp.where(is_token, -gain + beta * kl, 0.0).sum()
+    return scale * total
+
+
+compiled_logps = jax.jit(plain_logps, static_argnums=0)
+compiled_loss = jax.jit(jax.grad(plain_loss), static_argnums=1, static_argnames="loss_type")
 # Policies on one base have the same static half; programs are compiled per object.
-_networks: dict[str, Network] = {}
+networks: dict[str, Network] = {}
 
 
 class Textbook:
-    """GRPO as its paper writes it, row by row, with plain gradient descent."""
+    """GRPO completion by completion, with plain gradient descent and Tunix's own attention."""
 
     def __init__(
         self, policy: gemma.Gemma, tokenizer: Tokenizer, rollouts: Rollouts, config: Config
     ) -> None:
-        self.logps, self.gradient = _compiled(config.rollout.temperature)
-        self.beta = config.grpo.beta
+        self.config = config
         network, (lora, self.base) = split_model(policy)
-        self.network = _networks.setdefault("policy", network)
+        self.network = networks.setdefault("policy", network)
         self.lora = jax.tree.map(jnp.copy, lora)
         self.rows, self.is_token, self.advantages = [], [], []
         for i, completion in enumerate(rollouts.completions.tokens):
@@ -131,7 +120,8 @@ class Textbook:
             if np.isnan(reward):
                 continue
             known = group[~np.isnan(group)]
-            self.advantages.append((reward - known.mean()) / (known.std(ddof=1) + 1e-6))
+            deviation = 1.0 if config.grpo.loss_type == "drgrpo" else known.std(ddof=1) + 1e-6
+            self.advantages.append((reward - known.mean()) / deviation)
             prompt = tokenizer.encode(rollouts.prompts[i // GROUP])
             tokens = np.zeros(LENGTH, np.int32)
             tokens[: len(prompt) + len(completion)] = [*prompt, *completion]
@@ -141,24 +131,34 @@ class Textbook:
         self.ref = [self.now(row, jax.tree.map(jnp.zeros_like, self.lora))[0] for row in self.rows]
 
     def now(self, row: Any, lora: Any = None) -> tuple[jax.Array, jax.Array]:
-        return self.logps(self.network, self.lora if lora is None else lora, self.base, row)
+        lora = self.lora if lora is None else lora
+        return compiled_logps(self.network, lora, self.base, row, self.config.rollout.temperature)
 
-    def descend(self, iterations: int, learning_rate: float) -> dict[str, np.ndarray]:
+    def scale(self, index: int) -> float:
+        """What the sum over the tokens of a completion is multiplied by."""
+        count, tokens = len(self.rows), sum(mask.sum() for mask in self.is_token)
+        return {
+            "grpo": 1 / self.is_token[index].sum() / count,
+            "gspo": 1 / self.is_token[index].sum() / count,
+            "token_mean": 1 / tokens,
+            "drgrpo": 1 / LIMIT / count,
+        }[self.config.grpo.loss_type]
+
+    def descend(self, learning_rate: float) -> dict[str, np.ndarray]:
         """The gradient of the last iteration."""
+        grpo = self.config.grpo
         old = [self.now(row)[0] for row in self.rows]
-        for _ in range(iterations):
+        for _ in range(grpo.num_iterations):
             total = jax.tree.map(jnp.zeros_like, self.lora)
             for i, row in enumerate(self.rows):
-                weight = 1 / self.is_token[i].sum() / len(self.rows)
-                given = (
-                    old[i],
-                    self.ref[i],
-                    self.advantages[i],
-                    self.is_token[i],
-                    weight,
-                    self.beta,
+                high = grpo.epsilon if grpo.epsilon_high is None else grpo.epsilon_high
+                given = (old[i], self.ref[i], self.advantages[i], self.is_token[i])
+                constants = (self.scale(i), grpo.beta, grpo.epsilon, high)
+                gradient = compiled_loss(
+                    *(self.lora, self.network, self.base, row, self.config.rollout.temperature),
+                    (*given, *constants),
+                    loss_type="gspo" if grpo.loss_type == "gspo" else "grpo",
                 )
-                _, gradient = self.gradient(self.lora, self.network, self.base, row, given)
                 total = jax.tree.map(jnp.add, total, gradient)
             self.lora = jax.tree.map(lambda x, g: x - learning_rate * g, self.lora, total)
         return by_path(total)
@@ -181,87 +181,128 @@ def descent(learning_rate: float) -> optax.GradientTransformation:
     )
 
 
-def last_gradient(trainer: Trainer) -> dict[str, np.ndarray]:
+def last_gradient(learner: Learner) -> dict[str, np.ndarray]:
     found = {}
-    for path, value in by_path(nnx.state(trainer.optimizer)).items():
+    for path, value in by_path(nnx.state(learner.cluster.actor_trainer.optimizer)).items():
         if "lora" in path:
             found[path[path.index("layers") :]] = value
     return found
 
 
+def check_close(actual: dict[str, np.ndarray], expected: dict[str, np.ndarray]) -> None:
+    """Within 1e-5 of the norm of each tensor."""
+    assert actual.keys() == expected.keys() and len(actual) == 24
+    for name, gradient in expected.items():
+        error = np.linalg.norm(actual[name] - gradient) / np.linalg.norm(gradient)
+        assert error < 1e-5, (name, error)
+
+
 @pytest.fixture
 def descending(
-    base: gemma.Gemma, mesh: Mesh, make_policy: Callable[..., gemma.Gemma]
-) -> Callable[[Config, float], tuple[Updater, Trainer]]:
-    """Makes an updater that descends the plain gradient of a policy with drawn adapters."""
+    monkeypatch: pytest.MonkeyPatch,
+    base: gemma.Gemma,
+    mesh: Mesh,
+    tokenizer: Tokenizer,
+    make_policy: Callable[..., gemma.Gemma],
+) -> Callable[..., Learner]:
+    """Makes a learner that descends the plain gradient of a policy with drawn adapters."""
 
-    def make(config: Config, learning_rate: float) -> tuple[Updater, Trainer]:
-        optimizer = descent(learning_rate)
-        trainer = Trainer(
-            model=make_policy(filled=5, scale=0.05),
-            optimizer=optimizer,
-            training_config=RLTrainingConfig(actor_optimizer=optimizer, eval_every_n_steps=1000),
-            custom_checkpoint_metadata_fn=dict,
+    def make(config: Config, learning_rate: float) -> Learner:
+        monkeypatch.setattr(
+            "gemma2_grpo.engine.learner.make_optimizer", lambda *_: descent(learning_rate)
         )
-        return Updater(trainer, base, config, mesh), trainer
+        return Learner(config, make_policy(filled=5, scale=0.05), base, tokenizer, mesh)
 
     return make
 
 
+# Each with a completion without a score and a group of equal rewards, which has a penalty only.
+CASES: dict[str, tuple[float, dict[str, Any]]] = {
+    "one iteration": (0.1, {}),
+    "three iterations": (0.002, {"num_iterations": 3}),
+    "three that clip, one prompt at a time": (
+        0.05,
+        {"num_iterations": 3, "micro_batch_tokens": 28, "remat": "block", "temperature": 1.0},
+    ),
+    "gspo": (
+        0.05,
+        {
+            "num_iterations": 2,
+            "loss_type": "gspo",
+            "epsilon": 0.02,
+            "epsilon_high": 0.03,
+            "micro_batch_tokens": 200,
+        },
+    ),
+    "token_mean": (
+        0.05,
+        {
+            "num_iterations": 2,
+            "loss_type": "token_mean",
+            "epsilon": 0.05,
+            "remat": "decoder",
+            "logprob_chunk_tokens": 1,
+        },
+    ),
+    "drgrpo without a penalty": (
+        0.3,
+        {
+            "num_iterations": 2,
+            "loss_type": "drgrpo",
+            "beta": 0.0,
+            "epsilon": 0.05,
+            "logprob_chunk_tokens": 128,
+            "micro_batch_tokens": 200,
+        },
+    ),
+}
+
+
 class TestTextbook:
-    @pytest.mark.parametrize(
-        ("iterations", "learning_rate", "clips"),
-        [(1, 0.1, False), (3, 0.002, False), (3, 0.05, True)],
-    )
+    @pytest.mark.parametrize("case", CASES)
     def test_gradient(
         self,
-        iterations: int,
-        learning_rate: float,
-        clips: bool,
-        descending: Callable[..., tuple[Updater, Trainer]],
-        cutter: Learner,
+        case: str,
+        descending: Callable[..., Learner],
         config: Config,
         changed: Callable[..., Config],
         tokenizer: Tokenizer,
         rollouts: Rollouts,
+        learn: Learn,
     ) -> None:
-        config = changed(config, num_iterations=iterations)
-        chosen = rollouts.first(2)
-        updater, trainer = descending(config, learning_rate)
-        textbook = Textbook(trainer.model, tokenizer, chosen, config)
-        batches = chosen.batches(cutter)
-        assert len(batches) == 2
-        metrics = updater.update(batches)
-        assert len(metrics) == iterations
-        assert metrics[0].clip_fraction == 0
-        assert (metrics[-1].clip_fraction > 0.1) == clips
+        learning_rate, changes = CASES[case]
+        config = changed(config, **changes)
+        chosen = rollouts.first(3)
+        learner = descending(config, learning_rate)
+        textbook = Textbook(learner.policy, tokenizer, chosen, config)
+        metrics = learn(learner, *chosen.given)
+        assert len(metrics) == config.grpo.num_iterations
+        assert metrics[0].clip_fraction == 0 and metrics[0].max_ratio == 1
+        clips = config.grpo.num_iterations > 1 and learning_rate > 0.01
+        assert (metrics[-1].clip_fraction > 0.05) == clips
+        references = learner.updater._reference_logps._cache_size()
+        assert (references > 0) == (config.grpo.beta > 0)
 
-        expected = textbook.descend(iterations, learning_rate)
-        actual = last_gradient(trainer)
-        assert actual.keys() == expected.keys() and len(actual) == 24
-        for name, gradient in expected.items():
-            error = np.linalg.norm(actual[name] - gradient) / np.linalg.norm(gradient)
-            print(name, error)
-            assert error < 1e-5, name
+        expected = textbook.descend(learning_rate)
+        check_close(last_gradient(learner), expected)
         norm = np.sqrt(sum((gradient**2).sum() for gradient in expected.values()))
         assert metrics[-1].grad_norm == pytest.approx(norm, rel=1e-5)
+        lora = by_path(nnx.state(learner.policy, nnx.LoRAParam))
         for name, value in by_path(textbook.lora).items():
-            np.testing.assert_allclose(
-                by_path(nnx.state(trainer.model, nnx.LoRAParam))[name], value, atol=2e-5
-            )
+            np.testing.assert_allclose(lora[name], value, atol=2e-5)
 
     def test_metrics(
         self,
-        descending: Callable[..., tuple[Updater, Trainer]],
-        cutter: Learner,
+        descending: Callable[..., Learner],
         config: Config,
         tokenizer: Tokenizer,
         rollouts: Rollouts,
+        learn: Learn,
     ) -> None:
-        chosen = rollouts.first(2)
-        updater, trainer = descending(config, 0.1)
-        textbook = Textbook(trainer.model, tokenizer, chosen, config)
-        (metrics,) = updater.update(chosen.batches(cutter))
+        chosen = rollouts.first(3)
+        learner = descending(config, 0.1)
+        textbook = Textbook(learner.policy, tokenizer, chosen, config)
+        (metrics,) = learn(learner, *chosen.given)
         kl, entropy, loss, tokens = 0.0, 0.0, 0.0, 0
         for i, row in enumerate(textbook.rows):
             mask = textbook.is_token[i]
@@ -286,15 +327,16 @@ class TestRatio:
         config: Config,
         changed: Callable[..., Config],
         rollouts: Rollouts,
+        learn: Learn,
     ) -> None:
         config = changed(config, num_iterations=3, temperature=0.7, learning_rate=3e-3)
         learner = make_learner(config, make_policy(filled=5))
-        first, *others = learner.updater.update(rollouts.first(2).batches(learner))
+        first, *others = learn(learner, *rollouts.first(2).given)
         assert first.max_ratio == 1.0
         assert first.clip_fraction == 0.0
         assert all(other.max_ratio > 1.01 for other in others)
         # Of the next batch as well, although the policy has moved.
-        again = learner.updater.update(rollouts.first(2).batches(learner))
+        again = learn(learner, *rollouts.first(2).given)
         assert again[0].max_ratio == 1.0
 
     def test_is_not_in_stock_tunix_at_other_temperatures(
@@ -306,7 +348,7 @@ class TestRatio:
         engine = VanillaRollout(base, tokenizer, size)
         chosen = rollouts.first(2)
         ids = [tokenizer.encode(prompt) for prompt in chosen.prompts for _ in range(GROUP)]
-        prompts = jnp.asarray(pad_left(ids, 28, 0))
+        prompts = jnp.asarray([[0] * (28 - len(row)) + row for row in ids])
         rows = chosen.completions.tokens
         completions = np.stack([np.pad(row, (0, LIMIT - len(row))) for row in rows])
         old = engine.get_per_token_logps(prompts, jnp.asarray(completions))
@@ -325,84 +367,42 @@ class TestRatio:
         assert np.mean(abs(ratios[0.7] - 1) > 0.2) > 0.5
 
 
-class TestMicroBatches:
-    def test_one_by_eight_is_eight_by_one(
+class TestGroupsThatTeachNothing:
+    def test_are_left_out_without_a_penalty(
         self,
         make_learner: Callable[..., Learner],
         config: Config,
         changed: Callable[..., Config],
         rollouts: Rollouts,
-        adapters: Adapters,
     ) -> None:
-        results = []
-        for size in (1, 8):
-            learner = make_learner(
-                changed(config, prompts_per_step=8, prompts_per_micro_batch=size)
-            )
-            batches = rollouts.batches(learner)
-            assert len(batches) == 8 // size
-            metrics = [learner.updater.update(batches)[0] for _ in range(2)]
-            results.append((metrics, adapters(learner.cluster.actor_trainer.model)))
-        (one, weights), (other, other_weights) = results
-        for a, b in zip(one, other, strict=True):
-            np.testing.assert_allclose(a, b, rtol=2e-5, atol=1e-6)
-        for name, value in weights.items():
-            np.testing.assert_allclose(other_weights[name], value, atol=1e-6, err_msg=name)
-            assert value.any()
-
-    def test_rows_by_hand(self, cutter: Learner, tokenizer: Tokenizer) -> None:
-        tokens = [np.array(row, np.int32) for row in ([5, 107], [6], [7, 8, 107], [9])]
-        completions = Completions([""] * 4, tokens, np.array([False, True, False, True]))
-        advantages = group_advantages(np.array([[1.0, 0, np.nan, 2]]), scale_by_std=False)
-        prompt = "<bos>7 apples"
-        (batch,) = cutter.micro_batches([prompt], completions, advantages)
-        ids = tokenizer.encode(prompt)
-        assert batch.tokens.shape == (4, LENGTH)
-        assert batch.prompt_lengths.tolist() == [len(ids)] * 4
-        for i, row in enumerate(tokens):
-            padding = LENGTH - len(ids) - len(row)
-            assert batch.tokens[i].tolist() == [*ids, *row, *[0] * padding]
-            assert batch.completion_ids[i].tolist() == [*row, *[0] * (LIMIT - len(row))]
-        assert batch.advantages.tolist() == [0, -1, 0, 1]
-        # Three completions count; the end of the turn is a token like any other.
-        expected = np.zeros((4, LIMIT), np.float32)
-        expected[0, :2], expected[1, 0], expected[3, 0] = 1 / 6, 1 / 3, 1 / 3
-        np.testing.assert_allclose(batch.weights, expected)
-
-    def test_groups_that_teach_nothing_are_left_out(
-        self,
-        make_learner: Callable[..., Learner],
-        cutter: Learner,
-        config: Config,
-        changed: Callable[..., Config],
-        rollouts: Rollouts,
-        adapters: Adapters,
-    ) -> None:
+        """They get no row, and with a penalty they do; nothing pulls on one without a score."""
         chosen = rollouts.first(3)
-        chosen = dataclasses.replace(chosen, rewards=chosen.rewards.copy())
-        chosen.rewards[0], chosen.rewards[1] = 0.5, np.nan
-        # The penalty pulls on groups of equal rewards too; nothing does on one without a score.
-        batches = chosen.batches(cutter)
-        assert len(batches) == 2
-        assert batches[0].advantages.tolist() == [0] * 4
+        learner = make_learner(changed(config, beta=0.0))
+        uniform = group_advantages(chosen.rewards, scale_by_std=True).is_uniform
+        assert uniform.tolist() == [False, False, True]
+        for wanted, owners in [(~uniform, range(8)), (np.ones(3, bool), range(12))]:
+            packed = learner.pack(chosen.prompts, chosen.completions, wanted)
+            found = [np.asarray(micro.owners) for batch in packed for micro in batch.micro]
+            assert np.unique(np.concatenate(found)).tolist() in ([-1, *owners], [*owners])
+            # Two prompts of 28 tokens at a time, and four rows of 12.
+            assert [len(batch.prompts) for batch in packed] == [2, 1][: len(packed)]
+            assert all(rows.shape[1] == 12 and len(rows) <= 4 for rows in found)
 
-        config = changed(config, beta=0.0)
-        learner = make_learner(config)
-        batches = chosen.batches(learner)
-        assert len(batches) == 1
-        assert batches[0].advantages.all()
-        learner.updater.update(batches)
-
-        advantages = group_advantages(chosen.rewards, scale_by_std=True)
-        everything = advantages._replace(is_uniform=np.zeros(3, bool))
-        other = make_learner(config)
-        batches = other.micro_batches(chosen.prompts, chosen.completions, everything)
-        assert len(batches) == 3
-        other.updater.update(batches)
-        for name, value in adapters(learner.cluster.actor_trainer.model).items():
-            np.testing.assert_allclose(
-                adapters(other.cluster.actor_trainer.model)[name], value, atol=1e-7
-            )
+    def test_equal_rewards_without_penalty_change_nothing(
+        self,
+        make_learner: Callable[..., Learner],
+        make_policy: Callable[..., gemma.Gemma],
+        config: Config,
+        changed: Callable[..., Config],
+        rollouts: Rollouts,
+        learn: Learn,
+    ) -> None:
+        learner = make_learner(changed(config, beta=0.0, weight_decay=0.1), make_policy(filled=1))
+        before = jax.device_get(learner.state())
+        for rewards in (np.full((2, GROUP), 0.3), np.full((2, GROUP), np.nan)):
+            prompts, completions, _ = rollouts.first(2).given
+            assert learn(learner, prompts, completions, rewards) == []
+        jax.tree.map(np.testing.assert_array_equal, before, jax.device_get(learner.state()))
 
 
 class TestWhatIsLearned:
@@ -430,26 +430,8 @@ class TestWhatIsLearned:
         advantages = Advantages(
             np.array([[1.0, 0, 0, 0]], np.float32), np.ones((1, 4), bool), np.array([False])
         )
-        learner.updater.update(learner.micro_batches([prompt], completions, advantages))
+        learner.update(learner.pack([prompt], completions, [True]), None, completions, advantages)
         assert ending() > before + 0.01
-
-    def test_equal_rewards_without_penalty_change_nothing(
-        self,
-        make_learner: Callable[..., Learner],
-        make_policy: Callable[..., gemma.Gemma],
-        config: Config,
-        changed: Callable[..., Config],
-        examples: list[Example],
-    ) -> None:
-        learner = make_learner(changed(config, beta=0.0, weight_decay=0.1), make_policy(filled=1))
-        before = jax.device_get(learner.state())
-        result = learner.step(
-            0, examples[:2], lambda examples, texts: {"total": np.full(len(texts), 0.3)}
-        )
-        assert len(result.completions.texts) == len(result.examples) == 8
-        assert result.updates == []
-        assert result.advantages.is_uniform.all()
-        jax.tree.map(np.testing.assert_array_equal, before, jax.device_get(learner.state()))
 
     def test_a_gradient_that_is_no_number_changes_nothing(
         self,
@@ -457,13 +439,17 @@ class TestWhatIsLearned:
         make_policy: Callable[..., gemma.Gemma],
         config: Config,
         rollouts: Rollouts,
+        learn: Learn,
     ) -> None:
         learner = make_learner(config, make_policy(filled=1, scale=0.05))
-        batches = rollouts.first(2).batches(learner)
-        learner.updater.update(batches)
+        chosen = rollouts.first(2)
+        learn(learner, *chosen.given)
         before = jax.device_get(learner.state())
-        bad = batches[0]._replace(advantages=np.array([1.0, np.nan, 0, 0], np.float32))
-        (metrics,) = learner.updater.update([bad, batches[1]])
+        advantages = group_advantages(chosen.rewards, scale_by_std=True)
+        advantages.values[0, 1] = np.nan
+        packed = learner.pack(chosen.prompts, chosen.completions, [True, True])
+        references = learner.updater.reference_logps(packed)
+        (metrics,) = learner.update(packed, references, chosen.completions, advantages)
         assert not metrics.is_finite
         after = jax.device_get(learner.state())
         jax.tree.map(np.testing.assert_array_equal, before["lora"], after["lora"])
@@ -480,7 +466,7 @@ class TestWhatIsLearned:
         names = ("total_notfinite", "notfinite_count", "last_finite", "['step']")
         assert all(any(name in key for name in names) for key in changes)
         assert next(v for k, v in changes.items() if "total_notfinite" in k) == (0, 1)
-        (metrics,) = learner.updater.update(batches)
+        (metrics,) = learn(learner, *chosen.given)
         assert metrics.is_finite
         assert not np.array_equal(
             jax.tree.leaves(after["lora"])[0], jax.tree.leaves(learner.state()["lora"])[0]
@@ -517,69 +503,17 @@ class TestWhatIsLearned:
         assert largest == pytest.approx(5e-4, rel=1e-2)
 
 
-@jax.jit(static_argnames=("network", "chunk_tokens"))
-def _logps_and_gradient(
-    network: Network, weights: Weights, batch: MicroBatch, chunk_tokens: int
-) -> Any:
-    def loss(lora: nnx.State) -> Any:
-        found = completion_logps(
-            network,
-            Weights(lora, weights.base),
-            *batch[:3],
-            temperature=0.7,
-            chunk_tokens=chunk_tokens,
-        )
-        return jnp.sum(batch.weights * found.logps), found
-
-    return jax.value_and_grad(loss, has_aux=True)(weights.lora)
-
-
-class TestMemory:
-    """What saves memory changes no value."""
-
-    @pytest.fixture(scope="class")
-    @classmethod
-    def batch(cls, cutter: Learner, rollouts: Rollouts) -> MicroBatch:
-        return rollouts.first(1).batches(cutter)[0]
-
-    @pytest.fixture(scope="class")
-    @classmethod
-    def policy(cls, make_policy: Callable[..., gemma.Gemma]) -> gemma.Gemma:
-        return make_policy(filled=5)
-
-    @pytest.fixture(scope="class")
-    @classmethod
-    def plain(cls, policy: gemma.Gemma, batch: MicroBatch) -> Any:
-        return _logps_and_gradient(*split_model(policy), batch, 128)
-
-    def test_chunks(self, policy: gemma.Gemma, batch: MicroBatch, plain: Any) -> None:
-        found = _logps_and_gradient(*split_model(policy), batch, 5)
-        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, 1e-5, 1e-5), found, plain)
-
-    @pytest.mark.parametrize("remat", ["block", "decoder"])
-    def test_remat(self, remat: Any, policy: gemma.Gemma, batch: MicroBatch, plain: Any) -> None:
-        network, weights = split_model(with_remat(policy, remat))
-        found = _logps_and_gradient(network, weights, batch, 128)
-        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, 1e-5, 1e-5), found, plain)
-        recomputed = str(
-            jax.make_jaxpr(lambda w: _logps_and_gradient(network, w, batch, 128))(weights)
-        ).count("prevent_cse")
-        kinds = {"block": 2 * 2, "decoder": 2}  # Two layers; chunks add one.
-        assert recomputed >= kinds[remat] + 1
-
-    def test_stock_sampling_breaks_under_remat(
-        self, base: gemma.Gemma, tokenizer: Tokenizer
-    ) -> None:
-        """Tunix's remat cannot be traced in its sampler, so that training and sampling need two
-        graphs over the same weights.
-        """
-        sampler = Sampler(
-            with_remat(base, "decoder"),
-            tokenizer,
-            CacheConfig(cache_size=48, num_layers=2, num_kv_heads=4, head_dim=8),
-        )
-        with pytest.raises(Exception, match="trace level"):
-            sampler(["<bos>7 apples"], 4, max_prompt_length=28)
+def test_stock_sampling_breaks_under_remat(base: gemma.Gemma, tokenizer: Tokenizer) -> None:
+    """Tunix's remat cannot be traced in its sampler, so that training and sampling need two
+    graphs over the same weights.
+    """
+    sampler = Sampler(
+        with_remat(base, "decoder"),
+        tokenizer,
+        CacheConfig(cache_size=48, num_layers=2, num_kv_heads=4, head_dim=8),
+    )
+    with pytest.raises(Exception, match="trace level"):
+        sampler(["<bos>7 apples"], 4, max_prompt_length=28)
 
 
 class TestOptimizer:
@@ -622,6 +556,7 @@ def test_losses_do_not_depend_on_the_mesh(
     adapters: Adapters,
     make_policy: Callable[..., gemma.Gemma],
     fill_adapters: Callable[..., None],
+    learn: Learn,
 ) -> None:
     config = changed(config, num_iterations=2)
     one = make_learner(config, make_policy(filled=5, scale=0.05))
@@ -631,8 +566,8 @@ def test_losses_do_not_depend_on_the_mesh(
     wide = Learner(changed(config, mesh_shape=(2, 4)), policy, wide_base, tokenizer, wide_mesh)
     chosen = rollouts.first(2)
     for _ in range(2):
-        expected = one.updater.update(chosen.batches(one))
-        actual = wide.updater.update(chosen.batches(wide))
+        expected = learn(one, *chosen.given)
+        actual = learn(wide, *chosen.given)
         np.testing.assert_allclose(actual, expected, rtol=1e-4, atol=1e-6)
     for name, value in adapters(one.cluster.actor_trainer.model).items():
         np.testing.assert_allclose(
