@@ -1,8 +1,10 @@
-from collections.abc import Mapping, Sequence
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import jax
 import numpy as np
+import pytest
 from jax.sharding import Mesh, NamedSharding
 from tunix.models.gemma import model as gemma
 
@@ -11,7 +13,9 @@ from gemma2_grpo.engine.checkpoint import restore_checkpoint, save_checkpoint
 from gemma2_grpo.engine.learner import Learner, Stream, fold_key
 from gemma2_grpo.engine.lora import add_lora
 from gemma2_grpo.engine.tokenizer import Tokenizer
+from gemma2_grpo.engine.update import UpdateMetrics
 from gemma2_grpo.task.data import Example
+from gemma2_grpo.task.prompts import render_prompt
 
 
 def by_length(_: Sequence[Example], texts: Sequence[str]) -> Mapping[str, np.ndarray]:
@@ -26,6 +30,61 @@ def test_keys_are_a_function_of_seed_stream_and_step() -> None:
     assert data(0, 1) == data(0, 1)
     different = {data(0, 1), data(0, 2), data(1, 1), data(0, 1, stream=Stream.EVAL), data(0, 1, 0)}
     assert len(different) == 5
+
+
+@pytest.fixture(scope="module")
+def stopping(
+    make_policy: Callable[..., gemma.Gemma],
+    base: gemma.Gemma,
+    tokenizer: Tokenizer,
+    config: Config,
+    mesh: Mesh,
+) -> Learner:
+    """A learner with so many stop tokens that some completions end; it is not trained."""
+    stopping = dataclasses.replace(tokenizer, stop_ids=(107, *range(200, 260)))
+    return Learner(config, make_policy(filled=3), base, stopping, mesh)
+
+
+def test_truncated_completions_are_flagged(stopping: Learner, examples: list[Example]) -> None:
+    prompts = [render_prompt(example.question) for example in examples[:4]]
+    completions = stopping.generate(prompts, 4, jax.random.key(0))
+    for row, truncated in zip(completions.tokens, completions.is_truncated, strict=True):
+        assert not set(row[:-1].tolist()) & set(stopping.tokenizer.stop_ids)
+        assert truncated == (row[-1] not in stopping.tokenizer.stop_ids)
+        assert not truncated or len(row) == 12
+    assert 2 < completions.is_truncated.sum() < 14
+    assert completions.lengths.tolist() == [len(row) for row in completions.tokens]
+
+    # One key is one outcome, and limits cut it off.
+    limits = [12, 3, 0, 1] * 4
+    again = stopping.generate(prompts, 4, jax.random.key(0), limits=limits)
+    for row, whole, limit, truncated in zip(
+        again.tokens, completions.tokens, limits, again.is_truncated, strict=True
+    ):
+        np.testing.assert_array_equal(row, whole[:limit])
+        assert truncated == (not len(row) or row[-1] not in stopping.tokenizer.stop_ids)
+    assert stopping.generate(prompts, 4, jax.random.key(0)).texts == completions.texts
+
+
+def test_a_step_learns_from_what_it_sampled(
+    make_learner: Callable[..., Learner],
+    config: Config,
+    examples: list[Example],
+    learn: Callable[..., list[UpdateMetrics]],
+    adapters: Callable[[gemma.Gemma], dict[str, np.ndarray]],
+) -> None:
+    """The update of a step is that of its completions and scores, in the order they are told."""
+    batch = examples[:2]
+    learner, other = make_learner(config), make_learner(config)
+    result = learner.step(3, batch, by_length)
+    assert result.examples == [batch[0]] * 4 + [batch[1]] * 4
+    prompts = [render_prompt(example.question) for example in batch]
+    key = fold_key(config.run.seed, Stream.TRAIN, 3)
+    assert other.generate(prompts, 4, key).texts == result.completions.texts
+    metrics = learn(other, prompts, result.completions, result.scores["total"].reshape(2, 4))
+    np.testing.assert_allclose(metrics, result.updates, rtol=1e-6)
+    for name, value in adapters(learner.policy).items():
+        np.testing.assert_array_equal(adapters(other.policy)[name], value)
 
 
 def test_a_run_resumes_on_several_devices(
