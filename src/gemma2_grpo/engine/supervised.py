@@ -14,11 +14,13 @@ from tunix.models.gemma import model as gemma
 
 from gemma2_grpo.engine.forward import (
     Network,
+    Remat,
     Weights,
     map_chunks,
+    network_of,
     output_logits,
     run_from_start,
-    split_model,
+    weights_of,
 )
 from gemma2_grpo.engine.model import batch_sharding, on_mesh
 
@@ -72,6 +74,7 @@ def train_supervised(
     pad_id: int,
     chunk_tokens: int = 128,
     train_base: bool = True,
+    remat: Remat = "none",
     on_step: Callable[[int, float], None] = lambda step, loss: None,
 ) -> None:
     """Trains the model in place, one update per batch.
@@ -85,9 +88,10 @@ def train_supervised(
         pad_id: Id of the padding token.
         chunk_tokens: Positions whose logits exist at one time.
         train_base: Train all weights; else only the adapters.
+        remat: What the backward pass recomputes instead of keeping.
         on_step: Called with the number of finished steps and the loss of the last.
     """
-    network, weights = split_model(model)
+    network, weights = network_of(model, remat), weights_of(model)
     trained, frozen = (weights.base, weights.lora) if train_base else weights
 
     def loss(trained: nnx.State, frozen: nnx.State, tokens: jax.Array, targets: jax.Array):

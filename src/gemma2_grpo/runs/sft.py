@@ -20,7 +20,6 @@ from gemma2_grpo.engine.model import (
     query_scale,
     random_weights,
     read_architecture,
-    with_remat,
 )
 from gemma2_grpo.engine.supervised import Row, train_supervised
 from gemma2_grpo.engine.tokenizer import Tokenizer, load_tokenizer
@@ -63,7 +62,6 @@ def sft(config: SftConfig, to: Path, *, display: Display | None = None) -> Path:
     else:
         base = load_weights(source, config.model.dtype, mesh)
     model = base if config.sft.train_base else add_lora(base, config.model, mesh, config.sft.seed)
-    trained = with_remat(model, config.model.remat)
     display.plan(
         {
             "model": f"{config.model.model}, {config.sft.init}",
@@ -75,7 +73,7 @@ def sft(config: SftConfig, to: Path, *, display: Display | None = None) -> Path:
     for name, steps, draw, optimizer in phases:
         with display.supervising(name, steps) as on_step:
             train_supervised(
-                trained,
+                model,
                 (draw(step) for step in range(steps)),
                 make_optimizer(optimizer, steps),
                 mesh,
@@ -83,10 +81,10 @@ def sft(config: SftConfig, to: Path, *, display: Display | None = None) -> Path:
                 pad_id=tokenizer.pad,
                 chunk_tokens=config.model.logprob_chunk_tokens,
                 train_base=config.sft.train_base,
+                remat=config.model.remat,
                 on_step=on_step,
             )
-    if not config.sft.train_base:
-        trained = merge_lora(trained, base, config.model)
+    trained = model if config.sft.train_base else merge_lora(model, base, config.model)
     scale = 1.0 if config.sft.init == "random" else query_scale(source)
     try:
         _write_model(to, source, trained, scale)
