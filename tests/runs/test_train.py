@@ -479,7 +479,7 @@ def write_rows(path: Path, rows: list[Any]) -> Path:
     ("row", "fault"),
     [
         ("{'question': 1}", "{0}:3: not valid JSON (Expecting property name enclosed in double "
-         "quotes: line 1 column 2 (char 1)); mend the line"),
+         "quotes: line 1 column 2 (char 1)); write one object a line"),
         ("[1]", "{0}:3: not a JSON object; write one with question and answer"),
         ({"question": "Who?"}, "{0}:3: field 'answer' is missing, blank or not text; fill it in"),
         (GOOD | {"question": " \n"},
