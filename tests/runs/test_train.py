@@ -25,6 +25,7 @@ from gemma2_grpo.engine import learner as learner_module
 from gemma2_grpo.engine.checkpoint import restore_checkpoint
 from gemma2_grpo.presets import load_config
 from gemma2_grpo.runs import session as session_module
+from gemma2_grpo.runs.run_directory import RunDirectory
 from gemma2_grpo.task.data import load_splits
 from gemma2_grpo.task.scoring import COMPONENTS, Scorer, load_reward
 
@@ -193,6 +194,21 @@ def test_short_data_cycles_by_epochs(straight_run):
     epochs = [drawn[i : i + 3] for i in range(0, 9, 3)]
     assert all(set(epoch) == set(epochs[0]) for epoch in epochs)
     assert all(drawn[i] != drawn[i + 1] for i in range(0, 10, 2)), "no step has a problem twice"
+
+
+def test_completions_are_written_all_at_once(
+    make_config, quiet_train: Train, tmp_path, monkeypatch
+):
+    """Opening the file for each of them takes seconds on a disk that is far away."""
+    append, written = RunDirectory.append, []
+
+    def spy(directory: RunDirectory, name: str, *records: Any) -> None:
+        append(directory, name, *records)
+        written.extend([len(records)] if name == "completions.jsonl" else [])
+
+    monkeypatch.setattr(RunDirectory, "append", spy)
+    quiet_train(make_config(run={"max_steps": 2}), tmp_path / "run")
+    assert written == [3, 8, 8, 3]
 
 
 # --- Resuming ---
