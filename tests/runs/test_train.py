@@ -4,6 +4,7 @@ import dataclasses
 import json
 import math
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -56,6 +57,9 @@ METRICS = {
     "update_seconds",
     "tokens_per_second",
     "seconds_left",
+    "compiled_programs",
+    "cached_programs",
+    "compile_seconds",
 }
 LOGS = ("metrics.jsonl", "completions.jsonl", "evaluations.jsonl")
 ADAPTER = "adapter/adapter.safetensors"
@@ -63,9 +67,9 @@ Train = Callable[..., str]
 
 
 def records(path: Path, name: str) -> list[dict[str, Any]]:
-    """Records of a log without the times it took."""
+    """Records of a log without what the machine did: times, and programs compiled."""
     lines = [json.loads(line) for line in (path / name).read_text().splitlines()]
-    return [{k: v for k, v in line.items() if "second" not in k} for line in lines]
+    return [{k: v for k, v in line.items() if not re.search("second|program", k)} for line in lines]
 
 
 def assert_same_run(path: Path, other: Path) -> None:
@@ -194,6 +198,24 @@ def test_short_data_cycles_by_epochs(straight_run):
     epochs = [drawn[i : i + 3] for i in range(0, 9, 3)]
     assert all(set(epoch) == set(epochs[0]) for epoch in epochs)
     assert all(drawn[i] != drawn[i + 1] for i in range(0, 10, 2)), "no step has a problem twice"
+
+
+def test_compiled_programs_are_counted_up(straight_run):
+    metrics = straight_run.records("metrics.jsonl")
+    for name in ("compiled_programs", "cached_programs", "compile_seconds"):
+        values = [record[name] for record in metrics]
+        assert values == sorted(values)
+    made = [record["compiled_programs"] + record["cached_programs"] for record in metrics]
+    assert made[0] > 0
+    assert made[2:] == made[2:3] * 3, "after the first measurement in between all are made"
+    said = re.findall(
+        r"^compiled (\d+) programs in \d+ s; (\d+) came from the cache at (.+)$",
+        straight_run.shown,
+        re.MULTILINE,
+    )
+    assert len(said) == 2, "after the first step, and at the end"
+    first = tuple(str(metrics[0][name]) for name in ("compiled_programs", "cached_programs"))
+    assert said[0] == (*first, os.environ["JAX_COMPILATION_CACHE_DIR"])
 
 
 def test_completions_are_written_all_at_once(

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from gemma2_grpo.engine.compilation import ProgramCount
 from gemma2_grpo.runs.display import Display
 from gemma2_grpo.runs.measure import measure
 from gemma2_grpo.runs.records import find_rises, step_record
@@ -28,6 +29,7 @@ class Run:
         directory: RunDirectory,
         scorer: Scorer,
         display: Display,
+        programs: ProgramCount,
     ) -> None:
         """Takes an open session and the directory that its run is written to."""
         self._config = session.config
@@ -35,6 +37,7 @@ class Run:
         self._directory = directory
         self._scorer = scorer
         self._display = display
+        self._programs = programs
         self._stop_signal: int | None = None
 
     def go(self) -> None:
@@ -54,6 +57,7 @@ class Run:
         }
         directory.finish(result)
         self._display.result(result)
+        self._display.note(str(self._programs))
         self._display.note(f"run directory: {directory.path}")
 
     def _measured(self, step: int, samples: int) -> dict[str, Any]:
@@ -92,13 +96,15 @@ class Run:
             for step in range(first, total):
                 if step and every and step % every == 0:
                     self._measured(step, 0)
-                record = self._step(step)
+                record = self._step(step) | self._programs.as_record()
                 done = step + 1
                 per_step = (time.perf_counter() - started) / (done - first)
                 record["seconds_left"] = per_step * (total - done)
                 self._directory.append("metrics.jsonl", record)
                 events(record)
                 show(record)
+                if step == first:
+                    self._display.note(str(self._programs))
                 is_due = done % config.run.checkpoint_every_steps == 0 or done == total
                 if is_due or self._stop_signal:
                     self._session.save(done)

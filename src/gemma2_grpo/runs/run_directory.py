@@ -21,6 +21,7 @@ from gemma2_grpo.presets import from_mapping, read_toml
 # Fields of [run] that change nothing that is computed.
 _FREE_FIELDS = (
     "checkpoint_every_steps",
+    "compilation_cache",
     "eval_every_steps",
     "keep_checkpoints",
     "sample_every_steps",
