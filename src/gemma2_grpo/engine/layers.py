@@ -111,13 +111,24 @@ def faster(model: gemma.Gemma, remat: Remat, *, are_merged: bool) -> gemma.Gemma
         are_merged: The base weights that the graph will be run with contain the adapters
             already; these are then only there for their gradients.
     """
-    kind = gemma.RematConfig[remat.upper()]
-    copy = nnx.merge(*nnx.split(model))
+    copy = with_remat(model, remat)
     for _, module in nnx.iter_graph(copy):
         if type(module) in _FASTER:
             # Past nnx, which would record the class as one more attribute.
             object.__setattr__(module, "__class__", _FASTER[type(module)])
             module.are_merged = are_merged
+    return copy
+
+
+def with_remat(model: gemma.Gemma, remat: Remat) -> gemma.Gemma:
+    """The same variables in a graph that recomputes activations as named.
+
+    Tunix fixes this when the model is built, but its remat cannot be traced while decoding, so
+    sampling and training need two graphs over one set of weights.
+    """
+    kind = gemma.RematConfig[remat.upper()]
+    copy = nnx.merge(*nnx.split(model))
+    for _, module in nnx.iter_graph(copy):
         if isinstance(module, gemma.Attention):
             module.remat_config = kind
         elif isinstance(module, gemma.Gemma | gemma.DecoderLayer | gemma.FeedForward):
