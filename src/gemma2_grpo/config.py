@@ -177,6 +177,8 @@ class RunConfig:
     sample_every_steps: int = 25
     """Show one completion every so many steps; 0 never."""
     tensorboard: bool = True
+    compilation_cache: bool = True
+    """Keep compiled programs for the next launch, in the user's cache directory."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -215,6 +217,8 @@ class SupervisedConfig:
     sloppy_learning_rate: float = 1e-3
     """Learning rate at the start of those steps; it decays to a twentieth."""
     seed: int = 0
+    compilation_cache: bool = True
+    """Keep compiled programs for the next launch, in the user's cache directory."""
 
 
 @dataclass(frozen=True, kw_only=True)

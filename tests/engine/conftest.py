@@ -25,6 +25,7 @@ from gemma2_grpo.config import (
     OptimizerConfig,
     RolloutConfig,
     RunConfig,
+    UserError,
 )
 from gemma2_grpo.engine.learner import Completions, Learner
 from gemma2_grpo.engine.lora import add_lora
@@ -86,6 +87,20 @@ def tiny_directory(
     goldens: ModuleType, tiny_values: dict[str, Any], tmp_path_factory: pytest.TempPathFactory
 ) -> Path:
     return goldens.write_model(tmp_path_factory.mktemp("models") / "tiny", tiny_values, seed=7)
+
+
+@pytest.fixture(scope="session")
+def refusal() -> Callable[..., str]:
+    """The one line with which a call refuses its arguments."""
+
+    def call(function: Callable[..., Any], *arguments: Any) -> str:
+        with pytest.raises(UserError) as caught:
+            function(*arguments)
+        message = str(caught.value)
+        assert "\n" not in message
+        return message
+
+    return call
 
 
 @pytest.fixture(scope="session")

@@ -112,21 +112,21 @@ def test_progress_counts_each_problem_once():
     assert done == [4, 3, 2, 2, 2, 1]
 
 
-def test_completions_are_handed_out_with_their_own_example():
+def test_completions_are_handed_out_in_the_order_of_their_examples():
     learner: Any = FakeLearner(eval_batch_prompts=4)
-    seen: list[tuple[Example, str, float]] = []
+    seen: list[tuple[str, float]] = []
     measure(
         learner,
         EXAMPLES,
         SCORE,
-        on_completion=lambda example, text, scores: seen.append((example, text, scores["total"])),
+        samples=2,
+        on_scored=lambda texts, scores: seen.extend(zip(texts, scores["total"], strict=True)),
     )
     texts = [answer_of(render_prompt(e.question), 0) for e in EXAMPLES]
-    totals = [
-        score_completion(text, example.answer, example.question).total
+    assert seen == [
+        (text, score_completion(text, example.answer, example.question).total)
         for example, text in zip(EXAMPLES, texts, strict=True)
     ]
-    assert seen == list(zip(EXAMPLES, texts, totals, strict=True))
 
 
 def test_a_mean_of_nothing_is_no_warning_and_no_nan():
@@ -178,7 +178,7 @@ def test_the_same_seed_measures_the_same_and_training_draws_are_left_alone(sessi
             session.held_out,
             SCORE,
             samples=4,
-            on_completion=lambda _, text, __, texts=texts: texts.append(text),
+            on_scored=lambda greedy, _, texts=texts: texts.extend(greedy),
         )
         assert first in (None, again)
         first = again

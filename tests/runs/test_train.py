@@ -4,6 +4,7 @@ import dataclasses
 import json
 import math
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -25,6 +26,7 @@ from gemma2_grpo.engine import learner as learner_module
 from gemma2_grpo.engine.checkpoint import restore_checkpoint
 from gemma2_grpo.presets import load_config
 from gemma2_grpo.runs import session as session_module
+from gemma2_grpo.runs.run_directory import RunDirectory
 from gemma2_grpo.task.data import load_splits
 from gemma2_grpo.task.scoring import COMPONENTS, Scorer, load_reward
 
@@ -55,6 +57,9 @@ METRICS = {
     "update_seconds",
     "tokens_per_second",
     "seconds_left",
+    "compiled_programs",
+    "cached_programs",
+    "compile_seconds",
 }
 LOGS = ("metrics.jsonl", "completions.jsonl", "evaluations.jsonl")
 ADAPTER = "adapter/adapter.safetensors"
@@ -62,9 +67,9 @@ Train = Callable[..., str]
 
 
 def records(path: Path, name: str) -> list[dict[str, Any]]:
-    """Records of a log without the times it took."""
+    """Records of a log without what the machine did: times, and programs compiled."""
     lines = [json.loads(line) for line in (path / name).read_text().splitlines()]
-    return [{k: v for k, v in line.items() if "second" not in k} for line in lines]
+    return [{k: v for k, v in line.items() if not re.search("second|program", k)} for line in lines]
 
 
 def assert_same_run(path: Path, other: Path) -> None:
@@ -193,6 +198,39 @@ def test_short_data_cycles_by_epochs(straight_run):
     epochs = [drawn[i : i + 3] for i in range(0, 9, 3)]
     assert all(set(epoch) == set(epochs[0]) for epoch in epochs)
     assert all(drawn[i] != drawn[i + 1] for i in range(0, 10, 2)), "no step has a problem twice"
+
+
+def test_compiled_programs_are_counted_up(straight_run):
+    metrics = straight_run.records("metrics.jsonl")
+    for name in ("compiled_programs", "cached_programs", "compile_seconds"):
+        values = [record[name] for record in metrics]
+        assert values == sorted(values)
+    made = [record["compiled_programs"] + record["cached_programs"] for record in metrics]
+    assert made[0] > 0
+    assert made[2:] == made[2:3] * 3, "after the first measurement in between all are made"
+    said = re.findall(
+        r"^compiled (\d+) programs in \d+ s; (\d+) came from the cache at (.+)$",
+        straight_run.shown,
+        re.MULTILINE,
+    )
+    assert len(said) == 2, "after the first step, and at the end"
+    first = tuple(str(metrics[0][name]) for name in ("compiled_programs", "cached_programs"))
+    assert said[0] == (*first, os.environ["JAX_COMPILATION_CACHE_DIR"])
+
+
+def test_completions_are_written_all_at_once(
+    make_config, quiet_train: Train, tmp_path, monkeypatch
+):
+    """Opening the file for each of them takes seconds on a disk that is far away."""
+    append, written = RunDirectory.append, []
+
+    def spy(directory: RunDirectory, name: str, *records: Any) -> None:
+        append(directory, name, *records)
+        written.extend([len(records)] if name == "completions.jsonl" else [])
+
+    monkeypatch.setattr(RunDirectory, "append", spy)
+    quiet_train(make_config(run={"max_steps": 2}), tmp_path / "run")
+    assert written == [3, 8, 8, 3]
 
 
 # --- Resuming ---
@@ -479,7 +517,7 @@ def write_rows(path: Path, rows: list[Any]) -> Path:
     ("row", "fault"),
     [
         ("{'question': 1}", "{0}:3: not valid JSON (Expecting property name enclosed in double "
-         "quotes: line 1 column 2 (char 1)); mend the line"),
+         "quotes: line 1 column 2 (char 1)); write one object a line"),
         ("[1]", "{0}:3: not a JSON object; write one with question and answer"),
         ({"question": "Who?"}, "{0}:3: field 'answer' is missing, blank or not text; fill it in"),
         (GOOD | {"question": " \n"},

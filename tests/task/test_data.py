@@ -295,7 +295,7 @@ def test_the_whole_of_gsm8k():
     ("line", "said"),
     [
         ("{'question': 1}", "not valid JSON (Expecting property name enclosed in double quotes: "
-         "line 1 column 2 (char 1)); mend the line"),
+         "line 1 column 2 (char 1)); write one object a line"),
         ("[1, 2]", "not a JSON object; write one with question and answer"),
         ('{"answer": "1"}', "field 'question' is missing, blank or not text; fill it in"),
         ('{"question": " ", "answer": "1"}',
@@ -342,7 +342,8 @@ def test_files_that_cannot_be_read(folder):
     path.write_text("\n")
     assert message(load_splits, config(folder)) == f"dataset {path}: no problems in it"
     path.write_bytes(b"\xff\xfe\x00")
-    assert message(load_splits, config(folder)).startswith(f"dataset {path}: cannot be read (")
+    said = "not UTF-8; save the file as UTF-8"
+    assert message(load_splits, config(folder)) == f"{path}:1: {said}"
     path.unlink()
     (folder / "train.parquet").write_text("no parquet")
     said = message(load_splits, config(folder))

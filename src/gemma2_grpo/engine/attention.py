@@ -1,16 +1,16 @@
-"""Attention of Gemma 2 over a prompt that a whole group shares.
+"""Attention over a prompt that a whole group shares, in little memory.
 
-Tunix's own attention knows one key per row and slot, so that a prompt has to be copied, or
-computed again, for each of its completions, and its sliding window compares positions with slots.
-Here keys come in two parts, those of the prompt, [B, P], and those of the completions, [B * G, S],
-and what is visible is said outright.
+Keys come in parts, such as those of prompts, [B, P], and those of completions, [B * G, S], with a
+mask each. The backward pass computes the attention weights again from the logarithm of their
+normaliser, so that nothing of the size T x S is kept between the passes (as in FlashAttention,
+arXiv:2205.14135, section 3.1).
 """
 
+from functools import partial
 from typing import Any, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
-from tunix.models.gemma import model as gemma
 
 
 class KeyValues(NamedTuple):
@@ -65,108 +65,133 @@ def visible(
     return seen, seen & (queries[..., :, None] - keys[..., None, :] < window)
 
 
-class SharedPrefixAttention(gemma.Attention):
-    """Tunix's attention with the same weights, for `LayerCache` and `Visible`.
-
-    With Tunix's own cache and mask it is Tunix's own, so that Tunix's sampler can use the model.
-    """
-
-    def block(self, x: Any, segment_pos: Any, cache: Any, attn_mask: Any) -> Any:
-        """Runs one attention block; named and called as Tunix does.
-
-        Args:
-            x: Input [R, T, D].
-            segment_pos: Positions [R, T].
-            cache: A `LayerCache`.
-            attn_mask: A `Visible`.
-
-        Returns:
-            Keys and values of the rows, with the new ones, and the output [R, T, D].
-        """
-        if not isinstance(attn_mask, Visible):
-            return super().block(x, segment_pos, cache, attn_mask)
-        queries, own = self._project(x, segment_pos)
-        if cache.own is not None:
-            start = (0, attn_mask.slot, 0, 0)
-            own = KeyValues(
-                jax.lax.dynamic_update_slice(cache.own.keys, own.keys, start),
-                jax.lax.dynamic_update_slice(cache.own.values, own.values, start),
-            )
-        kind = int(self.attn_type == gemma.AttentionType.LOCAL_SLIDING)
-        parts = [(own, attn_mask.own[kind])]
-        if attn_mask.prefix is not None:
-            parts.append((cache.prefix, attn_mask.prefix[kind]))
-        encoded = attend(queries, parts, self.attn_logits_soft_cap)
-        output = self.attn_vec_einsum(encoded.astype(x.dtype))
-        return own, gemma.shard(output, cast(Any, self.shd_config.act_btd))
-
-    def _project(self, x: jax.Array, positions: jax.Array) -> tuple[jax.Array, KeyValues]:
-        """Rotated and scaled queries [R, T, N, H], rotated keys and values [R, T, K, H]."""
-        if self.use_qkv_einsum:
-            queries, keys, values = self.qkv_einsum(x)
-        else:
-            queries, (keys, values) = self.q_einsum(x), self.kv_einsum(x)
-        queries, keys, values = (
-            gemma.shard(each, cast(Any, self.shd_config.act_btnh))
-            for each in (queries, keys, values)
-        )
-        queries = gemma.apply_rope(queries, positions, head_dim=self.head_dim)
-        keys = gemma.apply_rope(keys, positions, head_dim=self.head_dim)
-        return queries * self.head_dim**-0.5, KeyValues(keys, values)
-
-
+@partial(jax.custom_vjp, nondiff_argnums=(3,))
 def attend(
     queries: jax.Array,
-    parts: list[tuple[KeyValues, jax.Array]],
+    parts: tuple[KeyValues, ...],
+    masks: tuple[jax.Array, ...],
     softcap: float | None,
 ) -> jax.Array:
     """Attention over several parts of keys as over one, softmax in float32.
 
     Args:
         queries: [R, T, N, H], scaled.
-        parts: Keys and values [B, S, K, H], where B divides R and K divides N, each with a mask
-            [R, T, S]. Every query must see at least one key.
+        parts: Keys and values [B, S, K, H], where B divides R and K divides N.
+        masks: True where a query may attend to a key of a part, [R, T, S]. Every query must see
+            at least one key.
         softcap: Logits are bounded to this by a tanh.
 
     Returns:
-        Float32 [R, T, N, H].
+        [R, T, N, H] in the type of the queries.
     """
-    logits = [_logits(queries, part.keys, mask, softcap) for part, mask in parts]
-    highest = jnp.stack([each.max(axis=-1) for each in logits]).max(axis=0)
-    highest = jax.lax.stop_gradient(highest)
-    weights = [jnp.exp(each - highest[..., None]) for each in logits]
-    total = cast(jax.Array, sum(each.sum(axis=-1) for each in weights))
-    summed = sum(
-        _weighted(each, part.values) for each, (part, _) in zip(weights, parts, strict=True)
-    )
-    rows, length, heads, size = queries.shape
-    # [R, K, N/K, T, H] -> [R, T, N, H]
-    return (summed / total[..., None]).transpose(0, 3, 1, 2, 4).reshape(rows, length, heads, size)
+    return _attend(queries, parts, masks, softcap)[0]
+
+
+def _attend(
+    queries: jax.Array,
+    parts: tuple[KeyValues, ...],
+    masks: tuple[jax.Array, ...],
+    softcap: float | None,
+) -> tuple[jax.Array, Any]:
+    shapes = [part.keys.shape for part in parts]
+    logits = [
+        jnp.where(
+            _spread(mask, queries.shape[2], shape),
+            _logits(queries, part.keys, softcap)[0],
+            -jnp.inf,
+        )
+        for part, mask, shape in zip(parts, masks, shapes, strict=True)
+    ]
+    tops = [_unfold(each.max(axis=-1, keepdims=True), queries.shape) for each in logits]
+    top = jnp.stack(tops).max(axis=0)
+    total, summed = 0.0, 0.0
+    for each, part in zip(logits, parts, strict=True):
+        weights = jnp.exp(each - _fold(top, part.keys.shape))
+        total += _unfold(weights.sum(axis=-1, keepdims=True), queries.shape)
+        summed += _unfold(_times(weights, part.values), queries.shape)
+    output = cast(jax.Array, summed / total).astype(queries.dtype)
+    normaliser = top + jnp.log(cast(jax.Array, total))
+    return output, (queries, parts, masks, output, normaliser)
+
+
+def _attend_backward(softcap: float | None, kept: Any, slope: jax.Array) -> Any:
+    queries, parts, masks, output, normaliser = kept
+    wide = slope.astype(jnp.float32)
+    inner = jnp.sum(wide * output, axis=-1, keepdims=True)
+    query_slope, part_slopes = 0.0, []
+    for part, mask in zip(parts, masks, strict=True):
+        shape = part.keys.shape
+        capped, bend = _logits(queries, part.keys, softcap)
+        weights = jnp.exp(capped - _fold(normaliser, shape))
+        weights = jnp.where(_spread(mask, queries.shape[2], shape), weights, 0.0)
+        folded = _fold(slope, shape)
+        along = jnp.einsum("bkmh,bskh->bkms", folded, part.values, preferred_element_type=_F32)
+        logit_slope = weights * (along - _fold(inner, shape)) * bend
+        query_slope += _unfold(_times(logit_slope, part.keys), queries.shape)
+        part_slopes.append(
+            KeyValues(
+                _gathered(_fold(queries, shape), logit_slope).astype(part.keys.dtype),
+                _gathered(folded, weights).astype(part.values.dtype),
+            )
+        )
+    return cast(jax.Array, query_slope).astype(queries.dtype), tuple(part_slopes), None
+
+
+attend.defvjp(_attend, _attend_backward)
+_F32 = jnp.float32
+
+
+def _fold(x: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+    """Brings [R, T, N, ...] to [B, K, M, ...]: M queries share the keys [B, S, K, H] of a head."""
+    prompts, _, kv_heads, _ = shape
+    rows, length, heads, size = x.shape
+    x = x.reshape(prompts, rows // prompts, length, kv_heads, heads // kv_heads, size)
+    return x.transpose(0, 3, 1, 4, 2, 5).reshape(prompts, kv_heads, -1, size)
+
+
+def _unfold(x: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+    """Brings [B, K, M, X] back to [R, T, N, X]."""
+    prompts, kv_heads, _, size = x.shape
+    rows, length, heads, _ = shape
+    x = x.reshape(prompts, kv_heads, rows // prompts, heads // kv_heads, length, size)
+    return x.transpose(0, 2, 4, 1, 3, 5).reshape(rows, length, heads, size)
+
+
+def _spread(mask: jax.Array, heads: int, shape: tuple[int, ...]) -> jax.Array:
+    """Brings a mask [R, T, S] to [B, K, M, S]."""
+    rows, length, width = mask.shape
+    prompts, _, kv_heads, _ = shape
+    mask = mask.reshape(prompts, 1, rows // prompts, 1, length, width)
+    full = (prompts, kv_heads, rows // prompts, heads // kv_heads, length, width)
+    return jnp.broadcast_to(mask, full).reshape(prompts, kv_heads, -1, width)
 
 
 def _logits(
-    queries: jax.Array, keys: jax.Array, mask: jax.Array, softcap: float | None
-) -> jax.Array:
-    """Float32 logits [R, K, N/K, T, S], minus infinity where the mask is false."""
-    rows, length, heads, size = queries.shape
-    prompts, width, kv_heads, _ = keys.shape
-    grouped = queries.reshape(prompts, rows // prompts, length, kv_heads, heads // kv_heads, size)
-    logits = jnp.einsum("bgtkqh,bskh->bgkqts", grouped, keys, preferred_element_type=jnp.float32)
-    if softcap is not None:
-        logits = softcap * jnp.tanh(logits / softcap)
-    logits = logits.reshape(rows, kv_heads, heads // kv_heads, length, width)
-    return jnp.where(mask[:, None, None], logits, -jnp.inf)
-
-
-def _weighted(weights: jax.Array, values: jax.Array) -> jax.Array:
-    """Float32 sums of values [R, K, N/K, T, H]."""
-    rows, kv_heads, per_kv, length, width = weights.shape
-    prompts, size = values.shape[0], values.shape[-1]
-    grouped = weights.reshape(prompts, rows // prompts, kv_heads, per_kv, length, width)
-    summed = jnp.einsum(
-        "bgkqts,bskh->bgkqth",
-        grouped.astype(values.dtype),
-        values,
-        preferred_element_type=jnp.float32,
+    queries: jax.Array, keys: jax.Array, softcap: float | None
+) -> tuple[jax.Array, jax.Array | float]:
+    """Float32 logits [B, K, M, S], and their slope in what the cap bounds."""
+    logits = jnp.einsum(
+        "bkmh,bskh->bkms", _fold(queries, keys.shape), keys, preferred_element_type=_F32
     )
-    return summed.reshape(rows, kv_heads, per_kv, length, size)
+    if softcap is None:
+        return logits, 1.0
+    bent = jnp.tanh(logits / softcap)
+    return softcap * bent, 1 - jnp.square(bent)
+
+
+def _times(weights: jax.Array, values: jax.Array) -> jax.Array:
+    """Sums values [B, S, K, H] with weights [B, K, M, S] to float32 [B, K, M, H]."""
+    return jnp.einsum(
+        "bkms,bskh->bkmh", weights.astype(values.dtype), values, preferred_element_type=_F32
+    )
+
+
+def _gathered(folded: jax.Array, weights: jax.Array) -> jax.Array:
+    """What queries [B, K, M, H] give to keys with weights [B, K, M, S]: float32 [B, S, K, H].
+
+    The large operand is the right one, which is then not copied to be transposed.
+    """
+    gathered = jnp.einsum(
+        "bkmh,bkms->bkhs", folded, weights.astype(folded.dtype), preferred_element_type=_F32
+    )
+    return gathered.transpose(0, 3, 1, 2)

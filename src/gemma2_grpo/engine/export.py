@@ -14,7 +14,7 @@ from safetensors.numpy import save_file
 from tunix.models.gemma import model as gemma
 
 from gemma2_grpo.config import ModelConfig, UserError
-from gemma2_grpo.engine.forward import split_model
+from gemma2_grpo.engine.forward import weights_of
 from gemma2_grpo.engine.lora import merge_adapters
 
 ADAPTER_FILE = "adapter.safetensors"
@@ -76,7 +76,8 @@ def merge_lora(policy: gemma.Gemma, base: gemma.Gemma, config: ModelConfig) -> g
     """A copy of the base with the policy's adapters added into its weights."""
     # Else the copy would share its variables with the base, and change them too.
     merged = nnx.merge(*nnx.split(base), copy=True)
-    nnx.update(merged, merge_adapters(split_model(policy)[1], config.lora_alpha / config.lora_rank))
+    scale = config.lora_alpha / config.lora_rank
+    nnx.update(merged, merge_adapters(weights_of(policy), scale))
     return merged
 
 

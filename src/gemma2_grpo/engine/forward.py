@@ -17,6 +17,7 @@ from flax import nnx
 from tunix.models.gemma import model as gemma
 
 from gemma2_grpo.engine.attention import KeyValues, LayerCache, Visible, visible
+from gemma2_grpo.engine.layers import Remat, faster
 from gemma2_grpo.engine.loss import TokenLogps
 from gemma2_grpo.engine.packing import MicroBatch
 
@@ -58,10 +59,26 @@ class Network:
         return self.architecture.sliding_window_size
 
 
+def network_of(
+    model: gemma.Gemma,
+    remat: Remat = "none",
+    *,
+    are_merged: bool = False,
+) -> Network:
+    """The static half of a model; `remat` and `are_merged` are those of `layers.faster`."""
+    graphdef, _ = nnx.split(faster(model, remat, are_merged=are_merged))
+    return Network(graphdef, model.config)
+
+
+def weights_of(model: gemma.Gemma) -> Weights:
+    """The variables of a model as they are now."""
+    _, lora, base = nnx.split(model, nnx.LoRAParam, ...)
+    return Weights(lora, base)
+
+
 def split_model(model: gemma.Gemma) -> tuple[Network, Weights]:
     """Splits a model into its static half and its weights."""
-    graphdef, lora, base = nnx.split(model, nnx.LoRAParam, ...)
-    return Network(graphdef, model.config), Weights(lora, base)
+    return network_of(model), weights_of(model)
 
 
 # The inner jit is needed as well as harmless: Tunix's remat cannot be traced where the model was
@@ -72,8 +89,8 @@ def hidden_states(
     weights: Weights,
     tokens: jax.Array,
     positions: jax.Array,
-    seen: Visible,
-    cache: Mapping[str, LayerCache],
+    seen: Visible | jax.Array,
+    cache: Mapping[str, LayerCache] | None,
 ) -> tuple[jax.Array, Prefix]:
     """Runs the model up to its final norm.
 
@@ -85,8 +102,8 @@ def hidden_states(
         weights: Its variables.
         tokens: Token ids [R, T].
         positions: Position of each token [R, T].
-        seen: What each token may attend to.
-        cache: Keys and values from before, by layer.
+        seen: What each token may attend to; for Tunix's own layers its mask [R, T, T].
+        cache: Keys and values from before, by layer; None for Tunix's own layers.
 
     Returns:
         Hidden states [R, T, D] after the final norm, and each layer's keys and values of the rows.
@@ -136,6 +153,15 @@ def _cap(logits: jax.Array, softcap: float | None) -> jax.Array:
     return logits if softcap is None else softcap * jnp.tanh(logits / softcap)
 
 
+class _Softmax(NamedTuple):
+    """Of logits [R, C, V]: capped, their exponentials, the sum of these, and those of targets."""
+
+    capped: jax.Array
+    masses: jax.Array
+    total: jax.Array
+    chosen: jax.Array
+
+
 def token_logps(
     network: Network,
     weights: Weights,
@@ -164,29 +190,37 @@ def token_logps(
     """
     softcap = network.architecture.final_logit_softcap
 
-    def logits_of(hidden: jax.Array) -> tuple[jax.Array, jax.Array]:
+    def distribution(hidden: jax.Array, targets: jax.Array) -> tuple[TokenLogps, _Softmax]:
         capped = _cap(_uncapped_logits(hidden, weights.embedding), softcap)
-        return capped, jax.nn.log_softmax(capped / temperature)
-
-    def chosen(logps: jax.Array, ids: jax.Array) -> TokenLogps:
-        entropy = -jnp.sum(jnp.exp(logps) * logps, axis=-1)
-        return TokenLogps(jnp.take_along_axis(logps, ids[..., None], axis=-1)[..., 0], entropy)
+        scaled = capped / temperature
+        top = scaled.max(axis=-1, keepdims=True)
+        masses = jnp.exp(scaled - top)
+        total = masses.sum(axis=-1, keepdims=True)
+        normaliser = top + jnp.log(total)
+        chosen = jnp.take_along_axis(capped, targets[..., None], axis=-1)
+        mean = jnp.sum(masses * scaled, axis=-1, keepdims=True) / total
+        logps = TokenLogps((chosen / temperature - normaliser)[..., 0], (normaliser - mean)[..., 0])
+        return logps, _Softmax(capped, masses, total, chosen)
 
     @jax.custom_vjp
     def logps_of(hidden: jax.Array, targets: jax.Array) -> TokenLogps:
-        return map_chunks(
-            lambda chunk: chosen(logits_of(chunk[0])[1], chunk[1]), (hidden, targets), chunk_tokens
-        )
+        chunks = (hidden, targets)
+        return map_chunks(lambda chunk: distribution(*chunk)[0], chunks, chunk_tokens)
 
     def with_slopes(hidden: jax.Array, targets: jax.Array) -> tuple[TokenLogps, jax.Array]:
         def chunk_slopes(chunk: tuple[jax.Array, jax.Array]) -> tuple[TokenLogps, jax.Array]:
-            hidden, ids = chunk
-            capped, logps = logits_of(hidden)
-            slopes = (jax.nn.one_hot(ids, capped.shape[-1]) - jnp.exp(logps)) / temperature
-            if softcap is not None:
-                slopes = slopes * (1 - jnp.square(capped / softcap))
-            back = jnp.einsum("...v,vd->...d", slopes.astype(hidden.dtype), weights.embedding)
-            return chosen(logps, ids), back
+            logps, softmax = distribution(*chunk)
+            capped, masses, total, chosen = softmax
+            bend = 1.0 if softcap is None else 1 - jnp.square(capped / softcap)
+            chosen_bend = 1.0 if softcap is None else 1 - jnp.square(chosen / softcap)
+            mean = jnp.einsum(
+                "...v,vd->...d",
+                (masses * bend).astype(hidden.dtype),
+                weights.embedding,
+                preferred_element_type=jnp.float32,
+            )
+            slopes = weights.embedding[chunk[1]] * chosen_bend - mean / total
+            return logps, (slopes / temperature).astype(hidden.dtype)
 
         return map_chunks(chunk_slopes, (hidden, targets), chunk_tokens)
 

@@ -56,6 +56,10 @@ def add_lora(base: gemma.Gemma, config: ModelConfig, mesh: Mesh, seed: int) -> g
         }
         policy = qwix.apply_lora_to_model(base, provider, **example, rngs=nnx.Rngs(seed))
     nnx.update(policy, _as_float32(nnx.state(policy, nnx.LoRAParam)))
+    for _, module in nnx.iter_graph(policy):
+        if isinstance(module, gemma.Einsum | nnx.Linear):
+            # Qwix keeps it to itself, and our layers apply the adapters without Qwix.
+            cast(Any, module).lora_scale = config.lora_alpha / config.lora_rank
     return cast(gemma.Gemma, policy)
 
 

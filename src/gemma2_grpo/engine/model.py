@@ -1,13 +1,12 @@
 """Gemma 2 on Tunix: architecture, mesh, weights from safetensors or at random."""
 
-import dataclasses
 import json
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -19,8 +18,7 @@ from tunix.models.gemma import model as gemma
 from tunix.models.gemma import params_safetensors
 
 from gemma2_grpo.config import UserError
-from gemma2_grpo.engine.attention import SharedPrefixAttention
-from gemma2_grpo.engine.forward import Network, split_model
+from gemma2_grpo.engine.forward import Network, network_of
 
 MESH_AXES = ("fsdp", "tp")
 _SIZES = (
@@ -215,11 +213,8 @@ def check_heads(architecture: gemma.ModelConfig, mesh: Mesh) -> None:
 
 def _check_tensors(directory: Path, architecture: gemma.ModelConfig) -> None:
     """Compares names, shapes and types of the tensors with what the architecture needs."""
-    files = sorted(directory.glob("*.safetensors"))
-    if not files:
-        raise UserError(f"{directory}: no *.safetensors file; is it a model directory?")
     present: dict[str, list[int]] = {}
-    for path in files:
+    for path in sorted(directory.glob("*.safetensors")):
         try:
             with safe_open(path, framework="numpy") as tensors:
                 slices = {name: tensors.get_slice(name) for name in list(tensors.keys())}
@@ -285,15 +280,12 @@ class _Float32RMSNorm(gemma.RMSNorm):
         return (wide * inverse * scale).astype(x.dtype)
 
 
-_OURS = {gemma.RMSNorm: _Float32RMSNorm, gemma.Attention: SharedPrefixAttention}
-
-
 def _prepare(model: gemma.Gemma, scale: float) -> gemma.Gemma:
     for _, module in nnx.iter_graph(model):
-        if type(module) in _OURS:
+        if type(module) is gemma.RMSNorm:
             # Past nnx, which would record the class as one more attribute.
-            object.__setattr__(module, "__class__", _OURS[type(module)])
-        if isinstance(module, gemma.Attention) and scale != 1.0:
+            object.__setattr__(module, "__class__", _Float32RMSNorm)
+        elif isinstance(module, gemma.Attention) and scale != 1.0:
             name = "qkv_einsum" if module.use_qkv_einsum else "q_einsum"
             weight = getattr(module, name).w
             factor = jnp.array([scale, 1.0, 1.0]).reshape(3, 1, 1, 1) if "kv" in name else scale
@@ -304,20 +296,4 @@ def _prepare(model: gemma.Gemma, scale: float) -> gemma.Gemma:
 def plain_network(architecture: gemma.ModelConfig) -> Network:
     """The static half of a model without adapters, made without any weights."""
     model = nnx.eval_shape(lambda: gemma.Gemma(architecture, rngs=nnx.Rngs(0)))
-    return split_model(_prepare(model, 1.0))[0]
-
-
-def with_remat(model: gemma.Gemma, remat: Literal["none", "block", "decoder"]) -> gemma.Gemma:
-    """The same variables in a graph that recomputes activations as named.
-
-    Tunix fixes this when the model is built, but its remat cannot be traced while decoding, so
-    sampling and training need two graphs over one set of weights.
-    """
-    kind = gemma.RematConfig[remat.upper()]
-    copy = nnx.merge(*nnx.split(model))
-    for _, module in nnx.iter_graph(copy):
-        if isinstance(module, gemma.Attention):
-            module.remat_config = kind
-        elif isinstance(module, gemma.Gemma | gemma.DecoderLayer | gemma.FeedForward):
-            module.config = dataclasses.replace(module.config, remat_config=kind)
-    return copy
+    return network_of(_prepare(model, 1.0))

@@ -14,7 +14,7 @@ from tunix.models.gemma import model as gemma
 from tunix.rl.rollout import base_rollout
 
 from gemma2_grpo.engine.decode import complete
-from gemma2_grpo.engine.forward import Weights, split_model
+from gemma2_grpo.engine.forward import Weights, network_of, weights_of
 from gemma2_grpo.engine.lora import merge_adapters
 from gemma2_grpo.engine.model import batch_sharding, plain_network
 from gemma2_grpo.engine.packing import bucket, pad_right
@@ -65,7 +65,7 @@ class GroupRollout(base_rollout.BaseRollout):
         self._mesh = mesh
         self._merged_scale = merged_scale
         self._network = (
-            split_model(rollout_actor)[0]
+            network_of(rollout_actor)
             if merged_scale is None
             else plain_network(rollout_actor.config)
         )
@@ -127,7 +127,7 @@ class GroupRollout(base_rollout.BaseRollout):
 
     def _weights(self) -> Weights:
         """The policy's weights as its network takes them."""
-        weights = split_model(self._model)[1]
+        weights = weights_of(self._model)
         if self._merged_scale is None:
             return weights
         return Weights(nnx.State({}), merge_adapters(weights, self._merged_scale))

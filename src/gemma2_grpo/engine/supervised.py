@@ -15,11 +15,12 @@ from tunix.models.gemma import model as gemma
 from gemma2_grpo.engine.forward import (
     Network,
     Weights,
+    hidden_states,
     map_chunks,
     output_logits,
-    run_from_start,
-    split_model,
+    weights_of,
 )
+from gemma2_grpo.engine.layers import Remat, with_remat
 from gemma2_grpo.engine.model import batch_sharding, on_mesh
 
 
@@ -50,7 +51,10 @@ def next_token_loss(
     chunk_tokens: int,
 ) -> jax.Array:
     """Mean negative log-likelihood in nats of the target tokens of right-padded rows [R, L]."""
-    hidden, _ = run_from_start(network, weights, tokens)
+    rows, length = tokens.shape
+    positions = jnp.broadcast_to(jnp.arange(length), tokens.shape)
+    mask = jnp.broadcast_to(jnp.tri(length, dtype=bool), (rows, length, length))
+    hidden, _ = hidden_states(network, weights, tokens, positions, mask, None)
 
     @jax.checkpoint
     def chunk_losses(chunk: tuple[jax.Array, jax.Array]) -> jax.Array:
@@ -72,6 +76,7 @@ def train_supervised(
     pad_id: int,
     chunk_tokens: int = 128,
     train_base: bool = True,
+    remat: Remat = "none",
     on_step: Callable[[int, float], None] = lambda step, loss: None,
 ) -> None:
     """Trains the model in place, one update per batch.
@@ -85,9 +90,12 @@ def train_supervised(
         pad_id: Id of the padding token.
         chunk_tokens: Positions whose logits exist at one time.
         train_base: Train all weights; else only the adapters.
+        remat: What the backward pass recomputes instead of keeping.
         on_step: Called with the number of finished steps and the loss of the last.
     """
-    network, weights = split_model(model)
+    # Tunix's own layers, with which the embedded model can be made again to the last bit.
+    network = Network(nnx.split(with_remat(model, remat))[0], model.config)
+    weights = weights_of(model)
     trained, frozen = (weights.base, weights.lora) if train_base else weights
 
     def loss(trained: nnx.State, frozen: nnx.State, tokens: jax.Array, targets: jax.Array):

@@ -50,8 +50,6 @@ def load_tokenizer(directory: Path) -> Tokenizer:
         UserError: if it is missing or unreadable, or lacks one of Gemma's special tokens.
     """
     path = directory / "tokenizer.json"
-    if not path.is_file():
-        raise UserError(f"{path}: missing; copy the tokenizer.json of the model there")
     try:
         backend = HfTokenizer.from_file(str(path))
     except Exception as error:  # The library raises nothing narrower.

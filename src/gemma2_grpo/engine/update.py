@@ -19,11 +19,14 @@ from gemma2_grpo.engine.forward import (
     Prefix,
     Weights,
     completion_logps,
+    network_of,
     run_from_start,
     split_model,
+    weights_of,
 )
+from gemma2_grpo.engine.lora import merge_adapters
 from gemma2_grpo.engine.loss import LossTerms, policy_loss
-from gemma2_grpo.engine.model import batch_sharding, on_mesh, with_remat
+from gemma2_grpo.engine.model import batch_sharding, on_mesh
 from gemma2_grpo.engine.packing import MicroBatch, PromptBatch
 
 
@@ -101,9 +104,12 @@ class Updater:
         self._mesh = mesh
         self._iterations = config.grpo.num_iterations
         reference_network, self._reference = split_model(reference)
-        network, _ = split_model(with_remat(self._policy, config.model.remat))
-        self._network = network
+        # Where the type keeps small changes, the adapters' own products are saved.
+        self._are_merged = config.model.dtype == "float32"
+        network = network_of(self._policy, config.model.remat, are_merged=self._are_merged)
+        self._scale = config.model.lora_alpha / config.model.lora_rank
         self._optimizer_def, _ = nnx.split(self._optimizer)
+        self._policy_def, *_ = nnx.split(self._policy, nnx.LoRAParam, ...)
         logps = partial(
             completion_logps,
             temperature=config.rollout.temperature,
@@ -212,7 +218,8 @@ class Updater:
         references: Sequence[Sequence[jax.Array]] | None,
         old: Sequence[Sequence[jax.Array]] | None,
     ) -> tuple[UpdateMetrics, list[list[jax.Array]]]:
-        _, (lora, base) = split_model(self._policy)
+        lora, frozen = weights = weights_of(self._policy)
+        base = merge_adapters(weights, self._scale) if self._are_merged else frozen
         total, terms, all_logps = _zeros(lora), [], []
         for i, batch in enumerate(batches):
             prefix = self._prefix(Weights(lora, base), batch.prompts)
@@ -229,7 +236,7 @@ class Updater:
             total = self._prompt_gradients(*sums, lora, base, batch.prompts)
             all_logps.append(logps)
         _, state = nnx.split(self._optimizer)
-        lora, state, grad_norm = self._apply(lora, base, state, total)
+        lora, state, grad_norm = self._apply(lora, frozen, state, total)
         nnx.update(self._policy, lora)
         nnx.update(self._optimizer, state)
         return _summarise(jax.device_get(terms), float(grad_norm)), all_logps
@@ -239,7 +246,7 @@ class Updater:
     ) -> tuple[nnx.State, nnx.State, jax.Array]:
         """One optimizer step; the base only completes the model and is neither read nor copied."""
         optimizer = nnx.merge(self._optimizer_def, state)
-        model = self._network.merge(Weights(lora, base))
+        model = nnx.merge(self._policy_def, lora, base)
         grad_norm = optax.tree.norm(gradients)
         optimizer.update(model, gradients)
         return nnx.state(model, nnx.LoRAParam), nnx.state(optimizer), grad_norm

@@ -2,10 +2,13 @@
 
 import signal
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
+import numpy as np
+
+from gemma2_grpo.engine.compilation import ProgramCount
 from gemma2_grpo.runs.display import Display
 from gemma2_grpo.runs.measure import measure
 from gemma2_grpo.runs.records import find_rises, step_record
@@ -26,6 +29,7 @@ class Run:
         directory: RunDirectory,
         scorer: Scorer,
         display: Display,
+        programs: ProgramCount,
     ) -> None:
         """Takes an open session and the directory that its run is written to."""
         self._config = session.config
@@ -33,6 +37,7 @@ class Run:
         self._directory = directory
         self._scorer = scorer
         self._display = display
+        self._programs = programs
         self._stop_signal: int | None = None
 
     def go(self) -> None:
@@ -52,6 +57,7 @@ class Run:
         }
         directory.finish(result)
         self._display.result(result)
+        self._display.note(str(self._programs))
         self._display.note(f"run directory: {directory.path}")
 
     def _measured(self, step: int, samples: int) -> dict[str, Any]:
@@ -70,8 +76,8 @@ class Run:
                 self._scorer,
                 samples=samples,
                 on_batch=on_batch,
-                on_completion=lambda example, text, scores: self._record_completion(
-                    step, "held_out", example, text, scores
+                on_scored=lambda texts, scores: self._record_completions(
+                    step, "held_out", held_out, texts, scores
                 ),
             )
         self._display.held_out(step, measurement)
@@ -90,13 +96,15 @@ class Run:
             for step in range(first, total):
                 if step and every and step % every == 0:
                     self._measured(step, 0)
-                record = self._step(step)
+                record = self._step(step) | self._programs.as_record()
                 done = step + 1
                 per_step = (time.perf_counter() - started) / (done - first)
                 record["seconds_left"] = per_step * (total - done)
                 self._directory.append("metrics.jsonl", record)
                 events(record)
                 show(record)
+                if step == first:
+                    self._display.note(str(self._programs))
                 is_due = done % config.run.checkpoint_every_steps == 0 or done == total
                 if is_due or self._stop_signal:
                     self._session.save(done)
@@ -111,29 +119,34 @@ class Run:
             len(session.train), config.rollout.prompts_per_step, config.data.data_seed, step
         )
         result = session.learner.step(step, [session.train[i] for i in indices], self._scorer)
-        rows = zip(result.examples, result.completions.texts, strict=True)
+        texts = result.completions.texts
+        self._record_completions(step + 1, "train", result.examples, texts, result.scores)
         every = config.run.sample_every_steps
-        for i, (example, text) in enumerate(rows):
-            scores = {name: float(column[i]) for name, column in result.scores.items()}
-            self._record_completion(step + 1, "train", example, text, scores)
-            if i == 0 and every and (step + 1) % every == 0:
-                self._display.sample(step + 1, example.question, text, scores)
+        if every and (step + 1) % every == 0:
+            scores = {name: float(column[0]) for name, column in result.scores.items()}
+            self._display.sample(step + 1, result.examples[0].question, texts[0], scores)
         return step_record(step, result)
 
-    def _record_completion(
-        self, step: int, kind: str, example: Example, text: str, scores: Mapping[str, float]
+    def _record_completions(
+        self,
+        step: int,
+        kind: str,
+        examples: Sequence[Example],
+        texts: Sequence[str],
+        scores: Mapping[str, np.ndarray],
     ) -> None:
-        self._directory.append(
-            "completions.jsonl",
+        records = [
             {
                 "step": step,
                 "kind": kind,
                 "question": example.question,
                 "answer": example.answer,
                 "completion": text,
-                **scores,
-            },
-        )
+                **{name: float(column[i]) for name, column in scores.items()},
+            }
+            for i, (example, text) in enumerate(zip(examples, texts, strict=True))
+        ]
+        self._directory.append("completions.jsonl", *records)
 
     @contextmanager
     def _finishing_steps(self) -> Iterator[None]:

@@ -1,6 +1,6 @@
 """Measuring a model on held-out problems, greedy and sampled."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from itertools import cycle, islice
 from typing import Any
@@ -11,6 +11,9 @@ from gemma2_grpo.engine.learner import Completions, Learner, Scores, Stream, fol
 from gemma2_grpo.task.data import Example
 from gemma2_grpo.task.prompts import render_prompt
 from gemma2_grpo.task.statistics import pass_at_k, wilson_interval
+
+OnScored = Callable[[Sequence[str], Mapping[str, np.ndarray]], None]
+"""Takes completions and columns of their scores, aligned with the examples."""
 
 
 @dataclass(frozen=True)
@@ -69,7 +72,7 @@ def measure(
     *,
     samples: int = 0,
     on_batch: Callable[[int], None] = lambda done: None,
-    on_completion: Callable[[Example, str, dict[str, float]], None] | None = None,
+    on_scored: OnScored = lambda texts, scores: None,
 ) -> Measurement:
     """Measures the policy on examples; the same examples and seed give the same result.
 
@@ -79,13 +82,11 @@ def measure(
         score: Scores the completions.
         samples: Completions sampled per problem besides the greedy one.
         on_batch: Called with the number of problems that are done.
-        on_completion: Called with each greedy completion and its scores.
+        on_scored: Called with the greedy completions and their scores.
     """
     texts, stats = _complete(learner, examples, 1, on_batch, greedy=True)
     table = score(examples, texts)
-    for i, example in enumerate(examples if on_completion else ()):
-        assert on_completion is not None
-        on_completion(example, texts[i], {name: float(column[i]) for name, column in table.items()})
+    on_scored(texts, table)
     return Measurement(
         problems=len(examples),
         correct=int(table["correct"].sum()),

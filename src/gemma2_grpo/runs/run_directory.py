@@ -21,6 +21,7 @@ from gemma2_grpo.presets import from_mapping, read_toml
 # Fields of [run] that change nothing that is computed.
 _FREE_FIELDS = (
     "checkpoint_every_steps",
+    "compilation_cache",
     "eval_every_steps",
     "keep_checkpoints",
     "sample_every_steps",
@@ -143,12 +144,18 @@ class RunDirectory:
         """Writes result.json, which marks the run as finished."""
         self._write("result.json", json.dumps(result, indent=1))
 
-    def append(self, name: str, record: Mapping[str, Any]) -> None:
-        """Appends a JSON line; JSON has no NaN, so a value that is no number becomes null."""
-        line = json.dumps({k: _finite(v) for k, v in record.items()}, ensure_ascii=False)
+    def append(self, name: str, *records: Mapping[str, Any]) -> None:
+        """Appends JSON lines, all at once.
+
+        JSON has no NaN, so a value that is no number becomes null.
+        """
+        lines = [
+            json.dumps({k: _finite(v) for k, v in record.items()}, ensure_ascii=False) + "\n"
+            for record in records
+        ]
         try:
             with (self.path / name).open("a", encoding="utf-8") as file:
-                file.write(line + "\n")
+                file.write("".join(lines))
         except OSError as error:
             raise self._cannot_write(name, error) from None
 

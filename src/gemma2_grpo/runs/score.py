@@ -11,6 +11,7 @@ from rich.table import Table
 
 from gemma2_grpo.config import RewardConfig, UserError
 from gemma2_grpo.task.answers import extract_number, gold_answer
+from gemma2_grpo.task.jsonl import read_jsonl
 from gemma2_grpo.task.rewards import COMPONENTS, Score, score_completion
 
 _MAX_COLUMNS = 80
@@ -56,8 +57,8 @@ def read_completions(path: Path) -> list[CompletionRow]:
         UserError: for a file that cannot be read, naming file, line, field and mend.
     """
     try:
-        with path.open("rb") as lines:
-            rows = [_parse(line, f"{path}:{n}") for n, line in enumerate(lines, 1) if line.strip()]
+        lines = read_jsonl(path, "completion and answer")
+        rows = [_checked(content, place) for place, content in lines]
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror}); check the path") from None
     if not rows:
@@ -78,20 +79,8 @@ def as_record(score: Score, weights: RewardConfig) -> dict[str, Any]:
     }
 
 
-def _parse(line: bytes, place: str) -> CompletionRow:
-    """Reads one line.
-
-    Raises:
-        UserError: if it is not an object with the fields, and of the types, that are needed.
-    """
-    try:
-        content = json.loads(line.decode("utf-8-sig"))
-    except UnicodeDecodeError:
-        raise UserError(f"{place}: not UTF-8; save the file as UTF-8") from None
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{place}: not valid JSON ({error}); write one object a line") from None
-    if not isinstance(content, dict):
-        raise UserError(f"{place}: not a JSON object; write one with completion and answer")
+def _checked(content: dict[str, Any], place: str) -> CompletionRow:
+    """Checks that an object has the fields, and of the types, that are needed."""
     completion, answer = (_text(content, name, place) for name in ("completion", "answer"))
     if extract_number(gold_answer(answer)) is None:
         raise UserError(

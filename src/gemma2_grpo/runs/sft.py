@@ -9,8 +9,10 @@ from typing import Any
 
 import numpy as np
 from safetensors import SafetensorError
+from tunix.models.gemma import model as gemma
 
 from gemma2_grpo.config import OptimizerConfig, SftConfig, UserError
+from gemma2_grpo.engine.compilation import counting_programs, use_program_cache
 from gemma2_grpo.engine.export import merge_lora, save_model
 from gemma2_grpo.engine.fetch import find_model
 from gemma2_grpo.engine.lora import add_lora
@@ -20,7 +22,6 @@ from gemma2_grpo.engine.model import (
     query_scale,
     random_weights,
     read_architecture,
-    with_remat,
 )
 from gemma2_grpo.engine.supervised import Row, train_supervised
 from gemma2_grpo.engine.tokenizer import Tokenizer, load_tokenizer
@@ -35,6 +36,8 @@ _EQUATIONS_PER_ROW = 9
 
 DrawBatch = Callable[[int], list[Row]]
 """The rows of a step, a pure function of its number."""
+Phase = tuple[str, int, DrawBatch, OptimizerConfig]
+"""Name, steps, rows and optimizer of one part of the training."""
 
 
 def sft(config: SftConfig, to: Path, *, display: Display | None = None) -> Path:
@@ -57,13 +60,6 @@ def sft(config: SftConfig, to: Path, *, display: Display | None = None) -> Path:
     source = find_model(config.model.model, needs_weights=config.sft.init == "pretrained")
     tokenizer = load_tokenizer(source)
     phases = _phases(config, tokenizer)
-    mesh = make_mesh(config.model.mesh_shape)
-    if config.sft.init == "random":
-        base = random_weights(read_architecture(source), config.model.dtype, mesh, config.sft.seed)
-    else:
-        base = load_weights(source, config.model.dtype, mesh)
-    model = base if config.sft.train_base else add_lora(base, config.model, mesh, config.sft.seed)
-    trained = with_remat(model, config.model.remat)
     display.plan(
         {
             "model": f"{config.model.model}, {config.sft.init}",
@@ -72,10 +68,33 @@ def sft(config: SftConfig, to: Path, *, display: Display | None = None) -> Path:
             "written to": str(to),
         }
     )
+    cache = use_program_cache(config.sft.compilation_cache, display.note)
+    with counting_programs(cache) as programs:
+        trained = _train(config, source, tokenizer, phases, display)
+    scale = 1.0 if config.sft.init == "random" else query_scale(source)
+    try:
+        _write_model(to, source, trained, scale)
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"{to}: the model could not be written ({error})") from None
+    display.note(str(programs))
+    display.note(f"model directory: {to}")
+    return to
+
+
+def _train(
+    config: SftConfig, source: Path, tokenizer: Tokenizer, phases: list[Phase], display: Display
+) -> gemma.Gemma:
+    """Returns the trained model, adapters merged into its base."""
+    mesh = make_mesh(config.model.mesh_shape)
+    if config.sft.init == "random":
+        base = random_weights(read_architecture(source), config.model.dtype, mesh, config.sft.seed)
+    else:
+        base = load_weights(source, config.model.dtype, mesh)
+    model = base if config.sft.train_base else add_lora(base, config.model, mesh, config.sft.seed)
     for name, steps, draw, optimizer in phases:
         with display.supervising(name, steps) as on_step:
             train_supervised(
-                trained,
+                model,
                 (draw(step) for step in range(steps)),
                 make_optimizer(optimizer, steps),
                 mesh,
@@ -83,17 +102,10 @@ def sft(config: SftConfig, to: Path, *, display: Display | None = None) -> Path:
                 pad_id=tokenizer.pad,
                 chunk_tokens=config.model.logprob_chunk_tokens,
                 train_base=config.sft.train_base,
+                remat=config.model.remat,
                 on_step=on_step,
             )
-    if not config.sft.train_base:
-        trained = merge_lora(trained, base, config.model)
-    scale = 1.0 if config.sft.init == "random" else query_scale(source)
-    try:
-        _write_model(to, source, trained, scale)
-    except (OSError, SafetensorError) as error:
-        raise UserError(f"{to}: the model could not be written ({error})") from None
-    display.note(f"model directory: {to}")
-    return to
+    return model if config.sft.train_base else merge_lora(model, base, config.model)
 
 
 def _check_target(to: Path) -> None:
@@ -128,11 +140,8 @@ def _write_model(to: Path, source: Path, model: Any, query_scale: float) -> None
         temporary.unlink(missing_ok=True)
 
 
-Phase = tuple[str, int, DrawBatch, OptimizerConfig]
-
-
 def _phases(config: SftConfig, tokenizer: Tokenizer) -> list[Phase]:
-    """Name, steps, rows and optimizer of each phase of the training."""
+    """The parts of the training, in order."""
     sft, data = config.sft, config.data
     if data.dataset != PROCEDURAL:
         if sft.sloppy_steps or sft.arithmetic_fraction:

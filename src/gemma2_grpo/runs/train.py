@@ -44,12 +44,15 @@ def train(
         splits = load_splits(config.data)
         reward, reward_sha256 = _load_reward(config, directory, display)
         display.note(f"loading {config.model.model}")
+        from gemma2_grpo.engine.compilation import counting_programs, use_program_cache
         from gemma2_grpo.runs.loop import Run
         from gemma2_grpo.runs.session import open_session
 
-        session = open_session(config, splits, directory)
-        directory.describe({**session.facts, "reward_sha256": reward_sha256})
-        Run(session, directory, Scorer(config.rewards, reward), display).go()
+        cache = use_program_cache(config.run.compilation_cache, display.note)
+        with counting_programs(cache) as programs:
+            session = open_session(config, splits, directory)
+            directory.describe({**session.facts, "reward_sha256": reward_sha256})
+            Run(session, directory, Scorer(config.rewards, reward), display, programs).go()
     finally:
         directory.close()
     return path

@@ -1,6 +1,5 @@
 """Where problems that are not generated come from: files, Hugging Face, Kaggle."""
 
-import json
 import os
 import re
 from collections.abc import Iterator
@@ -9,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from gemma2_grpo.config import UserError
+from gemma2_grpo.task.jsonl import read_jsonl
 from gemma2_grpo.task.problems import Split, split_by_hash
 
 GSM8K = "openai/gsm8k"
@@ -154,7 +154,7 @@ def _read_files(paths: list[Path]) -> list[Row]:
             raise UserError(f"dataset {path}: neither .jsonl nor .parquet")
         try:
             found = [_checked(content, place) for place, content in read(path)]
-        except (OSError, UnicodeDecodeError) as error:
+        except OSError as error:
             raise UserError(f"dataset {path}: cannot be read ({reason(error)})") from None
         if not found:
             raise UserError(f"dataset {path}: no problems in it")
@@ -162,20 +162,11 @@ def _read_files(paths: list[Path]) -> list[Row]:
     return rows
 
 
-def _jsonl_rows(path: Path) -> Iterator[tuple[str, Any]]:
-    with path.open(encoding="utf-8-sig") as lines:
-        for number, line in enumerate(lines, start=1):
-            if line.strip():
-                place = f"{path}:{number}"
-                try:
-                    yield place, json.loads(line)
-                except (ValueError, RecursionError) as error:
-                    raise UserError(
-                        f"{place}: not valid JSON ({reason(error)}); mend the line"
-                    ) from None
+def _jsonl_rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    return read_jsonl(path, "question and answer")
 
 
-def _parquet_rows(path: Path) -> Iterator[tuple[str, Any]]:
+def _parquet_rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -186,10 +177,8 @@ def _parquet_rows(path: Path) -> Iterator[tuple[str, Any]]:
     yield from ((f"{path} row {number}", row) for number, row in enumerate(contents, start=1))
 
 
-def _checked(content: Any, place: str) -> Row:
+def _checked(content: dict[str, Any], place: str) -> Row:
     """Checks that a row has a question and an answer, both text that is not blank."""
-    if not isinstance(content, dict):
-        raise UserError(f"{place}: not a JSON object; write one with question and answer")
     question, answer = content.get("question"), content.get("answer")
     if isinstance(answer, int | float) and not isinstance(answer, bool):
         answer = str(answer)
