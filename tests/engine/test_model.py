@@ -67,7 +67,7 @@ def test_logits_are_those_of_transformers(
     tmp_path: Path,
     full_logits: Callable[..., np.ndarray],
 ) -> None:
-    """With our attention, and with Tunix's own, which the model still is for Tunix."""
+    """With our layers, and with Tunix's own, of which the model still is for Tunix."""
     values = goldens.MODELS[name]
     with np.load(goldens.GOLDEN / f"{name}.npz") as golden:
         seed, tokens, logits = int(golden["seed"]), golden["tokens"], golden["logits"]

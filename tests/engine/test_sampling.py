@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from gemma2_grpo.engine.sampling import Sampling, draw_tokens, truncate
+from gemma2_grpo.engine.sampling import Sampling, draw_tokens, pick, truncate
 
 GREEDY = Sampling(temperature=0.0, top_p=1.0, top_k=0, stop_ids=(1,), pad_id=0)
 # Of eight tokens, the likeliest first.
@@ -80,3 +80,19 @@ def test_a_row_draws_from_its_own_key() -> None:
     some, _ = draw_tokens(keys[chosen], logits[chosen], sampling)
     np.testing.assert_array_equal(some, tokens[chosen])
     assert len(set(tokens.tolist())) > 4
+
+
+@pytest.mark.parametrize("size", [5, 128, 1000])
+def test_pick_inverts_the_cumulative_distribution(size: int) -> None:
+    random = np.random.default_rng(size)
+    masses = random.random(size) ** 4 * (random.random(size) < 0.6)
+    masses[0], masses[-2:] = 0, (0.5, 0)  # Neither the first nor the last can be drawn.
+    uniforms = np.append(random.random(500), [0.0, 1 - 2**-24]).astype(np.float32)
+    rows = jnp.broadcast_to(jnp.asarray(masses, jnp.float32), (len(uniforms), size))
+    picked = np.asarray(pick(jnp.asarray(uniforms), rows))
+    assert (masses[picked] > 0).all()
+    ends = np.cumsum(masses) / masses.sum()
+    # Within the rounding of sums in float32.
+    assert (uniforms < ends[picked] + 1e-5).all()
+    assert (uniforms > (ends - masses / masses.sum())[picked] - 1e-5).all()
+    assert picked[-2] == masses.nonzero()[0][0] and picked[-1] == masses.nonzero()[0][-1]

@@ -13,7 +13,7 @@ from flax import nnx
 from jax.sharding import Mesh
 from tunix.models.gemma import model as gemma
 
-from gemma2_grpo.engine.forward import Network, Weights, split_model
+from gemma2_grpo.engine.forward import Network, Weights, weights_of
 from gemma2_grpo.engine.model import load_weights
 from gemma2_grpo.engine.supervised import Row, next_token_loss, pack, train_supervised
 
@@ -36,6 +36,11 @@ def loss_of(
     network: Network, weights: Weights, tokens: jax.Array, targets: jax.Array, chunk_tokens: int
 ) -> jax.Array:
     return next_token_loss(network, weights, tokens, targets, chunk_tokens)
+
+
+def stock_network(model: gemma.Gemma) -> Network:
+    """Of Tunix's own layers, as supervised training has it."""
+    return Network(nnx.split(model)[0], model.config)
 
 
 class TestLoss:
@@ -66,13 +71,13 @@ class TestLoss:
             if t < len(row.tokens) and row.is_target[t]
         ]
         assert len(losses) == 8 + 4 + 6 + 10
-        network, weights = split_model(base)
+        network, weights = stock_network(base), weights_of(base)
         loss = loss_of(network, weights, tokens, targets, chunk_tokens)
         assert float(loss) == pytest.approx(np.mean(losses), rel=1e-6)
 
     def test_prompts_and_padding_carry_none(self, base: gemma.Gemma, rows: list[Row]) -> None:
         tokens, targets = pack(rows[:1], WIDTH, 0)
-        network, weights = split_model(base)
+        network, weights = stock_network(base), weights_of(base)
 
         def of(embedding: jax.Array, tokens: np.ndarray) -> jax.Array:
             base = jax.tree.map(lambda x: x, weights.base)

@@ -20,11 +20,11 @@ from tunix.rl.rollout.base_rollout import CacheConfig as RolloutCacheConfig
 from tunix.rl.rollout.vanilla_rollout import VanillaRollout
 
 from gemma2_grpo.config import Config, OptimizerConfig
-from gemma2_grpo.engine.forward import Network, split_model
+from gemma2_grpo.engine.forward import Network
+from gemma2_grpo.engine.layers import with_remat
 from gemma2_grpo.engine.learner import Completions, Learner, Stream
 from gemma2_grpo.engine.lora import add_lora
 from gemma2_grpo.engine.loss import Advantages, group_advantages
-from gemma2_grpo.engine.model import with_remat
 from gemma2_grpo.engine.tokenizer import Tokenizer
 from gemma2_grpo.engine.update import UpdateMetrics, learning_rate_schedule, make_optimizer
 from gemma2_grpo.task.data import Example
@@ -104,14 +104,14 @@ networks: dict[str, Network] = {}
 
 
 class Textbook:
-    """GRPO completion by completion, with plain gradient descent and Tunix's own attention."""
+    """GRPO completion by completion, with plain gradient descent and Tunix's own layers."""
 
     def __init__(
         self, policy: gemma.Gemma, tokenizer: Tokenizer, rollouts: Rollouts, config: Config
     ) -> None:
         self.config = config
-        network, (lora, self.base) = split_model(policy)
-        self.network = networks.setdefault("policy", network)
+        graphdef, lora, self.base = nnx.split(policy, nnx.LoRAParam, ...)
+        self.network = networks.setdefault("policy", Network(graphdef, policy.config))
         self.lora = jax.tree.map(jnp.copy, lora)
         self.rows, self.is_token, self.advantages = [], [], []
         for i, completion in enumerate(rollouts.completions.tokens):
