@@ -262,12 +262,15 @@ class Learner:
         prompt_tokens = bucket(
             max(len(row) for row in ids), _LEAST_TOKENS, rollout.max_prompt_tokens
         )
+        # Whole or half micro-batches: every size is compiled.
+        half = max(1, budget // row_tokens // fsdp // 2)
+        whole = min(2 * half, budget // row_tokens // fsdp)
         shapes = Shapes(
             prompts=min(len(prompts), budget // prompt_tokens),
             prompt_tokens=prompt_tokens,
-            rows=budget // row_tokens // fsdp * fsdp,
+            rows=whole * fsdp,
             row_tokens=row_tokens,
-            least_rows=fsdp,
+            least_rows=half * fsdp,
         )
         packed = prompt_batches(ids, completions.tokens, list(chosen), shapes, self.tokenizer.pad)
         return [self.updater.place(batch) for batch in packed]
