@@ -135,16 +135,18 @@ class Learner:
         """What Tunix's cluster samples with: our engine, or the name of one of its own."""
         if self.config.rollout.engine != "group":
             return self.config.rollout.engine
-        return partial(GroupRollout, merged_scale=self._merged_scale())
+        model = self.config.model
+        scale = model.lora_alpha / model.lora_rank
+        return partial(GroupRollout, merged_scale=scale if self.is_merged else None)
 
-    def _merged_scale(self) -> float | None:
-        """Scale of the adapters where they are added into the weights before sampling.
+    @property
+    def is_merged(self) -> bool:
+        """Whether our engine adds the adapters into the weights before sampling.
 
         In bfloat16 a weight keeps 8 bits, so that small changes of it would be rounded away.
         """
-        model, merge = self.config.model, self.config.rollout.merge_lora
-        is_merged = merge == "always" or (merge == "auto" and model.dtype == "float32")
-        return model.lora_alpha / model.lora_rank if is_merged else None
+        merge = self.config.rollout.merge_lora
+        return merge == "always" or (merge == "auto" and self.config.model.dtype == "float32")
 
     def _rollout_config(self, temperature: float) -> TunixRolloutConfig:
         rollout = self.config.rollout
