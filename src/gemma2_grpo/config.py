@@ -81,6 +81,13 @@ class RolloutConfig:
 
     __pydantic_config__ = _STRICT
 
+    engine: Literal["group", "vanilla", "vllm", "sglang_jax"] = "group"
+    """`group` is ours; the others are Tunix's. `vanilla` is slow and plain, for comparison; `vllm`
+    and `sglang_jax` need their packages."""
+    kv_cache_tokens: int | None = None
+    """Room for one sequence in the cache of Tunix's engines; by default for the longest prompt
+    and completion. That of `group` grows with the completions."""
+
     num_generations: int = 16
     """Completions per prompt, the group of GRPO."""
     prompts_per_step: int = 8
@@ -244,6 +251,12 @@ def check(config: Config) -> Config:
     if grpo.epsilon_high is not None and grpo.epsilon_high < grpo.epsilon:
         raise ConfigError(
             f"epsilon_high = {grpo.epsilon_high} is below epsilon = {grpo.epsilon}; raise it"
+        )
+    sequence = rollout.max_prompt_tokens + rollout.max_completion_tokens
+    if rollout.kv_cache_tokens is not None and rollout.kv_cache_tokens < sequence:
+        raise ConfigError(
+            f"kv_cache_tokens = {rollout.kv_cache_tokens} does not hold max_prompt_tokens + "
+            f"max_completion_tokens = {sequence}; raise it, or leave it out"
         )
     longest = max(rollout.max_prompt_tokens, rollout.max_completion_tokens)
     if grpo.micro_batch_tokens < longest * model.mesh_shape[0]:

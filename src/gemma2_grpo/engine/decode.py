@@ -23,7 +23,8 @@ from gemma2_grpo.engine.sampling import Sampling, draw_tokens
 
 # A cache begins with room for so many tokens and doubles; each size is one more program.
 _FIRST_SLOTS = 64
-# A grid of fewer rows is not made smaller: the weights are then what decoding waits for.
+# A grid is not made smaller than this, nor than a quarter of its first size: the weights are then
+# what decoding waits for, and every size is one more program.
 _LEAST_ROWS = 4
 
 
@@ -83,8 +84,8 @@ def complete(
     """Decodes until every row has stopped or is at its limit.
 
     The device runs on by itself until the cache is full, or until the rows that are left fit a
-    grid of half as many prompts or half as many rows a prompt; then they are moved there. So the
-    number of programs grows with the logarithm of the sizes. A row's randomness depends only on
+    smaller grid; then they are moved there. So the number of programs grows with the logarithm of
+    the sizes. A row's randomness depends only on
     its own number, never on the grid.
 
     Args:
@@ -101,10 +102,11 @@ def complete(
     rows = np.arange(len(limits))
     tokens = np.full((len(rows), max_tokens), sampling.pad_id, np.int32)
     logps = np.zeros((len(rows), max_tokens), np.float32)
+    least = max(_LEAST_ROWS, len(limits) // 4)
     slots, step = bucket(1, _FIRST_SLOTS, max_tokens), 0
     grid = _start(network, weights, prompts, lengths, limits, key, slots=slots, mesh=mesh)
     while True:
-        grid, drawn = _decode(network, weights, grid, sampling=sampling, mesh=mesh)
+        grid, drawn = _decode(network, weights, grid, sampling=sampling, least=least, mesh=mesh)
         now, stopped, drawn = jax.device_get((grid.step, grid.stopped, drawn))
         columns = slice(step, int(now))
         tokens[rows, columns], logps[rows, columns] = (
@@ -114,7 +116,7 @@ def complete(
         step = int(now)
         if stopped.all() or step == max_tokens:
             break
-        kept, shape = _fit(stopped.reshape(len(grid.lengths), -1), mesh.shape["fsdp"])
+        kept, shape = _fit(stopped.reshape(len(grid.lengths), -1), least, mesh.shape["fsdp"])
         rows = rows[kept]
         slots = bucket(step + 1, _FIRST_SLOTS, max_tokens)
         grid = _regrid(grid, kept, shape=shape, slots=slots, mesh=mesh)
@@ -128,24 +130,26 @@ def _lengths(tokens: np.ndarray, limits: np.ndarray, stop_ids: tuple[int, ...]) 
     return np.minimum(ends, limits)
 
 
-def _halves(shape: tuple[int, int], fsdp: int) -> list[tuple[int, int]]:
-    """Grids of half as many prompts or rows a prompt, where that leaves enough rows to shard."""
+def _smaller(shape: tuple[int, int], least: int, fsdp: int) -> tuple[int, int] | None:
+    """The next grid: half as many rows a prompt, down to one, and then half as many prompts.
+
+    None where that would leave fewer rows than the least, or rows that do not divide over fsdp.
+    One way down keeps the programs few.
+    """
     prompts, group = shape
-    halved = [(-(-prompts // 2), group), (prompts, -(-group // 2))]
-    return [
-        (b, g)
-        for b, g in halved
-        if (b, g) != shape and b * g >= _LEAST_ROWS and (b * g) % fsdp == 0
-    ]
+    prompts, group = (prompts, -(-group // 2)) if group > 1 else (-(-prompts // 2), 1)
+    rows = prompts * group
+    is_useful = least <= rows < shape[0] * shape[1] and rows % fsdp == 0
+    return (prompts, group) if is_useful else None
 
 
-def _fit(stopped: np.ndarray, fsdp: int) -> tuple[np.ndarray, tuple[int, int]]:
+def _fit(stopped: np.ndarray, least: int, fsdp: int) -> tuple[np.ndarray, tuple[int, int]]:
     """Rows [R'] of the smallest grid that holds all unfinished ones, and its shape."""
     active = (~stopped).sum(axis=1)
     busy, most = int((active > 0).sum()), int(active.max())
     shape = stopped.shape
-    while smaller := [s for s in _halves(shape, fsdp) if s[0] >= busy and s[1] >= most]:
-        shape = smaller[0]
+    while (smaller := _smaller(shape, least, fsdp)) and smaller[0] >= busy and smaller[1] >= most:
+        shape = smaller
     # Busy prompts first and unfinished rows first; stable, so that the order is a function of it.
     prompts = np.argsort(-active, kind="stable")[: shape[0]]
     rows = np.argsort(stopped[prompts], axis=1, kind="stable")[:, : shape[1]]
@@ -186,23 +190,24 @@ def _start(
     )
 
 
-@partial(jax.jit, static_argnames=("network", "sampling", "mesh"), donate_argnames="grid")
+@partial(jax.jit, static_argnames=("network", "sampling", "least", "mesh"), donate_argnames="grid")
 def _decode(
-    network: Network, weights: Weights, grid: Grid, *, sampling: Sampling, mesh: Mesh
+    network: Network, weights: Weights, grid: Grid, *, sampling: Sampling, least: int, mesh: Mesh
 ) -> tuple[Grid, Drawn]:
     """Draws tokens until the cache is full or a smaller grid would do."""
     rows, slots = grid.own[network.layers[0]].keys.shape[:2]
     batch = len(grid.lengths)
     width = grid.prefix[network.layers[0]].keys.shape[1]
-    smaller = _halves((batch, rows // batch), mesh.shape["fsdp"])
+    smaller = _smaller((batch, rows // batch), least, mesh.shape["fsdp"])
     real = jnp.repeat(jnp.arange(width) < grid.lengths[:, None], rows // batch, axis=0)
     starts = jnp.repeat(grid.lengths, rows // batch)
     stop_ids = jnp.array(sampling.stop_ids)
 
     def fits_smaller(stopped: jax.Array) -> jax.Array:
         active = (~stopped).reshape(batch, -1).sum(axis=1)
-        fits = [((active > 0).sum() <= b) & (active.max() <= g) for b, g in smaller]
-        return jnp.any(jnp.array([*fits, ~jnp.any(active > 0)]))
+        if smaller is None:
+            return ~jnp.any(active > 0)
+        return ((active > 0).sum() <= smaller[0]) & (active.max() <= smaller[1])
 
     def go_on(carry: tuple[Grid, Drawn]) -> jax.Array:
         grid, _ = carry

@@ -16,6 +16,7 @@ from tunix.rl.rl_cluster import ClusterConfig, Mode, RLCluster, RLTrainingConfig
 from tunix.rl.rollout.base_rollout import RolloutConfig as TunixRolloutConfig
 
 from gemma2_grpo.config import Config
+from gemma2_grpo.engine.fetch import find_model
 from gemma2_grpo.engine.loss import Advantages, group_advantages, token_weights
 from gemma2_grpo.engine.packing import PromptBatch, Shapes, bucket, prompt_batches
 from gemma2_grpo.engine.rollout import GroupRollout, GroupRolloutConfig
@@ -30,6 +31,9 @@ from gemma2_grpo.engine.update import (
 from gemma2_grpo.task.data import Example
 from gemma2_grpo.task.prompts import render_prompt
 
+# Room in a row for so many of the longest completions: more leave less of it empty, at the price
+# of attention masks that are mostly false.
+_LONGEST_PER_ROW = 2
 # Rows and prompts are padded to this, or to a power of two of it; each width is more programs.
 _LEAST_TOKENS = 64
 
@@ -111,7 +115,7 @@ class Learner:
             tokenizer=tokenizer,
             cluster_config=ClusterConfig(
                 role_to_mesh={Role.ACTOR: mesh, Role.REFERENCE: mesh, Role.ROLLOUT: mesh},
-                rollout_engine=cast(Any, partial(GroupRollout, merged_scale=self._merged_scale())),
+                rollout_engine=self._engine(),
                 rollout_config={
                     Mode.TRAIN: self._rollout_config(config.rollout.temperature),
                     Mode.EVAL: self._rollout_config(0.0),
@@ -127,26 +131,37 @@ class Learner:
         _place_scalars(self.cluster.actor_trainer.optimizer, mesh)
         self.updater = Updater(self.cluster.actor_trainer, reference, config, mesh)
 
-    def _merged_scale(self) -> float | None:
-        """Scale of the adapters where they are added into the weights before sampling.
+    def _engine(self) -> Any:
+        """What Tunix's cluster samples with: our engine, or the name of one of its own."""
+        if self.config.rollout.engine != "group":
+            return self.config.rollout.engine
+        model = self.config.model
+        scale = model.lora_alpha / model.lora_rank
+        return partial(GroupRollout, merged_scale=scale if self.is_merged else None)
+
+    @property
+    def is_merged(self) -> bool:
+        """Whether our engine adds the adapters into the weights before sampling.
 
         In bfloat16 a weight keeps 8 bits, so that small changes of it would be rounded away.
         """
-        model, merge = self.config.model, self.config.rollout.merge_lora
-        is_merged = merge == "always" or (merge == "auto" and model.dtype == "float32")
-        return model.lora_alpha / model.lora_rank if is_merged else None
+        merge = self.config.rollout.merge_lora
+        return merge == "always" or (merge == "auto" and self.config.model.dtype == "float32")
 
     def _rollout_config(self, temperature: float) -> TunixRolloutConfig:
         rollout = self.config.rollout
         return GroupRolloutConfig(
             max_tokens_to_generate=rollout.max_completion_tokens,
             max_prompt_length=rollout.max_prompt_tokens,
-            kv_cache_size=rollout.max_prompt_tokens + rollout.max_completion_tokens,
+            kv_cache_size=rollout.kv_cache_tokens
+            or rollout.max_prompt_tokens + rollout.max_completion_tokens,
             temperature=temperature,
-            top_p=rollout.top_p,
-            top_k=rollout.top_k or None,
+            # Tunix's sampler takes the likeliest token only where it is given neither.
+            top_p=rollout.top_p if temperature else None,
+            top_k=(rollout.top_k or None) if temperature else None,
             eos_tokens=list(self.tokenizer.stop_ids),
             return_logprobs=True,
+            **_settings_of_engine(self.config),
         )
 
     def generate(
@@ -173,9 +188,17 @@ class Learner:
         settings.seed, settings.limits = key, limits
         repeated = [prompt for prompt in prompts for _ in range(group)]
         output = self.cluster.generate(repeated, mode=mode)
+        tokens = output.tokens
+        if self.config.rollout.engine != "group":
+            tokens = [self._with_stop(row) for row in tokens]
         stops = self.tokenizer.stop_ids
-        truncated = np.array([not len(row) or row[-1] not in stops for row in output.tokens])
-        return Completions(output.text, output.tokens, truncated)
+        truncated = np.array([not len(row) or row[-1] not in stops for row in tokens])
+        return Completions(output.text, tokens, truncated)
+
+    def _with_stop(self, row: np.ndarray) -> np.ndarray:
+        """Puts back the stop token that Tunix's engines take off, since it has to be learned."""
+        is_cut = len(row) >= self.config.rollout.max_completion_tokens
+        return row if is_cut else np.append(row, self.tokenizer.eos_id()).astype(np.int32)
 
     def step(self, step: int, batch: Sequence[Example], score: Scores) -> StepResult:
         """One batch of rollouts and its updates.
@@ -234,18 +257,22 @@ class Learner:
         rollout, budget = self.config.rollout, self.config.grpo.micro_batch_tokens
         fsdp = self.config.model.mesh_shape[0]
         ids = [self.tokenizer.encode(prompt) for prompt in prompts]
-        row_tokens = bucket(
+        longest = bucket(
             int(completions.lengths.max()), _LEAST_TOKENS, rollout.max_completion_tokens
         )
+        row_tokens = min(_LONGEST_PER_ROW * longest, budget // fsdp)
         prompt_tokens = bucket(
             max(len(row) for row in ids), _LEAST_TOKENS, rollout.max_prompt_tokens
         )
+        # Whole or half micro-batches: every size is compiled.
+        half = max(1, budget // row_tokens // fsdp // 2)
+        whole = min(2 * half, budget // row_tokens // fsdp)
         shapes = Shapes(
             prompts=min(len(prompts), budget // prompt_tokens),
             prompt_tokens=prompt_tokens,
-            rows=budget // row_tokens // fsdp * fsdp,
+            rows=whole * fsdp,
             row_tokens=row_tokens,
-            least_rows=fsdp,
+            least_rows=half * fsdp,
         )
         packed = prompt_batches(ids, completions.tokens, list(chosen), shapes, self.tokenizer.pad)
         return [self.updater.place(batch) for batch in packed]
@@ -280,7 +307,15 @@ class Learner:
             self.updater.place([credit(np.asarray(micro.owners)) for micro in batch.micro])
             for batch in packed
         ]
-        return self.updater.update(packed, credited, references)
+        metrics = self.updater.update(packed, credited, references)
+        self._tell_engine()
+        return metrics
+
+    def _tell_engine(self) -> None:
+        """Gives the adapters to an engine of Tunix's, which has weights of its own."""
+        if self.config.rollout.engine != "group":
+            adapters = nnx.state(self.policy, nnx.LoRAParam)
+            self.cluster.rollout.update_params(adapters, cast(Any, nnx.LoRAParam))
 
     @property
     def policy(self) -> gemma.Gemma:
@@ -304,6 +339,28 @@ class Learner:
         ):
             nnx.replace_by_pure_dict(target, state[name])
             nnx.update(trainer.model if name == "lora" else trainer.optimizer, target)
+        self._tell_engine()
+
+
+def _settings_of_engine(config: Config) -> dict[str, Any]:
+    """What vLLM and SGLang-JAX need to know besides, under Tunix's names."""
+    model, engine = config.model, config.rollout.engine
+    if engine == "vllm":
+        return {
+            "rollout_vllm_model_version": str(find_model(model.model)),
+            "rollout_vllm_init_with_random_weights": False,
+            "rollout_vllm_lora_config": {"rank": model.lora_rank, "alpha": model.lora_alpha},
+        }
+    if engine == "sglang_jax":
+        return {
+            "rollout_sglang_jax_model_version": str(find_model(model.model)),
+            "rollout_sglang_jax_init_with_random_weights": False,
+            "rollout_sglang_jax_enable_static_lora": True,
+            "rollout_sglang_jax_lora_target_modules": ["all"],
+            "rollout_sglang_jax_max_lora_rank": model.lora_rank,
+            "rollout_sglang_jax_lora_scaling": model.lora_alpha / model.lora_rank,
+        }
+    return {}
 
 
 def _place_scalars(optimizer: nnx.Optimizer, mesh: Mesh) -> None:

@@ -162,6 +162,7 @@ def open_session(config: Config, splits: Splits, directory: RunDirectory) -> Ses
         "data": f"{splits.source}: {len(train)} train, {len(held_out)} {config.data.eval_split} "
         f"problems; {dropped + dropped_held_out} too long, dropped",
         "steps": _describe_steps(config, finished),
+        "sampling": _describe_sampling(config, learner, architecture.sliding_window_size),
         "run": str(directory.path),
     }
     return Session(config, learner, train, held_out, finished, facts, plan, directory.checkpoints)
@@ -196,6 +197,17 @@ def _describe_adapters(config: Config, size: AdapterSize) -> str:
         f"LoRA rank {config.model.lora_rank} on {size.matrices} matrices, "
         f"{size.parameters:,} parameters in float32"
     )
+
+
+def _describe_sampling(config: Config, learner: Learner, window: int | None) -> str:
+    rollout = config.rollout
+    if rollout.engine == "group":
+        how = "added into" if learner.is_merged else "run beside"
+        return f"adapters {how} the {config.model.dtype} weights"
+    text = f"Tunix's engine {rollout.engine}"
+    if window and rollout.max_prompt_tokens + rollout.max_completion_tokens > window:
+        text += f"; it is inexact beyond the sliding window of {window} tokens"
+    return text
 
 
 def _describe_steps(config: Config, finished: int) -> str:

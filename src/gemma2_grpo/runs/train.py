@@ -1,12 +1,16 @@
 """`gemma2-grpo train`: everything that can be refused without JAX, then the run."""
 
+import importlib.util
 from pathlib import Path
 
-from gemma2_grpo.config import Config
+from gemma2_grpo.config import Config, UserError
 from gemma2_grpo.runs.display import Display
 from gemma2_grpo.runs.run_directory import RunDirectory
 from gemma2_grpo.task.data import load_splits
 from gemma2_grpo.task.scoring import Reward, Scorer, load_reward
+
+# Module and package of the engines that Tunix brings no code for.
+_PACKAGES = {"vllm": ("vllm", "vllm"), "sglang_jax": ("sgl_jax", "sglang-jax")}
 
 
 def train(
@@ -41,6 +45,7 @@ def train(
             display.note(f"{path} is finished; its result:")
             display.result(result)
             return path
+        _check_engine(config.rollout.engine)
         splits = load_splits(config.data)
         reward, reward_sha256 = _load_reward(config, directory, display)
         display.note(f"loading {config.model.model}")
@@ -56,6 +61,15 @@ def train(
     finally:
         directory.close()
     return path
+
+
+def _check_engine(engine: str) -> None:
+    """Refuses a rollout engine whose package is missing, before anything is loaded."""
+    module, package = _PACKAGES.get(engine, (None, None))
+    if module and importlib.util.find_spec(module) is None:
+        raise UserError(
+            f'engine = "{engine}" needs the package {package}; install it, or set engine = "group"'
+        )
 
 
 def _load_reward(
