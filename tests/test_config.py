@@ -134,6 +134,11 @@ def test_a_wrong_file_is_refused_by_field(toml: str, message: str, tmp_path: Pat
             "mesh_shape[0] = 2; raise it to 12290",
         ),
         (
+            {"rollout": {"kv_cache_tokens": 1023}},
+            "kv_cache_tokens = 1023 does not hold max_prompt_tokens + max_completion_tokens = "
+            "1024; raise it, or leave it out",
+        ),
+        (
             {"data": {"num_train_samples": 4}},
             "prompts_per_step = 8 is more than num_train_samples = 4; lower it",
         ),

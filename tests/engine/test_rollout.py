@@ -114,9 +114,7 @@ class TestStockEngine:
             one, other = (ids(vanilla.generate(texts, rollout_config(seed=seed))) for _ in "ab")
             assert one == other
         keys = [fold_key(0, Stream.TRAIN, step) for step in (0, 1, 0)]
-        one, other, again = (
-            ids(engine.generate(texts, rollout_config(seed=key))) for key in keys
-        )
+        one, other, again = (ids(engine.generate(texts, rollout_config(seed=key))) for key in keys)
         assert one == again
         assert all(a != b for a, b in zip(one, other, strict=True))
 
@@ -152,9 +150,7 @@ class TestStockEngine:
         assert ids(ending) == expected
         for row, logps in enumerate(ending.logprobs):
             assert logps.dtype == np.float32
-            np.testing.assert_allclose(
-                logps, output.logprobs[row][: len(expected[row])], atol=1e-5
-            )
+            np.testing.assert_allclose(logps, output.logprobs[row][: len(expected[row])], atol=1e-5)
         assert ending.text == [tokenizer.decode(np.array(row)) for row in expected]
         stock = vanilla.generate(texts, rollout_config(top_p=None, eos_tokens=stops))
         assert ids(stock) == [row[:-1] if row[-1] in stops else row for row in expected]

@@ -34,9 +34,7 @@ def test_frequencies_are_the_probabilities(
     observed = np.bincount(tokens, minlength=8)
     possible = expected > 0
     assert not observed[~possible].any()
-    chi_square = (
-        (observed - count * expected)[possible] ** 2 / (count * expected[possible])
-    ).sum()
+    chi_square = ((observed - count * expected)[possible] ** 2 / (count * expected[possible])).sum()
     # The 99.9th percentile for 1 to 7 degrees of freedom.
     limit = [10.83, 13.82, 16.27, 18.47, 20.52, 22.46, 24.32][possible.sum() - 2]
     assert chi_square < limit

@@ -189,12 +189,14 @@ def last_gradient(learner: Learner) -> dict[str, np.ndarray]:
     return found
 
 
-def check_close(actual: dict[str, np.ndarray], expected: dict[str, np.ndarray]) -> None:
-    """Within 1e-5 of the norm of each tensor."""
+def check_close(
+    actual: dict[str, np.ndarray], expected: dict[str, np.ndarray], limit: float
+) -> None:
+    """Within a small part of the norm of each tensor."""
     assert actual.keys() == expected.keys() and len(actual) == 24
     for name, gradient in expected.items():
         error = np.linalg.norm(actual[name] - gradient) / np.linalg.norm(gradient)
-        assert error < 1e-5, (name, error)
+        assert error < limit, (name, error)
 
 
 @pytest.fixture
@@ -242,6 +244,7 @@ CASES: dict[str, tuple[float, dict[str, Any]]] = {
             "epsilon": 0.05,
             "remat": "decoder",
             "logprob_chunk_tokens": 1,
+            "micro_batch_tokens": 200,
         },
     ),
     "drgrpo without a penalty": (
@@ -283,26 +286,20 @@ class TestTextbook:
         references = learner.updater._reference_logps._cache_size()
         assert (references > 0) == (config.grpo.beta > 0)
 
+        self.check_metrics(metrics[0], textbook)
         expected = textbook.descend(learning_rate)
-        check_close(last_gradient(learner), expected)
+        # Later iterations carry the rounding of the weights before them.
+        limit = 1e-5 if config.grpo.num_iterations == 1 else 2e-5
+        check_close(last_gradient(learner), expected, limit)
         norm = np.sqrt(sum((gradient**2).sum() for gradient in expected.values()))
         assert metrics[-1].grad_norm == pytest.approx(norm, rel=1e-5)
         lora = by_path(nnx.state(learner.policy, nnx.LoRAParam))
         for name, value in by_path(textbook.lora).items():
             np.testing.assert_allclose(lora[name], value, atol=2e-5)
 
-    def test_metrics(
-        self,
-        descending: Callable[..., Learner],
-        config: Config,
-        tokenizer: Tokenizer,
-        rollouts: Rollouts,
-        learn: Learn,
-    ) -> None:
-        chosen = rollouts.first(3)
-        learner = descending(config, 0.1)
-        textbook = Textbook(learner.policy, tokenizer, chosen, config)
-        (metrics,) = learn(learner, *chosen.given)
+    @staticmethod
+    def check_metrics(metrics: UpdateMetrics, textbook: Textbook) -> None:
+        """Those of the first iteration, where the ratio is 1; before the textbook descends."""
         kl, entropy, loss, tokens = 0.0, 0.0, 0.0, 0
         for i, row in enumerate(textbook.rows):
             mask = textbook.is_token[i]
@@ -310,40 +307,24 @@ class TestTextbook:
             d = np.asarray(textbook.ref[i], np.float64)[mask] - now
             each = np.exp(d) - d - 1
             kl, entropy, tokens = kl + each.sum(), entropy + entropies.sum(), tokens + mask.sum()
-            # The ratio is 1.
-            loss += np.mean(-textbook.advantages[i] + 0.04 * each) / len(textbook.rows)
-        assert metrics.kl == pytest.approx(kl / tokens, rel=1e-4)
-        assert metrics.entropy == pytest.approx(entropy / tokens, rel=1e-5)
-        assert metrics.loss == pytest.approx(loss, rel=1e-4)
-        assert metrics.kl > 1e-3 and metrics.entropy > 1
+            terms = -textbook.advantages[i] + textbook.config.grpo.beta * each
+            loss += textbook.scale(i) * terms.sum()
+        is_penalised = textbook.config.grpo.beta > 0
+        assert metrics.kl == pytest.approx(kl / tokens if is_penalised else 0, rel=1e-4)
+        assert metrics.loss == pytest.approx(loss, rel=1e-4, abs=1e-6)
+        if is_penalised:  # Else the group of equal rewards is not looked at.
+            assert metrics.entropy == pytest.approx(entropy / tokens, rel=1e-5)
+            assert metrics.kl > 1e-3 and metrics.entropy > 1
         assert metrics.is_finite
 
 
 class TestRatio:
-    def test_is_exactly_one_before_the_first_update(
-        self,
-        make_learner: Callable[..., Learner],
-        make_policy: Callable[..., gemma.Gemma],
-        config: Config,
-        changed: Callable[..., Config],
-        rollouts: Rollouts,
-        learn: Learn,
-    ) -> None:
-        config = changed(config, num_iterations=3, temperature=0.7, learning_rate=3e-3)
-        learner = make_learner(config, make_policy(filled=5))
-        first, *others = learn(learner, *rollouts.first(2).given)
-        assert first.max_ratio == 1.0
-        assert first.clip_fraction == 0.0
-        assert all(other.max_ratio > 1.01 for other in others)
-        # Of the next batch as well, although the policy has moved.
-        again = learn(learner, *rollouts.first(2).given)
-        assert again[0].max_ratio == 1.0
+    """Ours is exactly 1 before the first update, as the test of the gradient shows."""
 
     def test_is_not_in_stock_tunix_at_other_temperatures(
-        self, base: gemma.Gemma, tokenizer: Tokenizer, rollouts: Rollouts, mesh: Mesh
+        self, base: gemma.Gemma, tokenizer: Tokenizer, rollouts: Rollouts
     ) -> None:
         """Tunix takes old log-probabilities at temperature 1 and the loss at that of sampling."""
-        del mesh
         size = RolloutCacheConfig(cache_size=48, num_layers=2, num_kv_heads=4, head_dim=8)
         engine = VanillaRollout(base, tokenizer, size)
         chosen = rollouts.first(2)
@@ -384,9 +365,9 @@ class TestGroupsThatTeachNothing:
             packed = learner.pack(chosen.prompts, chosen.completions, wanted)
             found = [np.asarray(micro.owners) for batch in packed for micro in batch.micro]
             assert np.unique(np.concatenate(found)).tolist() in ([-1, *owners], [*owners])
-            # Two prompts of 28 tokens at a time, and four rows of 12.
+            # Two prompts of 28 tokens at a time, and one or two rows of two completions.
             assert [len(batch.prompts) for batch in packed] == [2, 1][: len(packed)]
-            assert all(rows.shape[1] == 12 and len(rows) <= 4 for rows in found)
+            assert {rows.shape for rows in found} <= {(1, 24), (2, 24)}
 
     def test_equal_rewards_without_penalty_change_nothing(
         self,
@@ -558,7 +539,7 @@ def test_losses_do_not_depend_on_the_mesh(
     fill_adapters: Callable[..., None],
     learn: Learn,
 ) -> None:
-    config = changed(config, num_iterations=2)
+    config = changed(config, num_iterations=2, micro_batch_tokens=192)
     one = make_learner(config, make_policy(filled=5, scale=0.05))
     policy = add_lora(wide_base, config.model, wide_mesh, 0)
     fill_adapters(policy, 5, 0.05)
@@ -569,6 +550,8 @@ def test_losses_do_not_depend_on_the_mesh(
         expected = learn(one, *chosen.given)
         actual = learn(wide, *chosen.given)
         np.testing.assert_allclose(actual, expected, rtol=1e-4, atol=1e-6)
+        # Of each batch, although the policy has moved.
+        assert actual[0].max_ratio == expected[0].max_ratio == 1 < actual[1].max_ratio
     for name, value in adapters(one.cluster.actor_trainer.model).items():
         np.testing.assert_allclose(
             adapters(wide.cluster.actor_trainer.model)[name], value, atol=1e-4
