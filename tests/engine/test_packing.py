@@ -1,4 +1,4 @@
-"""Every completion is trained on exactly once, after its own prompt, whatever it shares a row with."""
+"""Every completion is trained on once, after its own prompt, whatever it shares a row with."""
 
 import dataclasses
 from collections.abc import Sequence

@@ -1,9 +1,7 @@
 """Updates are those of the textbook, however the batch is cut and packed and wherever it lies."""
 
-import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import jax
