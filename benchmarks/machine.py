@@ -3,7 +3,7 @@
 import os
 import platform
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
@@ -16,6 +16,7 @@ from benchmarks.meter import core_count, now
 _SIDE = 1024
 _FLOATS = 2**26  # 256 MiB of float32, beyond any cache.
 _SECONDS = 1.0
+_IDLE_LOAD = 0.5
 _LIBRARIES = "google-tunix jax jaxlib flax qwix numpy torch transformers peft trl".split()
 
 
@@ -97,6 +98,29 @@ def describe() -> dict[str, Any]:
         "system": f"{platform.system()} {platform.machine()}",
         "versions": versions,
     }
+
+
+def load_warning(machine: Mapping[str, Any]) -> str | None:
+    """A line on other work, if there is any to speak of."""
+    load = (machine["load_average"] or (0.0,))[0]
+    if load < _IDLE_LOAD:
+        return None
+    return (
+        f"The load average is {load:.1f} on {machine['cores']} cores: other work is running, and "
+        "seconds of either kind will be more than on an idle machine."
+    )
+
+
+def command_line(module: str, arguments: Sequence[str], paths: Sequence[Path | None]) -> str:
+    """The command as a result records it: of paths only the names, which mean something elsewhere.
+
+    Args:
+        module: What `python -m` runs.
+        arguments: Its arguments.
+        paths: Which of them are paths.
+    """
+    names = {str(path): path.name for path in paths if path is not None}
+    return " ".join(["python -m", module, *(names.get(text, text) for text in arguments)])
 
 
 def _cpu_model() -> str:

@@ -1,7 +1,6 @@
 """The tables of `benchmarks.step`, for a terminal of 80 columns."""
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from statistics import median
 
 from rich import box
@@ -19,21 +18,9 @@ from benchmarks.compare import (
 )
 from benchmarks.floor import Floor
 from benchmarks.machine import Peaks
-from benchmarks.session import Ready, StepReport, Summary
+from benchmarks.rounds import Result
 
 _GB = 1e9
-
-
-@dataclass(frozen=True)
-class Result:
-    """All that one system reported."""
-
-    label: str
-    """Name and version."""
-    ready: Ready
-    warmup: list[StepReport]
-    steps: list[StepReport]
-    summary: Summary
 
 
 def print_report(
@@ -44,9 +31,13 @@ def print_report(
     clock: Clock,
 ) -> None:
     """Prints seconds, ratios and the machine's peak."""
+    name = "CPU-seconds (wall seconds)" if clock == "cpu" else "Wall seconds (CPU-seconds)"
+    console.print(f"\n{name} of a step, medians", style="bold")
     console.print(_seconds_table(results, floors, clock))
     if "ours" in results and len(results) > 1:
+        console.print("Times as much as ours: median (lowest to highest round)", style="bold")
         console.print(_ratio_table(results, clock))
+    console.print("Times as much as the floor, medians", style="bold")
     console.print(_floor_table(results, floors, clock))
     unit = "CPU-second" if clock == "cpu" else "second"
     console.print(
@@ -60,9 +51,9 @@ def print_report(
         _print_compiles(console, result)
 
 
-def _table(title: str, labels: Sequence[str]) -> Table:
-    table = Table(title=title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD)
-    table.add_column("", no_wrap=True)
+def _table(labels: Sequence[str]) -> Table:
+    table = Table(box=box.SIMPLE_HEAD)
+    table.add_column("", no_wrap=True, min_width=17)
     for label in labels:
         table.add_column(label, justify="right", no_wrap=True)
     return table
@@ -70,8 +61,7 @@ def _table(title: str, labels: Sequence[str]) -> Table:
 
 def _seconds_table(results: Mapping[str, Result], floors: Sequence[Floor], clock: Clock) -> Table:
     labels = [result.label for result in results.values()]
-    name = "CPU-seconds (wall seconds)" if clock == "cpu" else "Wall seconds (CPU-seconds)"
-    table = _table(f"{name} of a step, medians", [*labels, "floor"])
+    table = _table([*labels, "floor"])
     other = "wall" if clock == "cpu" else "cpu"
     for phase in PHASES:
         table.add_row(
@@ -104,10 +94,7 @@ def _warmup(result: Result) -> str:
 
 def _ratio_table(results: Mapping[str, Result], clock: Clock) -> Table:
     others = {name: result for name, result in results.items() if name != "ours"}
-    table = _table(
-        "Times as much as ours: median (lowest to highest round)",
-        [result.label for result in others.values()],
-    )
+    table = _table([result.label for result in others.values()])
     for phase in PHASES:
         base = seconds(results["ours"].steps, phase, clock)
         table.add_row(
@@ -122,7 +109,7 @@ def _ratio_table(results: Mapping[str, Result], clock: Clock) -> Table:
 
 def _floor_table(results: Mapping[str, Result], floors: Sequence[Floor], clock: Clock) -> Table:
     labels = [result.label for result in results.values()]
-    table = _table("Times as much as the floor, medians", labels)
+    table = _table(labels)
     for phase in PHASES:
         base = [getattr(floor, phase) for floor in floors]
         ratios = (

@@ -126,5 +126,5 @@ def _device(system: str) -> tuple[str, int | None]:
         return "cpu", None
     import jax
 
-    device = jax.devices()[0]
-    return device.device_kind, (device.memory_stats() or {}).get("peak_bytes_in_use")
+    peaks = [(device.memory_stats() or {}).get("peak_bytes_in_use") for device in jax.devices()]
+    return jax.devices()[0].device_kind, max((peak for peak in peaks if peak), default=None)

@@ -4,15 +4,13 @@ python -m benchmarks.step --data gsm8k/test.jsonl
 """
 
 import dataclasses
-import importlib.util
 import json
+import math
 import os
 import sys
 import tempfile
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
-from importlib import metadata
 from pathlib import Path
 from typing import Any, Literal
 
@@ -21,23 +19,15 @@ from rich.console import Console
 
 from benchmarks import floor
 from benchmarks.compare import PHASES, paired_ratio, seconds
-from benchmarks.machine import Peaks, describe, measure_peaks
-from benchmarks.model_files import write_config, write_weights
-from benchmarks.processes import Worker, WorkerError, call
-from benchmarks.report import Result, print_report
-from benchmarks.session import Ready, StepReport, Summary, serve
-from benchmarks.tokens import write_tokenizer
-from benchmarks.workload import PRESETS, Sizes, Workload, make_batches, read_questions
+from benchmarks.machine import Peaks, command_line, describe, load_warning, measure_peaks
+from benchmarks.processes import WorkerError, call
+from benchmarks.report import print_report
+from benchmarks.rounds import Result, measure, missing_libraries, prepare
+from benchmarks.session import StepReport
+from benchmarks.workload import PRESETS, Sizes, Workload, read_questions
 from gemma2_grpo.config import UserError
-from gemma2_grpo.task.prompts import render_prompt
 
 System = Literal["ours", "tunix", "trl"]
-NEEDED = {
-    "ours": ("jax", "tunix"),
-    "tunix": ("jax", "tunix"),
-    "trl": ("torch", "transformers", "peft", "trl"),
-}
-_VERSIONS = {"tunix": "google-tunix", "trl": "trl"}
 # Log-probabilities of 32 tokens in float32, by programs that add up in another order.
 LOGP_TOLERANCE = 1e-3
 
@@ -111,19 +101,35 @@ def run(command: Step, console: Console, progress: Console) -> None:
     systems, notes = choose_systems(command)
     for note in notes:
         progress.print(note, markup=False)
+    machine = describe()  # Now, since its load average is that of others still.
+    if warning := load_warning(machine):
+        notes.append(warning)
+        progress.print(warning, style="yellow")
     with tempfile.TemporaryDirectory(prefix="gemma2-grpo-bench-") as folder:
-        workload = prepare(command, Path(folder))
+        workload = prepare(
+            command.sizes(),
+            read_questions(command.data, command.seed),
+            Path(folder),
+            steps=command.steps,
+            warmup=command.warmup,
+            seed=command.seed,
+            full_length=command.full_length,
+            shares_weights=on_cpu,
+        )
         peaks = call("machine", Path(folder) / "log", measure_peaks, workload.sizes.dtype)
         results = measure(workload, systems, command.verify, Path(folder), progress)
     checks = verify(results) if command.verify else None
     device = next(iter(results.values())).summary.device
     clock = "cpu" if device == "cpu" else "wall"
+    # The peaks are those of one device; CPU-seconds are those of all cores together.
+    devices = 1 if clock == "cpu" else math.prod(workload.sizes.mesh)
     floors = [
-        floor.step_floor(workload.sizes, batch, peaks.flops, peaks.bytes)
+        floor.step_floor(workload.sizes, batch, peaks.flops * devices, peaks.bytes * devices)
         for batch in workload.batches
     ]
-    write_json(command, workload, results, peaks, floors, clock, checks, notes)
-    console.print(f"{describe_work(workload)}; {device}", style="dim")
+    write_json(command, machine, workload, results, peaks, floors, clock, checks, notes)
+    where = machine["cpu"] if device == "cpu" else device
+    console.print(f"{describe_work(workload)}; {where}, {machine['cores']} cores", style="dim")
     print_report(console, results, floors, peaks, clock)
     if checks:
         console.print(checks["line"], style="green" if checks["passed"] else "bold red")
@@ -141,7 +147,7 @@ def choose_systems(command: Step) -> tuple[tuple[System, ...], list[str]]:
         wanted = ("ours",) if command.preset == "gemma2-2b" else ("ours", "tunix", "trl")
     chosen, notes = [], []
     for system in dict.fromkeys(wanted):
-        missing = [name for name in NEEDED[system] if importlib.util.find_spec(name) is None]
+        missing = missing_libraries(system)
         line = f"{system}: needs {', '.join(missing)}; install the extra `bench`"
         if not missing:
             chosen.append(system)
@@ -152,85 +158,6 @@ def choose_systems(command: Step) -> tuple[tuple[System, ...], list[str]]:
     if command.preset == "gemma2-2b" and set(chosen) - {"ours"}:
         raise UserError("--preset gemma2-2b makes its weights on the device; it runs ours only")
     return tuple(chosen), notes
-
-
-def prepare(command: Step, folder: Path) -> Workload:
-    """Writes the model directory and decides all inputs."""
-    sizes = command.sizes()
-    directory = folder / "model"
-    directory.mkdir()
-    questions = read_questions(command.data, command.seed)
-    write_tokenizer(directory, map(render_prompt, questions), sizes.vocab)
-    write_config(directory, sizes)
-    if command.preset == "cpu-30m":
-        call("weights", folder / "log", write_weights, directory, sizes, command.seed)
-    batches = make_batches(
-        sizes, questions, directory, command.steps, command.seed, command.full_length
-    )
-    return Workload(sizes, directory, batches, command.warmup, command.seed)
-
-
-def measure(
-    workload: Workload,
-    systems: Sequence[System],
-    is_verified: bool,
-    folder: Path,
-    progress: Console,
-) -> dict[str, Result]:
-    """Runs the systems in turn: A B C A B C, each in a process of its own."""
-    with workers(workload, systems, is_verified, folder) as started:
-        ready: dict[str, Ready] = {}
-        for name, worker in started.items():
-            ready[name] = worker.receive()
-            progress.print(f"{name} built in {ready[name].build.wall:.1f} s", style="dim")
-        reports: dict[str, list[StepReport]] = {name: [] for name in started}
-        for step in range(workload.steps):
-            for name, worker in started.items():
-                worker.send(step)
-                report = worker.receive()
-                reports[name].append(report)
-                progress.print(_progress_line(workload, step, name, report), style="dim")
-        summaries: dict[str, Summary] = {}
-        for name, worker in started.items():
-            worker.send(None)
-            summaries[name] = worker.receive()
-    cut = workload.warmup
-    return {
-        name: Result(_label(name), ready[name], rows[:cut], rows[cut:], summaries[name])
-        for name, rows in reports.items()
-    }
-
-
-@contextmanager
-def workers(
-    workload: Workload, systems: Sequence[System], is_verified: bool, folder: Path
-) -> Iterator[dict[str, Worker]]:
-    """Starts the processes one after the other, and ends them all."""
-    started: dict[str, Worker] = {}
-    try:
-        for name in systems:
-            log = folder / f"{name}.log"
-            started[name] = Worker(name, log, serve, name, workload, is_verified)
-        yield started
-    finally:
-        for worker in started.values():
-            worker.close()
-
-
-def _progress_line(workload: Workload, step: int, name: str, report: StepReport) -> str:
-    total = report.seconds["step"]
-    number = step - workload.warmup + 1
-    title = f"step {number} of {len(workload.batches)}" if number > 0 else "warm-up"
-    compiled = f", {report.compiled_programs} compiled" if report.compiled_programs else ""
-    return (
-        f"{title}: {name} {total.cpu:.1f} CPU-s, {total.wall:.1f} s, "
-        f"{report.completion_tokens} tokens{compiled}"
-    )
-
-
-def _label(system: str) -> str:
-    package = _VERSIONS.get(system)
-    return f"{system} {metadata.version(package)}" if package else system
 
 
 def describe_work(workload: Workload) -> str:
@@ -266,6 +193,7 @@ def verify(results: dict[str, Result]) -> dict[str, Any]:
 
 def write_json(
     command: Step,
+    machine: dict[str, Any],
     workload: Workload,
     results: dict[str, Result],
     peaks: Peaks,
@@ -276,8 +204,8 @@ def write_json(
 ) -> None:
     """Writes everything that was measured, and what it was measured on."""
     record = {
-        "command": " ".join(["python -m benchmarks.step", *sys.argv[1:]]),
-        "machine": describe(),
+        "command": command_line("benchmarks.step", sys.argv[1:], [command.data, command.out]),
+        "machine": machine,
         "sizes": vars(workload.sizes),
         "parameters": {
             "layers": floor.layer_parameters(workload.sizes),
@@ -292,7 +220,7 @@ def write_json(
             {"prompt_tokens": batch.prompt_tokens, "completion_tokens": batch.limits}
             for batch in workload.batches
         ],
-        "skipped": list(notes),
+        "notes": list(notes),
         "verification": checks,
         "systems": {name: as_record(result) for name, result in results.items()},
         "ratios_to_ours": ratios(results, clock),

@@ -118,7 +118,8 @@ def _pace(session: Session) -> Any:
             self._steps: Iterator[Batch] = session.steps()
             self._update = ExitStack()
 
-        def on_step_begin(self, _: Any, state: Any, __: Any, **___: Any) -> None:
+        def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+            del args, control
             if state.global_step % iterations == 0:
                 self.finish()
                 # The optimizer lies outside of any method that could be wrapped: what is neither
