@@ -3,15 +3,15 @@
 import importlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from typing import Any
 
 from benchmarks.meter import Compiles, Instant, Meter, now, peak_rss_bytes
 from benchmarks.workload import Batch, Workload
 
-Scorer = Callable[[str, Sequence[int]], float]
-"""Log-probability of a completion's token ids after a prompt, under the initial weights."""
+Scorer = Callable[[str, Sequence[int]], Sequence[float]]
+"""Log-probabilities of a completion's token ids after a prompt, under the initial weights."""
 
 
 SYSTEMS = {"ours": "ours", "tunix": "stock_tunix", "trl": "stock_trl"}
@@ -44,11 +44,10 @@ class Summary:
     """What is known at the end."""
 
     peak_rss_bytes: int
-    fixed_logp: float | None
-    """Log-probability of the workload's fixed completion, where asked for."""
+    fixed_logps: list[float] | None
+    """Log-probabilities of the workload's fixed completion, where asked for."""
     device: str
     device_peak_bytes: int | None
-    facts: dict[str, Any] = field(default_factory=dict)
 
 
 class Session:
@@ -117,8 +116,9 @@ def serve(connection: Connection, system: str, workload: Workload, is_verified: 
     device, device_peak = _device(system)
     peak = peak_rss_bytes()  # Before the check, which may need more.
     first = workload.batches[0].prompts[0]
-    logp = score(first, workload.fixed_completion) if is_verified else None
-    connection.send(Summary(peak, logp, device, device_peak))
+    scored = score(first, workload.fixed_completion) if is_verified else None
+    logps = None if scored is None else [float(logp) for logp in scored]
+    connection.send(Summary(peak, logps, device, device_peak))
 
 
 def _device(system: str) -> tuple[str, int | None]:

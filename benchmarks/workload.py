@@ -137,7 +137,7 @@ def read_questions(data: Path | None, seed: int) -> list[str]:
         UserError: for a file that cannot be read.
     """
     if data is None:
-        return [problem.question for problem in generate("test", 256, seed)]
+        return [problem.question for problem in generate("test", 64, seed)]
     path = data / "test.jsonl" if data.is_dir() else data
     try:
         lines = path.read_text(encoding="utf-8").splitlines()

@@ -108,7 +108,7 @@ def _generate(
     return dataclasses.replace(drawn, tokens=tokens)
 
 
-def _score(learner: Any, reference: Any, prompt: str, ids: Sequence[int]) -> float:
+def _score(learner: Any, reference: Any, prompt: str, ids: Sequence[int]) -> Sequence[float]:
     import jax.numpy as jnp
 
     from gemma2_grpo.engine.forward import completion_logps, split_model
@@ -122,4 +122,4 @@ def _score(learner: Any, reference: Any, prompt: str, ids: Sequence[int]) -> flo
         temperature=1.0,
         chunk_tokens=len(ids),
     ).logps
-    return float(logps.sum())
+    return logps[0].tolist()

@@ -2,7 +2,7 @@
 
 import importlib
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from functools import partial
 from typing import Any
@@ -174,7 +174,7 @@ def _counted(session: Session, generate: Callable[..., Any]) -> Callable[..., An
     return counted
 
 
-def _score(trainer: Any, prompt: str, ids: Any) -> float:
+def _score(trainer: Any, prompt: str, ids: Any) -> Sequence[float]:
     import torch
 
     prompt_ids = trainer._tokenizer(prompt)["input_ids"]
@@ -183,4 +183,4 @@ def _score(trainer: Any, prompt: str, ids: Any) -> float:
         logps, *_ = trainer._get_per_token_logps_and_entropies(
             trainer.model, tokens, torch.ones_like(tokens), len(ids)
         )
-    return float(logps.sum())
+    return logps[0].tolist()

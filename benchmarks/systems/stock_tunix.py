@@ -1,6 +1,6 @@
 """Stock Tunix: `RLCluster` with its own sampler, and `GRPOLearner`, as its guides set them up."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -150,7 +150,7 @@ def _ordinary(row: np.ndarray) -> np.ndarray:
     return np.where(row < len(SPECIAL_TOKENS), len(SPECIAL_TOKENS), row)
 
 
-def _score(cluster: Any, tokenizer: Any, width: int, prompt: str, ids: Any) -> float:
+def _score(cluster: Any, tokenizer: Any, width: int, prompt: str, ids: Any) -> Sequence[float]:
     import jax.numpy as jnp
 
     prompt_ids = tokenizer.encode(prompt)
@@ -159,4 +159,4 @@ def _score(cluster: Any, tokenizer: Any, width: int, prompt: str, ids: Any) -> f
     logps = score(
         jnp.array([padded]), jnp.array([list(ids)]), tokenizer.pad_id(), tokenizer.eos_id()
     )
-    return float(logps.sum())
+    return logps[0].tolist()

@@ -25,7 +25,7 @@ def report(step: float, rollout: float, tokens: int = 100, programs: int = 0) ->
 
 def result(label: str, *steps: StepReport, logp: float = -1.0) -> Result:
     ready = Ready(500_000_000, Instant(1.0, 1.0))
-    return Result(label, ready, [steps[0]], list(steps), Summary(2**31, logp, "cpu", None))
+    return Result(label, ready, [steps[0]], list(steps), Summary(2**31, [-3.0, logp], "cpu", None))
 
 
 OURS = result("ours", report(2, 1), report(4, 1), report(3, 1))

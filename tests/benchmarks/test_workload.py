@@ -91,7 +91,7 @@ def test_questions_come_from_a_file_or_from_the_test_file_of_a_directory(tmp_pat
     path = tmp_path / "test.jsonl"
     path.write_text(json.dumps({"question": "Why?", "answer": "1"}) + "\n\n", encoding="utf-8")
     assert read_questions(path, 0) == read_questions(tmp_path, 0) == ["Why?"]
-    assert len(read_questions(None, 0)) == 256
+    assert len(read_questions(None, 0)) == 64
 
 
 @pytest.mark.parametrize("text", ["{}", "not JSON", "[]"])
