@@ -1,6 +1,7 @@
 """The worker's side of a run: it makes a step when it is told to, and reports what that cost."""
 
 import importlib
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -80,13 +81,13 @@ class Session:
         return self.meter.phase(name)
 
     def measured(self, name: str, function: Callable[..., Any]) -> Callable[..., Any]:
-        """The function, charged to a phase, with its result awaited if it is a JAX array."""
+        """The function, charged to a phase, with JAX arrays in its result awaited."""
 
         def wrapper(*args: Any, **kwargs: Any) -> Any:
             with self.phase(name):
                 result = function(*args, **kwargs)
-                wait = getattr(result, "block_until_ready", None)
-                return wait() if wait else result
+                jax = sys.modules.get("jax")
+                return jax.block_until_ready(result) if jax else result
 
         return wrapper
 

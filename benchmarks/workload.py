@@ -76,14 +76,19 @@ PRESETS = {
 class Batch:
     """One step's input."""
 
-    prompts: tuple[str, ...]
-    """Rendered prompts, [B]."""
+    questions: tuple[str, ...]
+    """The problems, [B]."""
     prompt_tokens: tuple[int, ...]
     """Tokens of each prompt, [B]."""
     limits: tuple[int, ...]
     """Tokens that each completion has, [B * G], groups together."""
     rewards: tuple[float, ...]
     """What the completions are said to be worth, [B * G]."""
+
+    @property
+    def prompts(self) -> tuple[str, ...]:
+        """Rendered prompts, [B]."""
+        return tuple(map(render_prompt, self.questions))
 
 
 @dataclass(frozen=True)
@@ -162,11 +167,13 @@ def make_batches(
         UserError: if no prompt fits.
     """
     encoder = load_backend(directory)
-    rendered = [render_prompt(question) for question in questions]
-    counts = [len(encoder.encode(text, add_special_tokens=False).ids) for text in rendered]
+    counts = [
+        len(encoder.encode(render_prompt(question), add_special_tokens=False).ids)
+        for question in questions
+    ]
     fitting = [
-        (text, tokens)
-        for text, tokens in zip(rendered, counts, strict=True)
+        (question, tokens)
+        for question, tokens in zip(questions, counts, strict=True)
         if tokens <= sizes.max_prompt_tokens
     ]
     if not fitting:
@@ -176,6 +183,6 @@ def make_batches(
     source = cycle(fitting)
     batches = []
     for limits, values in zip(lengths, rewards, strict=True):
-        texts, tokens = zip(*islice(source, sizes.prompts), strict=True)
-        batches.append(Batch(texts, tokens, tuple(limits.tolist()), tuple(values.tolist())))
+        chosen, tokens = zip(*islice(source, sizes.prompts), strict=True)
+        batches.append(Batch(chosen, tokens, tuple(limits.tolist()), tuple(values.tolist())))
     return tuple(batches)

@@ -1,42 +1,52 @@
-"""This package, driven through `Learner` as `gemma2-grpo train` drives it."""
+"""This package, driven through `Learner.step` as `gemma2-grpo train` drives it."""
 
 import dataclasses
-import inspect
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
 from benchmarks.session import Scorer, Session
 from benchmarks.workload import Sizes
+from gemma2_grpo.task.data import Example
 
 
 def run(session: Session) -> Scorer:
     """Makes the steps of a session."""
-    from gemma2_grpo.engine.learner import Stream, fold_key
-    from gemma2_grpo.engine.loss import group_advantages
+    import gemma2_grpo.engine.learner  # noqa: F401  Here, so that it counts as an import.
 
     session.compiles.watch()
     session.imported()
-    learner, reference = _build(session)
-    updater, sizes = learner.updater, session.workload.sizes
-    # Where the engine has a reference pass of its own, it is charged apart from the update.
-    if hasattr(updater, "_reference_logps"):
-        updater._reference_logps = session.measured("reference", updater._reference_logps)
+    learner = _build(session)
+    _instrument(session, learner)
+
+    def score(_: Sequence[Example], __: Sequence[str]) -> Mapping[str, np.ndarray]:
+        return {"total": np.array(session.batch.rewards)}
+
     for step, batch in enumerate(session.steps()):
-        key = fold_key(session.workload.seed, Stream.TRAIN, step)
-        with session.phase("rollout"):
-            completions = _generate(learner, batch.prompts, sizes.generations, key, batch.limits)
-        rewards = np.array(batch.rewards).reshape(sizes.prompts, sizes.generations)
-        advantages = group_advantages(rewards, scale_by_std=True)
-        with session.phase("update"):
-            updater.update(learner.micro_batches(batch.prompts, completions, advantages))
-        session.completion_tokens = int(completions.lengths.sum())
-    return lambda prompt, ids: _score(learner, reference, prompt, ids)
+        examples = [Example(question, answer="0") for question in batch.questions]
+        result = learner.step(step, examples, score)
+        session.completion_tokens = int(result.completions.lengths.sum())
+    return lambda prompt, ids: _score(learner, prompt, ids)
+
+
+def _instrument(session: Session, learner: Any) -> None:
+    """Forces the lengths of completions, and charges the parts of a step."""
+    generate = learner.generate
+
+    def forced(*args: Any, **kwargs: Any) -> Any:
+        return generate(*args, limits=session.batch.limits, **kwargs)
+
+    learner.generate = session.measured("rollout", forced)
+    updater = learner.updater
+    # The reference runs while the host scores. Rewards take no time here, so nothing is lost by
+    # waiting for it.
+    updater.reference_logps = session.measured("reference", updater.reference_logps)
+    learner.update = session.measured("update", learner.update)
 
 
 def _build(session: Session) -> Any:
-    """The learner, and the reference model in it."""
+    """The learner."""
     from gemma2_grpo.engine.learner import Learner
     from gemma2_grpo.engine.lora import add_lora
     from gemma2_grpo.engine.model import (
@@ -59,7 +69,7 @@ def _build(session: Session) -> Any:
     policy = add_lora(reference, config.model, mesh, workload.seed)
     # No id of the model ends a completion: its length is forced.
     tokenizer = dataclasses.replace(load_tokenizer(directory), stop_ids=(sizes.vocab,))
-    return Learner(config, policy, reference, tokenizer, mesh), reference
+    return Learner(config, policy, reference, tokenizer, mesh)
 
 
 def _config(sizes: Sizes, steps: int, seed: int) -> Any:
@@ -97,29 +107,10 @@ def _config(sizes: Sizes, steps: int, seed: int) -> Any:
     )
 
 
-def _generate(
-    learner: Any, prompts: Sequence[str], group: int, key: Any, limits: Sequence[int]
-) -> Any:
-    """Completions of the forced lengths."""
-    if "limits" in inspect.signature(learner.generate).parameters:
-        return learner.generate(prompts, group, key, limits=limits)
-    drawn = learner.generate(prompts, group, key)
-    tokens = [row[:limit] for row, limit in zip(drawn.tokens, limits, strict=True)]
-    return dataclasses.replace(drawn, tokens=tokens)
+def _score(learner: Any, prompt: str, ids: Sequence[int]) -> Sequence[float]:
+    from gemma2_grpo.engine.learner import Completions
 
-
-def _score(learner: Any, reference: Any, prompt: str, ids: Sequence[int]) -> Sequence[float]:
-    import jax.numpy as jnp
-
-    from gemma2_grpo.engine.forward import completion_logps, split_model
-
-    prompt_ids = learner.tokenizer.encode(prompt)
-    logps = completion_logps(
-        *split_model(reference),
-        jnp.array([[*prompt_ids, *ids]]),
-        jnp.array([len(prompt_ids)]),
-        jnp.array([ids]),
-        temperature=1.0,
-        chunk_tokens=len(ids),
-    ).logps
-    return logps[0].tolist()
+    completions = Completions([""], [np.array(ids, np.int32)], np.array([True]))
+    packed = learner.pack([prompt], completions, [True])
+    [[logps]] = learner.updater.reference_logps(packed)
+    return logps[0, : len(ids)].tolist()

@@ -25,7 +25,7 @@ TINY = Sizes(
     generations=2,
     iterations=3,
 )
-BATCH = Batch(prompts=("p",), prompt_tokens=(3,), limits=(1, 2), rewards=(0.0, 0.0))
+BATCH = Batch(questions=("p",), prompt_tokens=(3,), limits=(1, 2), rewards=(0.0, 0.0))
 N = 2 * (4 * 4 + 4 * 4 + 4 * 2 + 4 * 2 + 3 * 4 * 8)
 A = 2 * ((4 + 4) + (4 + 4) + (4 + 2) + (4 + 2) + 3 * (4 + 8))
 PER_KEY = 4 * 2 * 2 * 2  # 4 L H h

@@ -56,9 +56,8 @@ def test_batches_keep_to_the_prompts_that_fit(tmp_path: Path) -> None:
     questions = ["How many?", "How many " * 100, "How much is 12 and 7?"]
     write_tokenizer(tmp_path, map(render_prompt, questions), SIZES.vocab)
     batches = make_batches(SIZES, questions, tmp_path, 2, seed=0, full_length=False)
-    assert [batch.prompts for batch in batches] == [
-        (render_prompt(questions[0]), render_prompt(questions[2]))
-    ] * 2
+    assert [batch.questions for batch in batches] == [(questions[0], questions[2])] * 2
+    assert batches[0].prompts[0] == render_prompt(questions[0])
     assert all(max(batch.prompt_tokens) <= SIZES.max_prompt_tokens for batch in batches)
     assert all(len(batch.limits) == len(batch.rewards) == SIZES.rows for batch in batches)
 
@@ -83,7 +82,7 @@ def test_the_tokenizer_has_exactly_the_ids_of_the_model(tmp_path: Path) -> None:
 def test_warm_up_replays_the_first_measured_steps() -> None:
     batches = tuple(Batch((str(i),), (1,), (8,), (0.0,)) for i in range(3))
     workload = Workload(SIZES, Path(), batches, warmup=4, seed=0)
-    seen = [workload.batch(step).prompts[0] for step in range(workload.steps)]
+    seen = [workload.batch(step).questions[0] for step in range(workload.steps)]
     assert seen == ["0", "1", "2", "0", "0", "1", "2"]
 
 
