@@ -71,7 +71,7 @@ def _lines(axis: str, points: Sequence["Point"]) -> list[tuple[str, str, list[fl
 def _label_ends(panel: Any, ends: list[tuple[float, float, str, str]]) -> None:
     """Names the lines at their right ends, moved apart where they would overlap."""
     gap = 0.065 * max(height for height, *_ in ends)
-    place = float("-inf")
+    place = -gap / 2  # Not on the axis of zero.
     for height, value, text, colour in sorted(ends):
         place = max(height, place + gap)
         panel.annotate(
