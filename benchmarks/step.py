@@ -118,7 +118,10 @@ def run(command: Step, console: Console, progress: Console) -> None:
         )
         peaks = call("machine", Path(folder) / "log", measure_peaks, workload.sizes.dtype)
         results = measure(workload, systems, command.verify, Path(folder), progress)
-    checks = verify(results) if command.verify else None
+    checks = verify(results) if command.verify and len(results) > 1 else None
+    if command.verify and not checks:
+        notes.append("--verify: one system alone has nothing to be compared with")
+        progress.print(notes[-1], style="yellow")
     device = next(iter(results.values())).summary.device
     clock = "cpu" if device == "cpu" else "wall"
     # The peaks are those of one device; CPU-seconds are those of all cores together.
