@@ -1,0 +1,116 @@
+"""This package, driven through `Learner.step` as `gemma2-grpo train` drives it."""
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from benchmarks.session import Scorer, Session
+from benchmarks.workload import Sizes
+from gemma2_grpo.task.data import Example
+
+
+def run(session: Session) -> Scorer:
+    """Makes the steps of a session."""
+    import gemma2_grpo.engine.learner  # noqa: F401  Here, so that it counts as an import.
+
+    session.compiles.watch()
+    session.imported()
+    learner = _build(session)
+    _instrument(session, learner)
+
+    def score(_: Sequence[Example], __: Sequence[str]) -> Mapping[str, np.ndarray]:
+        return {"total": np.array(session.batch.rewards)}
+
+    for step, batch in enumerate(session.steps()):
+        examples = [Example(question, answer="0") for question in batch.questions]
+        result = learner.step(step, examples, score)
+        session.completion_tokens = int(result.completions.lengths.sum())
+    return lambda prompt, ids: _score(learner, prompt, ids)
+
+
+def _instrument(session: Session, learner: Any) -> None:
+    """Forces the lengths of completions, and charges the parts of a step."""
+    generate = learner.generate
+
+    def forced(*args: Any, **kwargs: Any) -> Any:
+        return generate(*args, limits=session.batch.limits, **kwargs)
+
+    learner.generate = session.measured("rollout", forced)
+    updater = learner.updater
+    # The reference runs while the host scores. Rewards take no time here, so nothing is lost by
+    # waiting for it.
+    updater.reference_logps = session.measured("reference", updater.reference_logps)
+    learner.update = session.measured("update", learner.update)
+
+
+def _build(session: Session) -> Any:
+    """The learner."""
+    from gemma2_grpo.engine.learner import Learner
+    from gemma2_grpo.engine.lora import add_lora
+    from gemma2_grpo.engine.model import (
+        load_weights,
+        make_mesh,
+        random_weights,
+        read_architecture,
+    )
+    from gemma2_grpo.engine.tokenizer import load_tokenizer
+
+    workload = session.workload
+    sizes, directory = workload.sizes, workload.directory
+    config = _config(sizes, workload.steps, workload.seed)
+    mesh = make_mesh(sizes.mesh)
+    if (directory / "model.safetensors").exists():
+        reference = load_weights(directory, sizes.dtype, mesh)
+    else:
+        architecture = read_architecture(directory)
+        reference = random_weights(architecture, sizes.dtype, mesh, workload.seed)
+    policy = add_lora(reference, config.model, mesh, workload.seed)
+    # No id of the model ends a completion: its length is forced.
+    tokenizer = dataclasses.replace(load_tokenizer(directory), stop_ids=(sizes.vocab,))
+    return Learner(config, policy, reference, tokenizer, mesh)
+
+
+def _config(sizes: Sizes, steps: int, seed: int) -> Any:
+    from gemma2_grpo.config import (
+        Config,
+        GrpoConfig,
+        ModelConfig,
+        OptimizerConfig,
+        RolloutConfig,
+        RunConfig,
+        check,
+    )
+
+    return check(
+        Config(
+            model=ModelConfig(
+                dtype=sizes.dtype,
+                lora_rank=sizes.lora_rank,
+                lora_alpha=float(sizes.lora_rank),
+                mesh_shape=sizes.mesh,
+                remat=sizes.remat,
+            ),
+            rollout=RolloutConfig(
+                num_generations=sizes.generations,
+                prompts_per_step=sizes.prompts,
+                max_prompt_tokens=sizes.max_prompt_tokens,
+                max_completion_tokens=sizes.max_completion_tokens,
+            ),
+            grpo=GrpoConfig(
+                num_iterations=sizes.iterations, beta=sizes.beta, epsilon=sizes.epsilon
+            ),
+            optimizer=OptimizerConfig(learning_rate=sizes.learning_rate),
+            run=RunConfig(max_steps=steps, seed=seed),
+        )
+    )
+
+
+def _score(learner: Any, prompt: str, ids: Sequence[int]) -> Sequence[float]:
+    from gemma2_grpo.engine.learner import Completions
+
+    completions = Completions([""], [np.array(ids, np.int32)], np.array([True]))
+    packed = learner.pack([prompt], completions, [True])
+    [[logps]] = learner.updater.reference_logps(packed)
+    return logps[0, : len(ids)].tolist()
