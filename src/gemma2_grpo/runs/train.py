@@ -5,6 +5,7 @@ from pathlib import Path
 
 from gemma2_grpo.config import Config, UserError
 from gemma2_grpo.runs.display import Display
+from gemma2_grpo.runs.host_memory import keep_freed_memory
 from gemma2_grpo.runs.run_directory import RunDirectory
 from gemma2_grpo.task.data import load_splits
 from gemma2_grpo.task.scoring import Reward, Scorer, load_reward
@@ -49,6 +50,7 @@ def train(
         splits = load_splits(config.data)
         reward, reward_sha256 = _load_reward(config, directory, display)
         display.note(f"loading {config.model.model}")
+        keep_freed_memory()
         from gemma2_grpo.engine.compilation import counting_programs, use_program_cache
         from gemma2_grpo.runs.loop import Run
         from gemma2_grpo.runs.session import open_session
