@@ -14,6 +14,7 @@ import tyro
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
+from matplotlib.ticker import PercentFormatter
 
 COLOURS = ("#1f6fb4", "#c4561a", "#4b8f29", "#7a4fa3")
 _WINDOW = 5
@@ -48,7 +49,7 @@ def main(
             right.plot(steps, accuracies, color=colour, alpha=0.8, marker="o", markersize=4)
     left.set(xlabel="step", ylabel=f"mean reward, over {_WINDOW} steps", title="Sampled")
     right.set(xlabel="step", ylabel="held-out accuracy, greedy", title="Held out")
-    right.yaxis.set_major_formatter(matplotlib.ticker.PercentFormatter(1.0))
+    right.yaxis.set_major_formatter(PercentFormatter(1.0))
     for axes in (left, right):
         axes.grid(alpha=0.25)
         axes.spines[["top", "right"]].set_visible(False)
@@ -69,7 +70,7 @@ def smoothed_rewards(run: Path) -> tuple[np.ndarray, np.ndarray]:
     return np.arange(_WINDOW, len(rewards) + 1), smooth
 
 
-def held_out(run: Path) -> tuple[list[int], list[float]]:
+def held_out(run: Path) -> tuple[list[float], list[float]]:
     """Steps and greedy accuracies of a run's measurements."""
     records = _records(run / "evaluations.jsonl")
     return [record["step"] for record in records], [record["accuracy"] for record in records]

@@ -85,6 +85,9 @@ def _config(sizes: Sizes, steps: int, seed: int) -> Any:
         check,
     )
 
+    # Two of the longest completions on a CPU, whose caches are small; the default elsewhere.
+    is_small = sizes.dtype == "float32"
+    budget = 2 * sizes.max_completion_tokens if is_small else GrpoConfig().micro_batch_tokens
     return check(
         Config(
             model=ModelConfig(
@@ -104,13 +107,7 @@ def _config(sizes: Sizes, steps: int, seed: int) -> Any:
                 num_iterations=sizes.iterations,
                 beta=sizes.beta,
                 epsilon=sizes.epsilon,
-                # Two of the longest completions on a CPU, whose caches are small; on an
-                # accelerator the default.
-                **(
-                    {"micro_batch_tokens": 2 * sizes.max_completion_tokens}
-                    if sizes.dtype == "float32"
-                    else {}
-                ),
+                micro_batch_tokens=budget,
             ),
             optimizer=OptimizerConfig(learning_rate=sizes.learning_rate),
             run=RunConfig(max_steps=steps, seed=seed),

@@ -117,7 +117,7 @@ class Updater:
         )
 
         def prefix(network: Network, weights: Weights, prompts: jax.Array) -> Prefix:
-            return _whole_prompts(run_from_start(network, weights, prompts)[1], mesh)
+            return run_from_start(network, weights, prompts)[1]
 
         def rows_loss(
             lora: nnx.State,
@@ -135,22 +135,30 @@ class Updater:
             terms = policy_loss(now, old, ref, *credit, micro.owners, config.grpo)
             return terms.loss, (terms, now.logps)
 
-        @partial(jax.jit, donate_argnums=0)
+        # Said outright: what comes back laid out in another way is another program. Any row may
+        # need any prompt, so that keys and values lie over tp only.
+        adapters = jax.tree.map(lambda x: x.sharding, weights_of(self._policy).lora)
+        heads = NamedSharding(mesh, PartitionSpec(None, None, "tp", None))
+
+        @partial(jax.jit, donate_argnums=0, out_shardings=((adapters, heads), None, None))
         def rows_gradients(total: Any, *args: Any) -> tuple[Any, LossTerms, jax.Array]:
             gradients, (terms, logps) = jax.grad(rows_loss, (0, 1), has_aux=True)(*args)
             return jax.tree.map(jnp.add, total, gradients), terms, logps
 
-        @partial(jax.jit, donate_argnums=0)
+        @partial(jax.jit, donate_argnums=0, out_shardings=adapters)
         def prompt_gradients(
             total: nnx.State, slopes: Prefix, lora: nnx.State, base: nnx.State, prompts: jax.Array
         ) -> nnx.State:
             _, pull = jax.vjp(lambda lora: prefix(network, Weights(lora, base), prompts), lora)
             return jax.tree.map(jnp.add, total, pull(slopes)[0])
 
-        self._prefix = jax.jit(partial(prefix, network))
+        zeros = partial(jax.tree.map, jnp.zeros_like)
+        self._no_gradients = jax.jit(zeros, out_shardings=adapters)
+        self._no_slopes = jax.jit(zeros, out_shardings=heads)
+        self._prefix = jax.jit(partial(prefix, network), out_shardings=heads)
         self._rows_gradients = rows_gradients
         self._prompt_gradients = prompt_gradients
-        self._reference_prefix = jax.jit(partial(prefix, reference_network))
+        self._reference_prefix = jax.jit(partial(prefix, reference_network), out_shardings=heads)
         self._reference_logps = jax.jit(lambda *args: logps(reference_network, *args).logps)
         self._apply = jax.jit(self._applied, donate_argnums=(0, 2))
 
@@ -220,10 +228,10 @@ class Updater:
     ) -> tuple[UpdateMetrics, list[list[jax.Array]]]:
         lora, frozen = weights = weights_of(self._policy)
         base = merge_adapters(weights, self._scale) if self._are_merged else frozen
-        total, terms, all_logps = _zeros(lora), [], []
+        total, terms, all_logps = self._no_gradients(lora), [], []
         for i, batch in enumerate(batches):
             prefix = self._prefix(Weights(lora, base), batch.prompts)
-            sums, logps = (total, _zeros(prefix)), []
+            sums, logps = (total, self._no_slopes(prefix)), []
             for j, micro in enumerate(batch.micro):
                 ref = references[i][j] if references else None
                 before = old[i][j] if old else credit[i][j].weights
@@ -264,12 +272,3 @@ def _summarise(terms: Sequence[LossTerms], grad_norm: float) -> UpdateMetrics:
         grad_norm=grad_norm,
         is_finite=bool(np.isfinite(grad_norm)),
     )
-
-
-_zeros = jax.jit(partial(jax.tree.map, jnp.zeros_like))
-
-
-def _whole_prompts(prefix: Prefix, mesh: Mesh) -> Prefix:
-    """Keys and values over tp only: any row may need any prompt."""
-    heads = NamedSharding(mesh, PartitionSpec(None, None, "tp", None))
-    return jax.lax.with_sharding_constraint(prefix, heads)

@@ -26,4 +26,4 @@ def keep_freed_memory() -> bool:
         _M_MMAP_THRESHOLD: 2**30,
         _M_TRIM_THRESHOLD: _LARGEST_INT,
     }
-    return all([libc.mallopt(name, value) for name, value in settings.items()])
+    return all(libc.mallopt(name, value) for name, value in settings.items())
