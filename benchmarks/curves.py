@@ -8,13 +8,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
-import matplotlib
+import matplotlib as mpl  # pyright: ignore[reportMissingImports]
 import numpy as np
 import tyro
 
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
-from matplotlib.ticker import PercentFormatter
+mpl.use("Agg")
+import matplotlib.pyplot as plt  # pyright: ignore[reportMissingImports]
+from matplotlib.ticker import PercentFormatter  # pyright: ignore[reportMissingImports]
 
 COLOURS = ("#1f6fb4", "#c4561a", "#4b8f29", "#7a4fa3")
 _WINDOW = 5

@@ -66,7 +66,7 @@ def _build(session: Session, folder: str) -> Any:
         peft_config=LoraConfig(
             r=sizes.lora_rank,
             lora_alpha=sizes.lora_rank,
-            target_modules=LORA_MODULES,
+            target_modules=list(LORA_MODULES),
             task_type="CAUSAL_LM",
         ),
     )

@@ -87,6 +87,7 @@ def test_a_step_learns_from_what_it_sampled(
         np.testing.assert_array_equal(adapters(other.policy)[name], value)
 
 
+@pytest.mark.slow
 def test_a_run_resumes_on_several_devices(
     wide_base: gemma.Gemma,
     wide_mesh: Mesh,
