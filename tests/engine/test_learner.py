@@ -1,6 +1,7 @@
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any, cast
 
 import jax
 import numpy as np
@@ -120,3 +121,29 @@ def test_a_run_resumes_on_several_devices(
         jax.tree.leaves(straight.state()), jax.tree.leaves(resumed.state()), strict=True
     ):
         np.testing.assert_array_equal(one, other)
+
+
+def test_tunix_own_engine_samples_from_the_policy_as_it_is(
+    make_learner: Callable[..., Learner],
+    config: Config,
+    examples: list[Example],
+    adapters: Callable[[gemma.Gemma], dict[str, np.ndarray]],
+) -> None:
+    rollout = dataclasses.replace(config.rollout, engine="vanilla")
+    learner = make_learner(dataclasses.replace(config, rollout=rollout))
+    result = learner.step(0, examples[:2], by_length)
+    assert len(result.updates) == 1
+    assert np.isfinite(result.updates[0].grad_norm)
+    for row, truncated in zip(
+        result.completions.tokens, result.completions.is_truncated, strict=True
+    ):
+        # Its sampler takes the stop token off; here it is back, except where there was none.
+        assert truncated == (len(row) == 12 and row[-1] not in learner.tokenizer.stop_ids)
+    sampler = cast(Any, learner.cluster.rollout.model())
+    trained = adapters(learner.policy)
+    for name, value in adapters(sampler).items():
+        np.testing.assert_array_equal(value, trained[name])
+    prompts = [render_prompt(example.question) for example in examples[:2]]
+    greedy = learner.generate(prompts, 1, jax.random.key(0), greedy=True)
+    again = learner.generate(prompts, 1, jax.random.key(1), greedy=True)
+    assert greedy.texts == again.texts

@@ -558,6 +558,12 @@ def test_data_that_are_not_enough_are_refused(refused, tmp_path):
     [
         ("--micro-batch-tokens 50", "micro_batch_tokens = 50 does not hold a sequence of 56 tokens "
          "for each of mesh_shape[0] = 1; raise it to 56"),
+        ("--engine vllm", 'engine = "vllm" needs the package vllm; install it, or set '
+         'engine = "group"'),
+        ("--engine sglang_jax", 'engine = "sglang_jax" needs the package sglang-jax; install it'),
+        ("--engine fast", "--engine takes one of group, vanilla, vllm, sglang_jax, not 'fast'"),
+        ("--kv-cache-tokens 103", "kv_cache_tokens = 103 does not hold max_prompt_tokens + "
+         "max_completion_tokens = 104; raise it, or leave it out"),
         ("--mesh-shape 1 16", "mesh_shape = [1, 16] needs 16 devices but 8 (cpu) are present; "
          "choose a mesh of at most 8"),
         ("--mesh-shape 2 3", "mesh_shape[1] = 3 does not divide the 4 KV heads and 8 query heads; "

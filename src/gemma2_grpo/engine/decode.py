@@ -85,8 +85,7 @@ def complete(
 
     The device runs on by itself until the cache is full, or until the rows that are left fit a
     smaller grid; then they are moved there. So the number of programs grows with the logarithm of
-    the sizes. A row's randomness depends only on
-    its own number, never on the grid.
+    the sizes. A row's randomness depends only on its own number, never on the grid.
 
     Args:
         network: Static half of the policy.
@@ -108,12 +107,9 @@ def complete(
     while True:
         grid, drawn = _decode(network, weights, grid, sampling=sampling, least=least, mesh=mesh)
         now, stopped, drawn = jax.device_get((grid.step, grid.stopped, drawn))
-        columns = slice(step, int(now))
-        tokens[rows, columns], logps[rows, columns] = (
-            drawn.tokens[:, columns],
-            drawn.logps[:, columns],
-        )
-        step = int(now)
+        columns, step = slice(step, int(now)), int(now)
+        tokens[rows, columns] = drawn.tokens[:, columns]
+        logps[rows, columns] = drawn.logps[:, columns]
         if stopped.all() or step == max_tokens:
             break
         kept, shape = _fit(stopped.reshape(len(grid.lengths), -1), least, mesh.shape["fsdp"])

@@ -16,10 +16,9 @@ from tunix.rl.rl_cluster import ClusterConfig, Mode, RLCluster, RLTrainingConfig
 from tunix.rl.rollout.base_rollout import RolloutConfig as TunixRolloutConfig
 
 from gemma2_grpo.config import Config
-from gemma2_grpo.engine.fetch import find_model
 from gemma2_grpo.engine.loss import Advantages, group_advantages, token_weights
 from gemma2_grpo.engine.packing import PromptBatch, Shapes, bucket, prompt_batches
-from gemma2_grpo.engine.rollout import GroupRollout, GroupRolloutConfig
+from gemma2_grpo.engine.rollout import GroupRollout, GroupRolloutConfig, engine_settings
 from gemma2_grpo.engine.tokenizer import Tokenizer
 from gemma2_grpo.engine.update import (
     Credit,
@@ -161,7 +160,7 @@ class Learner:
             top_k=(rollout.top_k or None) if temperature else None,
             eos_tokens=list(self.tokenizer.stop_ids),
             return_logprobs=True,
-            **_settings_of_engine(self.config),
+            **engine_settings(self.config),
         )
 
     def generate(
@@ -340,27 +339,6 @@ class Learner:
             nnx.replace_by_pure_dict(target, state[name])
             nnx.update(trainer.model if name == "lora" else trainer.optimizer, target)
         self._tell_engine()
-
-
-def _settings_of_engine(config: Config) -> dict[str, Any]:
-    """What vLLM and SGLang-JAX need to know besides, under Tunix's names."""
-    model, engine = config.model, config.rollout.engine
-    if engine == "vllm":
-        return {
-            "rollout_vllm_model_version": str(find_model(model.model)),
-            "rollout_vllm_init_with_random_weights": False,
-            "rollout_vllm_lora_config": {"rank": model.lora_rank, "alpha": model.lora_alpha},
-        }
-    if engine == "sglang_jax":
-        return {
-            "rollout_sglang_jax_model_version": str(find_model(model.model)),
-            "rollout_sglang_jax_init_with_random_weights": False,
-            "rollout_sglang_jax_enable_static_lora": True,
-            "rollout_sglang_jax_lora_target_modules": ["all"],
-            "rollout_sglang_jax_max_lora_rank": model.lora_rank,
-            "rollout_sglang_jax_lora_scaling": model.lora_alpha / model.lora_rank,
-        }
-    return {}
 
 
 def _place_scalars(optimizer: nnx.Optimizer, mesh: Mesh) -> None:

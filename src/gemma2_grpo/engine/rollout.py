@@ -13,7 +13,9 @@ from jax.sharding import Mesh
 from tunix.models.gemma import model as gemma
 from tunix.rl.rollout import base_rollout
 
+from gemma2_grpo.config import Config
 from gemma2_grpo.engine.decode import complete
+from gemma2_grpo.engine.fetch import find_model
 from gemma2_grpo.engine.forward import Weights, network_of, weights_of
 from gemma2_grpo.engine.lora import merge_adapters
 from gemma2_grpo.engine.model import batch_sharding, plain_network
@@ -154,6 +156,27 @@ class GroupRollout(base_rollout.BaseRollout):
     def model(self) -> gemma.Gemma:
         """The policy that samples."""
         return self._model
+
+
+def engine_settings(config: Config) -> dict[str, Any]:
+    """What vLLM and SGLang-JAX need to know besides, under Tunix's names."""
+    model, engine = config.model, config.rollout.engine
+    if engine == "vllm":
+        return {
+            "rollout_vllm_model_version": str(find_model(model.model)),
+            "rollout_vllm_init_with_random_weights": False,
+            "rollout_vllm_lora_config": {"rank": model.lora_rank, "alpha": model.lora_alpha},
+        }
+    if engine == "sglang_jax":
+        return {
+            "rollout_sglang_jax_model_version": str(find_model(model.model)),
+            "rollout_sglang_jax_init_with_random_weights": False,
+            "rollout_sglang_jax_enable_static_lora": True,
+            "rollout_sglang_jax_lora_target_modules": ["all"],
+            "rollout_sglang_jax_max_lora_rank": model.lora_rank,
+            "rollout_sglang_jax_lora_scaling": model.lora_alpha / model.lora_rank,
+        }
+    return {}
 
 
 def _pad_left(rows: list[list[int]], width: int, pad_id: int) -> np.ndarray:
