@@ -21,9 +21,9 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
+from benchmarks.command import status_of
 from benchmarks.compare import median_seconds
 from benchmarks.machine import command_line, describe, load_warning
-from benchmarks.processes import WorkerError
 from benchmarks.rounds import Result, measure, missing_libraries, prepare
 from benchmarks.workload import Sizes, read_questions
 from gemma2_grpo.config import UserError
@@ -87,13 +87,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     command = tyro.cli(
         Scaling, args=arguments, prog="python -m benchmarks.scaling", description=__doc__
     )
-    progress = Console(stderr=True, highlight=False)
-    try:
-        run(command, Console(highlight=False), progress)
-    except (UserError, WorkerError) as error:
-        progress.print(f"error: {error}", markup=False, soft_wrap=True)
-        return 2 if isinstance(error, UserError) else 1
-    return 0
+    return status_of(run, command)
 
 
 def run(command: Scaling, console: Console, progress: Console) -> None:

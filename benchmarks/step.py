@@ -18,9 +18,10 @@ import tyro
 from rich.console import Console
 
 from benchmarks import floor
+from benchmarks.command import status_of
 from benchmarks.compare import PHASES, paired_ratio, seconds
 from benchmarks.machine import Peaks, command_line, describe, load_warning, measure_peaks
-from benchmarks.processes import WorkerError, call
+from benchmarks.processes import call
 from benchmarks.report import print_report
 from benchmarks.rounds import Result, measure, missing_libraries, prepare
 from benchmarks.session import StepReport
@@ -77,13 +78,7 @@ class Step:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the benchmark and returns the exit status; users' mistakes are one line and 2."""
     command = tyro.cli(Step, args=arguments, prog="python -m benchmarks.step", description=__doc__)
-    progress = Console(stderr=True, highlight=False)
-    try:
-        run(command, Console(highlight=False), progress)
-    except (UserError, WorkerError) as error:
-        progress.print(f"error: {error}", markup=False, soft_wrap=True)
-        return 2 if isinstance(error, UserError) else 1
-    return 0
+    return status_of(run, command)
 
 
 def run(command: Step, console: Console, progress: Console) -> None:

@@ -15,7 +15,7 @@ from rich.console import Console
 from safetensors.numpy import load_file
 
 from gemma2_grpo.config import SftConfig, UserError, check_sft
-from gemma2_grpo.engine.forward import hidden_states, output_logits, split_model
+from gemma2_grpo.engine.forward import output_logits, run_from_start, split_model
 from gemma2_grpo.engine.model import load_weights, make_mesh
 from gemma2_grpo.engine.tokenizer import load_tokenizer
 from gemma2_grpo.presets import from_mapping
@@ -124,9 +124,7 @@ def trained(request: pytest.FixtureRequest) -> tuple[SftConfig, Path, dict[str, 
 def our_logits(folder: Path, ids: list[int]) -> np.ndarray:
     """Float32 logits [L, V] of our loader."""
     network, weights = split_model(load_weights(folder, "float32", make_mesh((1, 1))))
-    tokens = np.array([ids])
-    mask = np.tril(np.ones((1, len(ids), len(ids)), bool))
-    hidden, _ = hidden_states(network, weights, tokens, np.arange(len(ids))[None], mask)
+    hidden, _ = run_from_start(network, weights, np.array([ids]))
     return np.asarray(output_logits(network, weights, hidden)[0])
 
 
