@@ -55,6 +55,11 @@ class ModelConfig:
     logprob_chunk_tokens: int = 128
     """Completion tokens whose logits exist at one time in the update."""
 
+    @property
+    def lora_scale(self) -> float:
+        """Factor of the adapters' output."""
+        return self.lora_alpha / self.lora_rank
+
 
 @dataclass(frozen=True, kw_only=True)
 class DataConfig:

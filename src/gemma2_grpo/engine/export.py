@@ -76,8 +76,7 @@ def merge_lora(policy: gemma.Gemma, base: gemma.Gemma, config: ModelConfig) -> g
     """A copy of the base with the policy's adapters added into its weights."""
     # Else the copy would share its variables with the base, and change them too.
     merged = nnx.merge(*nnx.split(base), copy=True)
-    scale = config.lora_alpha / config.lora_rank
-    nnx.update(merged, merge_adapters(weights_of(policy), scale))
+    nnx.update(merged, merge_adapters(weights_of(policy), config.lora_scale))
     return merged
 
 

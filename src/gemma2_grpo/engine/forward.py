@@ -268,7 +268,7 @@ def completion_logps(
         prefix=visible(real, micro.positions, slots, network.window),
     )
     rows = jax.tree.map(lambda x: x[micro.prompts], prefix)
-    cache = {layer: LayerCache(prefix=KeyValues(*rows[layer])) for layer in network.layers}
+    cache = {layer: LayerCache(prefix=rows[layer]) for layer in network.layers}
     hidden, _ = hidden_states(network, weights, micro.inputs, micro.positions, seen, cache)
     return token_logps(
         network,

@@ -17,7 +17,7 @@ from tunix.rl.rollout.base_rollout import RolloutConfig as TunixRolloutConfig
 
 from gemma2_grpo.config import Config
 from gemma2_grpo.engine.loss import Advantages, group_advantages, token_weights
-from gemma2_grpo.engine.packing import PromptBatch, Shapes, bucket, prompt_batches
+from gemma2_grpo.engine.packing import LEAST_TOKENS, PromptBatch, Shapes, bucket, prompt_batches
 from gemma2_grpo.engine.rollout import GroupRollout, GroupRolloutConfig, engine_settings
 from gemma2_grpo.engine.tokenizer import Tokenizer
 from gemma2_grpo.engine.update import (
@@ -33,8 +33,6 @@ from gemma2_grpo.task.prompts import render_prompt
 # Room in a row for so many of the longest completions: more leave less of it empty, at the price
 # of attention masks that are mostly false.
 _LONGEST_PER_ROW = 2
-# Rows and prompts are padded to this, or to a power of two of it; each width is more programs.
-_LEAST_TOKENS = 64
 
 
 class Stream(IntEnum):
@@ -134,9 +132,8 @@ class Learner:
         """What Tunix's cluster samples with: our engine, or the name of one of its own."""
         if self.config.rollout.engine != "group":
             return self.config.rollout.engine
-        model = self.config.model
-        scale = model.lora_alpha / model.lora_rank
-        return partial(GroupRollout, merged_scale=scale if self.is_merged else None)
+        scale = self.config.model.lora_scale if self.is_merged else None
+        return partial(GroupRollout, merged_scale=scale)
 
     @property
     def is_merged(self) -> bool:
@@ -257,11 +254,11 @@ class Learner:
         fsdp = self.config.model.mesh_shape[0]
         ids = [self.tokenizer.encode(prompt) for prompt in prompts]
         longest = bucket(
-            int(completions.lengths.max()), _LEAST_TOKENS, rollout.max_completion_tokens
+            int(completions.lengths.max()), LEAST_TOKENS, rollout.max_completion_tokens
         )
         row_tokens = min(_LONGEST_PER_ROW * longest, budget // fsdp)
         prompt_tokens = bucket(
-            max(len(row) for row in ids), _LEAST_TOKENS, rollout.max_prompt_tokens
+            max(len(row) for row in ids), LEAST_TOKENS, rollout.max_prompt_tokens
         )
         # Whole or half micro-batches: every size is compiled.
         half = max(1, budget // row_tokens // fsdp // 2)

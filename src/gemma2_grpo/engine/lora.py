@@ -59,7 +59,7 @@ def add_lora(base: gemma.Gemma, config: ModelConfig, mesh: Mesh, seed: int) -> g
     for _, module in nnx.iter_graph(policy):
         if isinstance(module, gemma.Einsum | nnx.Linear):
             # Qwix keeps it to itself, and our layers apply the adapters without Qwix.
-            cast(Any, module).lora_scale = config.lora_alpha / config.lora_rank
+            cast(Any, module).lora_scale = config.lora_scale
     return cast(gemma.Gemma, policy)
 
 
@@ -93,7 +93,7 @@ def merge_adapters(weights: Weights, scale: float) -> nnx.State:
 
     Args:
         weights: Of a policy.
-        scale: Factor of the adapters, `lora_alpha / lora_rank`.
+        scale: Factor of the adapters, `lora_scale` of the configuration.
     """
     flat = dict(nnx.to_flat_state(weights.base))
     adapters = dict(nnx.to_flat_state(weights.lora))

@@ -6,6 +6,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+# Rows and prompts are padded to this, or to a power of two of it; each width is more programs.
+LEAST_TOKENS = 64
+
 
 class MicroBatch(NamedTuple):
     """R rows of W tokens; a row holds completions of one prompt, one after the other.

@@ -19,11 +19,8 @@ from gemma2_grpo.engine.fetch import find_model
 from gemma2_grpo.engine.forward import Weights, network_of, weights_of
 from gemma2_grpo.engine.lora import merge_adapters
 from gemma2_grpo.engine.model import batch_sharding, plain_network
-from gemma2_grpo.engine.packing import bucket, pad_right
+from gemma2_grpo.engine.packing import LEAST_TOKENS, bucket, pad_right
 from gemma2_grpo.engine.sampling import Sampling
-
-# Prompts are padded to this, or to a power of two of it; each width is one more program.
-_LEAST_PROMPT_TOKENS = 64
 
 
 @dataclass
@@ -94,7 +91,7 @@ class GroupRollout(base_rollout.BaseRollout):
         ids = [self._tokenizer.encode(prompt) for prompt in prompts[::group]]
         lengths = np.array([len(row) for row in ids], np.int32)
         longest = rollout_config.max_prompt_length
-        width = bucket(min(int(lengths.max()), longest), _LEAST_PROMPT_TOKENS, longest)
+        width = bucket(min(int(lengths.max()), longest), LEAST_TOKENS, longest)
         limit = rollout_config.max_tokens_to_generate
         limits = getattr(rollout_config, "limits", None)
         sampling = Sampling(
@@ -174,7 +171,7 @@ def engine_settings(config: Config) -> dict[str, Any]:
             "rollout_sglang_jax_enable_static_lora": True,
             "rollout_sglang_jax_lora_target_modules": ["all"],
             "rollout_sglang_jax_max_lora_rank": model.lora_rank,
-            "rollout_sglang_jax_lora_scaling": model.lora_alpha / model.lora_rank,
+            "rollout_sglang_jax_lora_scaling": model.lora_scale,
         }
     return {}
 

@@ -107,7 +107,7 @@ class Updater:
         # Where the type keeps small changes, the adapters' own products are saved.
         self._are_merged = config.model.dtype == "float32"
         network = network_of(self._policy, config.model.remat, are_merged=self._are_merged)
-        self._scale = config.model.lora_alpha / config.model.lora_rank
+        self._scale = config.model.lora_scale
         self._optimizer_def, _ = nnx.split(self._optimizer)
         self._policy_def, *_ = nnx.split(self._policy, nnx.LoRAParam, ...)
         logps = partial(
