@@ -11,10 +11,12 @@ from gemma2_grpo.engine.packing import (
     PromptBatch,
     Shapes,
     bucket,
+    choose_shapes,
     pack_rows,
     pad_right,
     prompt_batches,
 )
+from gemma2_grpo.presets import load_config
 
 PAD = 0
 SHAPES = Shapes(prompts=2, prompt_tokens=6, rows=4, row_tokens=8, least_rows=1)
@@ -199,3 +201,29 @@ def test_rows_that_stand_for_nobody_have_no_owner() -> None:
     (micro,) = batch.micro
     assert micro.owners.tolist() == [[0] * 8, [1] * 8, [2] * 8, [-1] * 8]
     assert micro.prompts.tolist() == [0, 0, 0, 0]
+
+
+@pytest.mark.parametrize(
+    ("group", "mesh", "batch", "expected"),
+    [
+        # A group of 16 at full length is one whole micro-batch; fewer rows are half of one.
+        (16, (2, 4), (8, 200, 768), Shapes(8, 256, 8, 1536, 4)),
+        # Half as long, more rows.
+        (16, (2, 4), (8, 100, 300), Shapes(8, 128, 12, 1024, 6)),
+        (16, (8, 1), (8, 200, 768), Shapes(8, 256, 8, 1536, 8)),
+        # Short completions are not padded to the budget: 2 x 4 of them fill at most 4 rows.
+        (4, (2, 4), (2, 150, 24), Shapes(2, 256, 4, 128, 2)),
+        (5, (1, 1), (1, 9, 60), Shapes(1, 64, 4, 128, 2)),
+        (2, (1, 1), (1, 9, 60), Shapes(1, 64, 2, 128, 1)),
+    ],
+)
+def test_shapes_by_hand(
+    group: int, mesh: tuple[int, int], batch: tuple[int, int, int], expected: Shapes
+) -> None:
+    flagship = load_config("gemma2-2b-v5e8")
+    config = dataclasses.replace(
+        flagship,
+        model=dataclasses.replace(flagship.model, mesh_shape=mesh),
+        rollout=dataclasses.replace(flagship.rollout, num_generations=group),
+    )
+    assert choose_shapes(config, *batch) == expected

@@ -17,7 +17,7 @@ from tunix.rl.rollout.base_rollout import RolloutConfig as TunixRolloutConfig
 
 from gemma2_grpo.config import Config
 from gemma2_grpo.engine.loss import Advantages, group_advantages, token_weights
-from gemma2_grpo.engine.packing import LEAST_TOKENS, PromptBatch, Shapes, bucket, prompt_batches
+from gemma2_grpo.engine.packing import PromptBatch, choose_shapes, prompt_batches
 from gemma2_grpo.engine.rollout import GroupRollout, GroupRolloutConfig, engine_settings
 from gemma2_grpo.engine.tokenizer import Tokenizer
 from gemma2_grpo.engine.update import (
@@ -29,10 +29,6 @@ from gemma2_grpo.engine.update import (
 )
 from gemma2_grpo.task.data import Example
 from gemma2_grpo.task.prompts import render_prompt
-
-# Room in a row for so many of the longest completions: more leave less of it empty, at the price
-# of attention masks that are mostly false.
-_LONGEST_PER_ROW = 2
 
 
 class Stream(IntEnum):
@@ -250,26 +246,9 @@ class Learner:
             completions: A group for each.
             chosen: Which prompts are wanted.
         """
-        rollout, budget = self.config.rollout, self.config.grpo.micro_batch_tokens
-        fsdp = self.config.model.mesh_shape[0]
         ids = [self.tokenizer.encode(prompt) for prompt in prompts]
-        longest = bucket(
-            int(completions.lengths.max()), LEAST_TOKENS, rollout.max_completion_tokens
-        )
-        row_tokens = min(_LONGEST_PER_ROW * longest, budget // fsdp)
-        prompt_tokens = bucket(
-            max(len(row) for row in ids), LEAST_TOKENS, rollout.max_prompt_tokens
-        )
-        # Whole or half micro-batches: every size is compiled.
-        half = max(1, budget // row_tokens // fsdp // 2)
-        whole = min(2 * half, budget // row_tokens // fsdp)
-        shapes = Shapes(
-            prompts=min(len(prompts), budget // prompt_tokens),
-            prompt_tokens=prompt_tokens,
-            rows=whole * fsdp,
-            row_tokens=row_tokens,
-            least_rows=half * fsdp,
-        )
+        longest_prompt, longest = max(map(len, ids)), int(completions.lengths.max())
+        shapes = choose_shapes(self.config, len(prompts), longest_prompt, longest)
         packed = prompt_batches(ids, completions.tokens, list(chosen), shapes, self.tokenizer.pad)
         return [self.updater.place(batch) for batch in packed]
 

@@ -1,13 +1,19 @@
 """Cutting a batch of completions into micro-batches with as little padding as can be had."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
 
+from gemma2_grpo.config import Config
+
 # Rows and prompts are padded to this, or to a power of two of it; each width is more programs.
 LEAST_TOKENS = 64
+# Room in a row for so many of the longest completions: more leave less of it empty, at the price
+# of attention masks that are mostly false.
+_LONGEST_PER_ROW = 2
 
 
 class MicroBatch(NamedTuple):
@@ -100,6 +106,37 @@ class Shapes:
     """Tokens of a row; no completion may be longer."""
     least_rows: int
     """Rows of the smallest micro-batch; divides `rows`."""
+
+
+def choose_shapes(
+    config: Config, prompts: int, prompt_tokens: int, completion_tokens: int
+) -> Shapes:
+    """Sizes of the micro-batches of a batch: as large as the token budget and its groups allow.
+
+    Args:
+        config: Says the budget, the group and the mesh.
+        prompts: Prompts of the batch.
+        prompt_tokens: Tokens of its longest prompt.
+        completion_tokens: Tokens of its longest completion.
+    """
+    rollout, budget = config.rollout, config.grpo.micro_batch_tokens
+    fsdp = config.model.mesh_shape[0]
+    width = bucket(prompt_tokens, LEAST_TOKENS, rollout.max_prompt_tokens)
+    longest = bucket(completion_tokens, LEAST_TOKENS, rollout.max_completion_tokens)
+    row_tokens = min(_LONGEST_PER_ROW * longest, budget // fsdp)
+    together = min(prompts, budget // width)
+    fits = budget // row_tokens // fsdp
+    rows_of_group = math.ceil(rollout.num_generations / (row_tokens // longest))
+    needed = math.ceil(together * rows_of_group / fsdp)
+    # Whole or half micro-batches: every size is compiled.
+    half = max(1, min(fits, needed + 1) // 2)
+    return Shapes(
+        prompts=together,
+        prompt_tokens=width,
+        rows=min(2 * half, fits) * fsdp,
+        row_tokens=row_tokens,
+        least_rows=half * fsdp,
+    )
 
 
 def prompt_batches(
