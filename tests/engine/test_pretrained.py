@@ -132,6 +132,21 @@ class TestValues:
             tunix_loads(directory, "float32", mesh)
         gc.collect()
 
+    def test_lie_whole_on_the_first_device_in_stock_tunix(
+        self, wide_mesh: Mesh, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """Keys and values; those of Gemma 2 2B are 245 MB, until they are sharded."""
+        stack, stacked = jnp.stack, []
+        monkeypatch.setattr(
+            jnp, "stack", lambda *a, **b: stacked.append(stack(*a, **b)) or stacked[-1]
+        )
+        model = tunix_loads(EMBEDDED, "float32", wide_mesh)
+        assert len(stacked) == len(model.layers) == 3
+        assert {device for whole in stacked for device in whole.devices()} == {jax.devices()[0]}
+        stacked.clear()
+        load_weights(EMBEDDED, "float32", wide_mesh)
+        assert not stacked
+
     def test_do_not_take_in_the_output_head(self, directory: Path, mesh: Mesh) -> None:
         before = load_weights(directory, "float32", mesh)
         rewrite(directory, lambda tensors: tensors.update({"lm_head.weight": np.ones((64, 32))}))

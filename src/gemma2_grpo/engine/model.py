@@ -33,18 +33,18 @@ _SIZES = (
 
 
 def make_mesh(shape: tuple[int, int]) -> Mesh:
-    """Lays the first `fsdp x tp` devices out as a mesh with those axes.
+    """Lays the first `fsdp x tp` devices of this process out as a mesh with those axes.
 
     Raises:
-        UserError: if there are fewer devices, or some process would be left without one.
+        UserError: if there are fewer devices.
     """
-    needed, present = shape[0] * shape[1], jax.device_count()
-    if needed > present or (needed < present and jax.process_count() > 1):
+    needed, present = shape[0] * shape[1], jax.local_device_count()
+    if needed > present:
         raise UserError(
-            f"mesh_shape = {list(shape)} is of {needed} devices but {present} "
+            f"mesh_shape = {list(shape)} needs {needed} devices but {present} "
             f"({jax.default_backend()}) are present; meshes that fit: {_meshes_that_fit(())}"
         )
-    return Mesh(np.asarray(jax.devices()[:needed]).reshape(shape), MESH_AXES)
+    return Mesh(np.asarray(jax.local_devices()[:needed]).reshape(shape), MESH_AXES)
 
 
 def check_mesh(architecture: gemma.ModelConfig, mesh: Mesh) -> None:
@@ -73,7 +73,7 @@ def check_mesh(architecture: gemma.ModelConfig, mesh: Mesh) -> None:
 
 def _meshes_that_fit(sizes: Sequence[tuple[int, int]]) -> str:
     """Meshes of as many devices as can be used, given sizes that an axis must divide."""
-    present = jax.device_count()
+    present = jax.local_device_count()
     shapes = [
         (fsdp, tp)
         for fsdp in range(1, present + 1)
