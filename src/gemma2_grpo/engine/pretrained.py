@@ -70,7 +70,7 @@ def check_tensors(directory: Path, tensors: Tensors, architecture: gemma.ModelCo
     Raises:
         UserError: for the first difference.
     """
-    needed = _tensor_shapes(architecture)
+    needed = tensor_shapes(architecture)
     missing = sorted(needed.keys() - tensors.keys())
     if missing:
         raise UserError(
@@ -89,7 +89,7 @@ def check_tensors(directory: Path, tensors: Tensors, architecture: gemma.ModelCo
             )
 
 
-def _tensor_shapes(architecture: gemma.ModelConfig) -> dict[str, list[int]]:
+def tensor_shapes(architecture: gemma.ModelConfig) -> dict[str, list[int]]:
     """Tensors of the architecture as transformers names and lays them out."""
     width, hidden = architecture.embed_dim, architecture.hidden_dim
     queries = architecture.num_heads * architecture.head_dim
