@@ -1,6 +1,7 @@
 """A run gives the same on one device and on several."""
 
 import json
+import re
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
@@ -69,9 +70,11 @@ def test_on_the_flagship_mesh(
     monkeypatch.setattr(loop, "MemoryMonitor", partial(MemoryMonitor, [NearlyFull()]))
     config = make_config(grpo={"num_iterations": 1}, model={"mesh_shape": [2, 4]})
     shown = quiet_train(config, tmp_path / "run")
-    assert_same(tmp_path / "run", run_straight(1).path)
+    one = run_straight(1)
+    assert_same(tmp_path / "run", one.path)
 
-    assert "8 x cpu, mesh 2 fsdp x 4 tp" in shown
+    assert "1 x cpu, mesh 1 fsdp x 1 tp; 7 more are not used" in one.shown
+    assert "8 x cpu, mesh 2 fsdp x 4 tp\n" in re.sub(" +\n", "\n", shown)
     assert shown.count("device memory: 92% of") == 1
     for record in records(tmp_path / "run", "metrics.jsonl"):
         assert (record["memory_bytes"], record["peak_memory_bytes"]) == (600, 920)

@@ -9,6 +9,7 @@ from typing import Any
 import jax
 import numpy as np
 from flax import nnx
+from jax.sharding import Mesh
 from safetensors import SafetensorError
 
 from gemma2_grpo.config import Config, UserError
@@ -155,8 +156,7 @@ def open_session(config: Config, splits: Splits, directory: RunDirectory) -> Ses
         "adapted_parameters": size.parameters,
     }
     plan = {
-        "devices": f"{mesh.devices.size} x {mesh.devices.ravel()[0].device_kind}, mesh "
-        f"{config.model.mesh_shape[0]} fsdp x {config.model.mesh_shape[1]} tp",
+        "devices": _describe_devices(mesh),
         "model": _describe_model(config, reference),
         "adapters": _describe_adapters(config, size),
         "data": f"{splits.source}: {len(train)} train, {len(held_out)} {config.data.eval_split} "
@@ -185,6 +185,12 @@ def _restore(learner: Learner, checkpoints: Path) -> int:
     if state is not None:
         learner.set_state(state)
     return finished
+
+
+def _describe_devices(mesh: Mesh) -> str:
+    kind, idle = mesh.devices.ravel()[0].device_kind, jax.local_device_count() - mesh.size
+    text = f"{mesh.size} x {kind}, mesh {mesh.shape['fsdp']} fsdp x {mesh.shape['tp']} tp"
+    return f"{text}; {idle} more are not used" if idle else text
 
 
 def _describe_model(config: Config, model: nnx.Module) -> str:
