@@ -56,9 +56,11 @@ def launch(
     accelerator: str,
     *,
     hosts: int | None = None,
+    image: str | None = None,
+    storage: str | None = None,
+    cluster: str | None = None,
     name: str | None = None,
     run: str | None = None,
-    **options: str | None,
 ) -> str:
     """Writes the recipe of a run for a cluster.
 
@@ -68,9 +70,11 @@ def launch(
         launcher: Whose recipe.
         accelerator: A TPU slice such as `v5e-16`, or the GPUs of one host such as `H100:8`.
         hosts: How many; None for what the accelerator comes with.
+        image: Container image with this package in it.
+        storage: Bucket, volume claim or storage of xpk that holds the run.
+        cluster: Name of the cluster, for xpk.
         name: Of the job; by default that of the configuration.
         run: Run directory on the hosts; by default in the storage.
-        options: `image`, `storage` and `cluster`, as far as given.
 
     Returns:
         The recipe, a shell script or YAML.
@@ -81,6 +85,7 @@ def launch(
     machines = find_machines(accelerator, hosts, launcher)
     start = from_mapping(Config, read_toml(config_name), config_name)
     config = fit_to_host(config, start, machines)
+    options = {"image": image, "storage": storage, "cluster": cluster}
     given = {option: value for option, value in options.items() if value is not None}
     _check_options(launcher, given)
     stem = Path(config_name).stem

@@ -16,13 +16,12 @@ from gemma2_grpo.runs.machines import Machines
 
 MOUNT = "/runs"
 """Where the storage lies on every host."""
-_GRACE_SECONDS = (
-    120  # From SIGTERM to SIGKILL: a step has to finish and a checkpoint to be written.
-)
+_GRACE_SECONDS = 120  # From SIGTERM to SIGKILL: for the rest of a step and a checkpoint.
 _MAX_RESTARTS = 10
 _USER_ERROR = 2  # Exit status of what a restart would not mend.
 _CHECKPOINTED = 143  # Exit status after SIGTERM; the same command goes on from the checkpoint.
 _COORDINATOR_PORT = 8476
+_CONTINUED = " \\\n    "  # A line of a shell command, and the next.
 
 
 @dataclass(frozen=True)
@@ -50,6 +49,7 @@ def xpk(job: Job) -> str:
     # Without `exec`, SIGTERM would end the shell that xpk puts around the command, not the run.
     command = "exec " + shlex.join(job.command)
     arguments = [
+        "xpk workload create",
         f"--cluster={shlex.quote(job.cluster)}",
         f"--workload={job.name}",
         f"--tpu-type={job.machines.tpu.cloud_name}",
@@ -64,62 +64,31 @@ def xpk(job: Job) -> str:
     ]
     notes = [
         *job.notes,
-        f"The storage is attached to the cluster under {MOUNT}: xpk storage attach --mount-point.",
-        *(
-            f"xpk writes {token} into the workload, where its readers see it."
-            for token in job.tokens
-        ),
+        f"Its storage has to be attached with --mount-point={MOUNT}.",
+        *(f"xpk writes {token} into the workload in plain text." for token in job.tokens),
         "Submit: bash FILE, with xpk installed and gcloud's project and zone set.",
     ]
-    body = [
-        "set -euo pipefail",
-        *_demands(job),
-        " \\\n    ".join(["xpk workload create", *arguments]),
-    ]
-    return _script(notes, body)
+    return _script(notes, ["set -euo pipefail", *_demands(job), _CONTINUED.join(arguments)])
 
 
 def jobset(job: Job) -> str:
     """A Kubernetes JobSet for TPU nodes of GKE."""
-    hosts = job.machines.hosts
     metadata: dict[str, Any] = {"name": job.name}
     spec: dict[str, Any] = {}
-    if hosts > 1:
+    if job.machines.hosts > 1:
         # All hosts in one slice, and names by which they find each other.
         metadata["annotations"] = {
             "alpha.jobset.sigs.k8s.io/exclusive-topology": "cloud.google.com/gke-nodepool"
         }
         spec["network"] = {"enableDNSHostnames": True, "subdomain": job.name}
-    spec["failurePolicy"] = {
-        "maxRestarts": _MAX_RESTARTS,
-        "rules": [
-            {
-                "name": "userError",
-                "action": "FailJobSet",
-                "onJobFailureReasons": ["PodFailurePolicy"],
-            }
-        ],
+    no_restart = {
+        "name": "userError",
+        "action": "FailJobSet",
+        "onJobFailureReasons": ["PodFailurePolicy"],
     }
-    workers = {
-        "parallelism": hosts,
-        "completions": hosts,
-        "completionMode": "Indexed",
-        "backoffLimit": 0,
-        "podFailurePolicy": {
-            "rules": [
-                {
-                    "action": "FailJob",
-                    "onExitCodes": {
-                        "containerName": "train",
-                        "operator": "In",
-                        "values": [_USER_ERROR],
-                    },
-                }
-            ]
-        },
-        "template": _pod(job),
-    }
-    spec["replicatedJobs"] = [{"name": "train", "replicas": 1, "template": {"spec": workers}}]
+    spec["failurePolicy"] = {"maxRestarts": _MAX_RESTARTS, "rules": [no_restart]}
+    workers = {"name": "train", "replicas": 1, "template": {"spec": _workers(job)}}
+    spec["replicatedJobs"] = [workers]
     manifest = {
         "apiVersion": "jobset.x-k8s.io/v1alpha2",
         "kind": "JobSet",
@@ -140,13 +109,12 @@ def jobset(job: Job) -> str:
 
 def slurm(job: Job) -> str:
     """A batch script with one task a node, which holds all its GPUs."""
-    machines = job.machines
-    devices = ",".join(map(str, range(machines.chips_per_host)))
+    chips = job.machines.chips_per_host
     directives = [
         f"--job-name={job.name}",
-        f"--nodes={machines.hosts}",
+        f"--nodes={job.machines.hosts}",
         "--ntasks-per-node=1",
-        f"--gpus-per-node={machines.chips_per_host}",
+        f"--gpus-per-node={chips}",
         "--exclusive",
         "--mem=0",
         f"--signal=TERM@{_GRACE_SECONDS}",
@@ -154,22 +122,21 @@ def slurm(job: Job) -> str:
         "--open-mode=append",
         f"--output={job.name}-%j.log",
     ]
-    # Slurm must not end the process that writes the checkpoint because the others are done.
-    srun = f"srun --cpu-bind=none --kill-on-bad-exit=0 --wait={_GRACE_SECONDS}"
-    if job.image:
-        mounts = ["$PWD", str(PurePosixPath(job.run).parent)] if job.run[0] == "/" else ["$PWD"]
-        pairs = ",".join(f"{each}:{each}" for each in mounts)
-        srun += f' \\\n    --container-image={shlex.quote(job.image)} \\\n    --container-mounts="'
-        srun += f'{pairs}" --container-workdir="$PWD"'
+    srun = [
+        f"srun --cpu-bind=none --kill-on-bad-exit=0 --wait={_GRACE_SECONDS}",
+        *_container_options(job),
+        f"{_lines(job.command)} || status=$?",
+    ]
     body = [
         *(f"#SBATCH {each}" for each in directives),
         "",
         *_demands(job),
         "export JAX_PLATFORMS=cuda,cpu",
         "# Left to itself, JAX gives a task of Slurm one GPU, that of its number on the node.",
-        f"export JAX_LOCAL_DEVICE_IDS={devices}",
+        f"export JAX_LOCAL_DEVICE_IDS={','.join(map(str, range(chips)))}",
         "status=0",
-        f"{srun} \\\n    {_lines(job.command)} || status=$?",
+        "# Tasks that are done must not end the one that still writes the checkpoint.",
+        _CONTINUED.join(srun),
         f"# {_CHECKPOINTED} is SIGTERM and a checkpoint: the same command goes on from there.",
         f'if [ "$status" -eq {_CHECKPOINTED} ]; then scontrol requeue "$SLURM_JOB_ID"; fi',
         'exit "$status"',
@@ -206,11 +173,12 @@ def skypilot(job: Job) -> str:
     )
     task["run"] = "source .venv/bin/activate\n" + _lines(job.command)
     if not tpu and machines.hosts > 1:
-        task["run"] += (
-            f' \\\n    --coordinator "$(head -n 1 <<<"$SKYPILOT_NODE_IPS"):{_COORDINATOR_PORT}"'
-            ' \\\n    --num-processes "$SKYPILOT_NUM_NODES"'
-            ' \\\n    --process-id "$SKYPILOT_NODE_RANK"'
+        rank = (
+            f'--coordinator "$(head -n 1 <<<"$SKYPILOT_NODE_IPS"):{_COORDINATOR_PORT}"',
+            '--num-processes "$SKYPILOT_NUM_NODES"',
+            '--process-id "$SKYPILOT_NODE_RANK"',
         )
+        task["run"] += _CONTINUED + _CONTINUED.join(rank)
     task["run"] += "\n"
     secrets = "".join(f" --secret {token}" for token in job.tokens)
     notes = [
@@ -225,6 +193,19 @@ def split_bucket(storage: str) -> tuple[str, str]:
     scheme, _, path = storage.partition("://")
     bucket, _, folder = path.partition("/")
     return f"{scheme}://{bucket}", folder.strip("/")
+
+
+def _workers(job: Job) -> dict[str, Any]:
+    """The Kubernetes job with a pod on each host. One that fails ends it; JobSet begins again."""
+    user_error = {"containerName": "train", "operator": "In", "values": [_USER_ERROR]}
+    return {
+        "parallelism": job.machines.hosts,
+        "completions": job.machines.hosts,
+        "completionMode": "Indexed",
+        "backoffLimit": 0,
+        "podFailurePolicy": {"rules": [{"action": "FailJob", "onExitCodes": user_error}]},
+        "template": _pod(job),
+    }
 
 
 def _pod(job: Job) -> dict[str, Any]:
@@ -272,6 +253,20 @@ def _volume(storage: str) -> dict[str, Any]:
     return {"csi": {"driver": "gcsfuse.csi.storage.gke.io", "volumeAttributes": attributes}}
 
 
+def _container_options(job: Job) -> list[str]:
+    """Options by which srun, with pyxis, runs an image that sees the run directory."""
+    if not job.image:
+        return []
+    mounts = '"$PWD:$PWD"'
+    if PurePosixPath(job.run).is_absolute():
+        folder = PurePosixPath(job.run).parent
+        mounts += "," + shlex.quote(f"{folder}:{folder}")
+    return [
+        f"--container-image={shlex.quote(job.image)}",
+        f'--container-mounts={mounts} --container-workdir="$PWD"',
+    ]
+
+
 def _secret_name(token: str) -> str:
     return token.lower().replace("_", "-")
 
@@ -288,7 +283,7 @@ def _lines(command: tuple[str, ...]) -> str:
         if word.startswith("--"):
             lines.append([])
         lines[-1].append(word)
-    return " \\\n    ".join(shlex.join(line) for line in lines)
+    return _CONTINUED.join(shlex.join(line) for line in lines)
 
 
 def _script(notes: list[str], body: list[str]) -> str:
