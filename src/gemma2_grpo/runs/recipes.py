@@ -123,7 +123,7 @@ def slurm(job: Job) -> str:
         f"--output={job.name}-%j.log",
     ]
     srun = [
-        f"srun --cpu-bind=none --kill-on-bad-exit=0 --wait={_GRACE_SECONDS}",
+        "srun --cpu-bind=none --kill-on-bad-exit=0 --wait=0",
         *_container_options(job),
         f"{_lines(job.command)} || status=$?",
     ]
@@ -171,15 +171,8 @@ def skypilot(job: Job) -> str:
         "uv venv --allow-existing --python 3.12 .venv\nsource .venv/bin/activate\n"
         f"uv pip install -c requirements.txt -e '.[{extra}]'\n"
     )
-    task["run"] = "source .venv/bin/activate\n" + _lines(job.command)
-    if not tpu and machines.hosts > 1:
-        rank = (
-            f'--coordinator "$(head -n 1 <<<"$SKYPILOT_NODE_IPS"):{_COORDINATOR_PORT}"',
-            '--num-processes "$SKYPILOT_NUM_NODES"',
-            '--process-id "$SKYPILOT_NODE_RANK"',
-        )
-        task["run"] += _CONTINUED + _CONTINUED.join(rank)
-    task["run"] += "\n"
+    command = _CONTINUED.join([_lines(job.command), *_rank(machines)])
+    task["run"] = f"source .venv/bin/activate\n{command}\n"
     secrets = "".join(f" --secret {token}" for token in job.tokens)
     notes = [
         *job.notes,
@@ -264,6 +257,19 @@ def _container_options(job: Job) -> list[str]:
     return [
         f"--container-image={shlex.quote(job.image)}",
         f'--container-mounts={mounts} --container-workdir="$PWD"',
+    ]
+
+
+def _rank(machines: Machines) -> list[str]:
+    """Options by which the processes of SkyPilot's hosts find each other."""
+    if machines.hosts == 1:
+        return []
+    if machines.tpu:  # The metadata server of a pod tells JAX.
+        return ["--coordinator auto"]
+    return [
+        f'--coordinator "$(head -n 1 <<<"$SKYPILOT_NODE_IPS"):{_COORDINATOR_PORT}"',
+        '--num-processes "$SKYPILOT_NUM_NODES"',
+        '--process-id "$SKYPILOT_NODE_RANK"',
     ]
 
 
