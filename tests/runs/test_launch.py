@@ -371,10 +371,10 @@ def test_tokens_follow_the_model_and_the_data(recipe: Any) -> None:
 
 
 def test_a_file_that_must_be_in_the_image_is_named(recipe: Any, tmp_path: Path) -> None:
-    reward = tmp_path / "reward.py"
+    reward = tmp_path / "re\nward.py"
     reward.touch()
     text = recipe([*JOBSET.split(), "--reward", f"{reward}:score"])
-    assert f"# It reads {reward}, which must be in the image.\n" in text
+    assert f"# It reads {tmp_path}/re ward.py, which must be in the image.\n" in text
 
 
 @pytest.mark.parametrize("tool", [XPK, JOBSET, SLURM, SKYPILOT])

@@ -297,7 +297,7 @@ def _script(notes: list[str], body: list[str]) -> str:
 
 
 def _comments(notes: list[str]) -> str:
-    return "".join(f"# {note}\n" for note in notes)
+    return "".join(f"# {' '.join(note.split())}\n" for note in notes)  # A path may have new lines.
 
 
 class _Dumper(yaml.SafeDumper):
