@@ -104,9 +104,9 @@ def test_score_passes_file_and_format(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize(
     ("command", "message"),
     [
-        ("", "a command is missing; it is one of train, sft, score"),
+        ("", "a command is missing; it is one of train, sft, score, launch"),
         ("trian", "'trian' is no command; did you mean train?"),
-        ("--max-steps 3", "'--max-steps' is no command; it is one of train, sft, score"),
+        ("--max-steps 3", "'--max-steps' is no command; it is one of train, sft, score, launch"),
         ("sft", "CONFIG is missing; see gemma2-grpo sft --help"),
         ("sft sft-tiny --steps 0", "steps = 0 must be at least 1"),
         ("score", "FILE.jsonl is missing; see gemma2-grpo score --help"),

@@ -19,6 +19,7 @@ from tyro.conf import FlagCreatePairsOff, OmitArgPrefixes, Positional, arg, subc
 
 from gemma2_grpo.config import Config, SftConfig, UserError, check, check_sft
 from gemma2_grpo.presets import from_mapping, read_toml
+from gemma2_grpo.runs.machines import Launcher
 
 if TYPE_CHECKING:
     from tyro._arguments import ArgumentDefinition
@@ -102,8 +103,61 @@ class Score:
         score_file(self.file, self.json, Config().rewards)
 
 
-Command = Train | Sft | Score
-COMMANDS: dict[str, type[Command]] = {"train": Train, "sft": Sft, "score": Score}
+@dataclass(frozen=True)
+class Launch:
+    """Print the recipe of a training run for a cluster. Nothing is started."""
+
+    config_name: Annotated[Positional[str], arg(metavar="[CONFIG]")] = "gemma2-2b-v5e8"
+    """Name of a preset, or path of a TOML file. The options below override its fields."""
+    print: Annotated[Launcher, arg(metavar="TOOL")] = tyro.MISSING
+    """Whose recipe: `xpk`, `jobset`, `slurm` or `skypilot`."""
+    accelerator: Annotated[str, arg(metavar="NAME")] = "v5e-8"
+    """A TPU slice such as `v5e-16`, or the GPUs of one host such as `H100:8`."""
+    hosts: Annotated[int | None, arg(metavar="INT")] = None
+    """How many hosts, where the accelerator does not say."""
+    image: Annotated[str | None, arg(metavar="IMAGE")] = None
+    """Container image with this package in it."""
+    storage: Annotated[str | None, arg(metavar="PLACE")] = None
+    """What outlives the hosts and holds the run: gs://BUCKET, a volume claim, a storage of xpk."""
+    cluster: Annotated[str | None, arg(metavar="NAME")] = None
+    """Name of the cluster, for xpk."""
+    name: Annotated[str | None, arg(metavar="NAME")] = None
+    """Name of the job; by default that of the configuration."""
+    run: Annotated[str | None, arg(metavar="DIR")] = None
+    """Run directory on the hosts; by default in the storage."""
+    config: Sections[Config] = field(default_factory=Config)
+
+    def defaults(self) -> "Launch":
+        """Returns the command as it would be if the values of the TOML file were the defaults."""
+        values = read_toml(self.config_name)
+        return Launch(print=self.print, config=from_mapping(Config, values, self.config_name))
+
+    def __call__(self) -> None:
+        """Prints the recipe."""
+        from gemma2_grpo.runs.launch import launch
+
+        recipe = launch(
+            self.config,
+            self.config_name,
+            self.print,
+            self.accelerator,
+            hosts=self.hosts,
+            name=self.name,
+            run=self.run,
+            image=self.image,
+            storage=self.storage,
+            cluster=self.cluster,
+        )
+        sys.stdout.write(recipe)
+
+
+Command = Train | Sft | Score | Launch
+COMMANDS: dict[str, type[Command]] = {
+    "train": Train,
+    "sft": Sft,
+    "score": Score,
+    "launch": Launch,
+}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
