@@ -16,16 +16,11 @@ from tunix.models.gemma import model as gemma
 from gemma2_grpo.config import ModelConfig, UserError
 from gemma2_grpo.engine.forward import weights_of
 from gemma2_grpo.engine.lora import merge_adapters
+from gemma2_grpo.engine.pretrained import NORMS
 
 ADAPTER_FILE = "adapter.safetensors"
 # One entry of metadata: safetensors writes several in no fixed order.
 _DESCRIPTION = "gemma2_grpo"
-_NORMS = {
-    "pre_attention_norm": "input_layernorm",
-    "post_attn_norm": "post_attention_layernorm",
-    "pre_ffw_norm": "pre_feedforward_layernorm",
-    "post_ffw_norm": "post_feedforward_layernorm",
-}
 
 
 def save_model(model: gemma.Gemma, path: Path, dtype: str, query_scale: float = 1.0) -> None:
@@ -35,7 +30,7 @@ def save_model(model: gemma.Gemma, path: Path, dtype: str, query_scale: float = 
         model: A Gemma 2 without adapters, or whose adapters are left out.
         path: The file.
         dtype: Type to store, `bfloat16` or `float32`.
-        query_scale: What `engine.model.query_scale` multiplied the queries by, undone here.
+        query_scale: What `load_weights` multiplied the queries by, undone here.
     """
     kind = np.dtype(ml_dtypes.bfloat16) if dtype == "bfloat16" else np.dtype(dtype)
     tensors = {
@@ -55,7 +50,7 @@ def _hf_tensors(model: gemma.Gemma, query_scale: float) -> Iterator[tuple[str, n
     yield "model.norm.weight", host(model.final_norm.scale)
     for i, layer in enumerate(model.layers):
         prefix = f"model.layers.{i}"
-        for ours, theirs in _NORMS.items():
+        for ours, theirs in NORMS.items():
             yield f"{prefix}.{theirs}.weight", host(getattr(layer, ours).scale)
         for name in ("gate_proj", "up_proj", "down_proj"):
             yield f"{prefix}.mlp.{name}.weight", host(getattr(layer.mlp, name).kernel).T

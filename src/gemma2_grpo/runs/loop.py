@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from gemma2_grpo.engine.compilation import ProgramCount
+from gemma2_grpo.engine.device_memory import MemoryMonitor
 from gemma2_grpo.runs.display import Display
 from gemma2_grpo.runs.measure import measure
 from gemma2_grpo.runs.records import find_rises, step_record
@@ -38,6 +39,7 @@ class Run:
         self._scorer = scorer
         self._display = display
         self._programs = programs
+        self._memory = MemoryMonitor()
         self._stop_signal: int | None = None
 
     def go(self) -> None:
@@ -96,13 +98,16 @@ class Run:
             for step in range(first, total):
                 if step and every and step % every == 0:
                     self._measured(step, 0)
-                record = self._step(step) | self._programs.as_record()
+                record = self._step(step)
+                record |= self._programs.as_record() | self._memory.as_record()
                 done = step + 1
                 per_step = (time.perf_counter() - started) / (done - first)
                 record["seconds_left"] = per_step * (total - done)
                 self._directory.append("metrics.jsonl", record)
                 events(record)
                 show(record)
+                if warning := self._memory.warning():
+                    self._display.note(warning)
                 if step == first:
                     self._display.note(str(self._programs))
                 is_due = done % config.run.checkpoint_every_steps == 0 or done == total

@@ -33,7 +33,7 @@ from gemma2_grpo.engine.lora import (
     check_patterns,
     max_adapter_parameters,
 )
-from gemma2_grpo.engine.model import check_heads, load_weights, make_mesh, read_architecture
+from gemma2_grpo.engine.model import check_mesh, load_weights, make_mesh, read_architecture
 from gemma2_grpo.engine.tokenizer import load_tokenizer
 from gemma2_grpo.runs.run_directory import RunDirectory, check_free_space
 from gemma2_grpo.task.data import Example, Splits, drop_long
@@ -125,7 +125,7 @@ def open_session(config: Config, splits: Splits, directory: RunDirectory) -> Ses
     directory.check_same("data_sha256", splits.sha256)
     directory.check_same("base_sha256", base_sha256)
     architecture = read_architecture(model_path)
-    check_heads(architecture, mesh)
+    check_mesh(architecture, mesh)
     check_patterns(architecture, config.model.lora_modules)
     adapter = config.model.adapter
     if adapter:
