@@ -4,7 +4,7 @@ import json
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -293,7 +293,16 @@ def _prepare(model: gemma.Gemma, scale: float) -> gemma.Gemma:
     return model
 
 
-def plain_network(architecture: gemma.ModelConfig) -> Network:
+def plain_network(
+    architecture: gemma.ModelConfig, mesh: Mesh | None = None, *, is_sampling: bool = False
+) -> Network:
     """The static half of a model without adapters, made without any weights."""
-    model = nnx.eval_shape(lambda: gemma.Gemma(architecture, rngs=nnx.Rngs(0)))
-    return network_of(_prepare(model, 1.0))
+    model = nnx.eval_shape(partial(plain_model, architecture, "float32"))
+    return network_of(model, is_sampling=is_sampling, mesh=mesh)
+
+
+def plain_model(architecture: gemma.ModelConfig, dtype: str) -> gemma.Gemma:
+    """A model with Tunix's own initial weights; to be traced for its shapes, not to be run."""
+    model = _prepare(gemma.Gemma(architecture, rngs=nnx.Rngs(0)), 1.0)
+    nnx.update(model, jax.tree.map(lambda x: x.astype(dtype), nnx.state(model)))
+    return model
