@@ -286,13 +286,13 @@ class TestGrid:
     def moves(self, monkeypatch: pytest.MonkeyPatch) -> Iterator[list[tuple[int, int, int]]]:
         """Prompts, rows a prompt and slots of each grid that rows are moved to."""
         seen: list[tuple[int, int, int]] = []
-        real = decode._regrid
+        real = decode.regrid
 
         def record(grid: Any, kept: Any, *, shape: Any, slots: int, mesh: Mesh) -> Any:
             seen.append((*shape, slots))
             return real(grid, kept, shape=shape, slots=slots, mesh=mesh)
 
-        monkeypatch.setattr(decode, "_regrid", record)
+        monkeypatch.setattr(decode, "regrid", record)
         return seen
 
     def test_shrinking_and_growing_change_nothing(

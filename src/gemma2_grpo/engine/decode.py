@@ -14,6 +14,7 @@ from gemma2_grpo.engine.forward import (
     Network,
     Prefix,
     Weights,
+    gathered_weights,
     hidden_states,
     output_logits,
     run_from_start,
@@ -101,11 +102,11 @@ def complete(
     rows = np.arange(len(limits))
     tokens = np.full((len(rows), max_tokens), sampling.pad_id, np.int32)
     logps = np.zeros((len(rows), max_tokens), np.float32)
-    least = max(_LEAST_ROWS, len(limits) // 4)
+    least = least_rows(len(limits))
     slots, step = bucket(1, _FIRST_SLOTS, max_tokens), 0
-    grid = _start(network, weights, prompts, lengths, limits, key, slots=slots, mesh=mesh)
+    grid = start_grid(network, weights, prompts, lengths, limits, key, slots=slots, mesh=mesh)
     while True:
-        grid, drawn = _decode(network, weights, grid, sampling=sampling, least=least, mesh=mesh)
+        grid, drawn = fill_grid(network, weights, grid, sampling=sampling, least=least, mesh=mesh)
         now, stopped, drawn = jax.device_get((grid.step, grid.stopped, drawn))
         columns, step = slice(step, int(now)), int(now)
         tokens[rows, columns] = drawn.tokens[:, columns]
@@ -115,8 +116,21 @@ def complete(
         kept, shape = _fit(stopped.reshape(len(grid.lengths), -1), least, mesh.shape["fsdp"])
         rows = rows[kept]
         slots = bucket(step + 1, _FIRST_SLOTS, max_tokens)
-        grid = _regrid(grid, kept, shape=shape, slots=slots, mesh=mesh)
+        grid = regrid(grid, kept, shape=shape, slots=slots, mesh=mesh)
     return Completed(tokens, logps, _lengths(tokens, limits, sampling.stop_ids))
+
+
+def least_rows(rows: int) -> int:
+    """Rows of the smallest grid to which one of so many is made smaller."""
+    return max(_LEAST_ROWS, rows // 4)
+
+
+def cache_sizes(max_tokens: int) -> list[int]:
+    """Slots that the cache of completions of so many tokens has in turn."""
+    sizes = [bucket(1, _FIRST_SLOTS, max_tokens)]
+    while sizes[-1] < max_tokens:
+        sizes.append(bucket(sizes[-1] + 1, _FIRST_SLOTS, max_tokens))
+    return sizes
 
 
 def _lengths(tokens: np.ndarray, limits: np.ndarray, stop_ids: tuple[int, ...]) -> np.ndarray:
@@ -153,7 +167,7 @@ def _fit(stopped: np.ndarray, least: int, fsdp: int) -> tuple[np.ndarray, tuple[
 
 
 @partial(jax.jit, static_argnames=("network", "slots", "mesh"))
-def _start(
+def start_grid(
     network: Network,
     weights: Weights,
     prompts: jax.Array,
@@ -187,10 +201,11 @@ def _start(
 
 
 @partial(jax.jit, static_argnames=("network", "sampling", "least", "mesh"), donate_argnames="grid")
-def _decode(
+def fill_grid(
     network: Network, weights: Weights, grid: Grid, *, sampling: Sampling, least: int, mesh: Mesh
 ) -> tuple[Grid, Drawn]:
     """Draws tokens until the cache is full or a smaller grid would do."""
+    weights = gathered_weights(network, weights)
     rows, slots = grid.own[network.layers[0]].keys.shape[:2]
     batch = len(grid.lengths)
     width = grid.prefix[network.layers[0]].keys.shape[1]
@@ -238,7 +253,7 @@ def _decode(
 
 
 @partial(jax.jit, static_argnames=("shape", "slots", "mesh"))
-def _regrid(grid: Grid, kept: jax.Array, *, shape: tuple[int, int], slots: int, mesh: Mesh) -> Grid:
+def regrid(grid: Grid, kept: jax.Array, *, shape: tuple[int, int], slots: int, mesh: Mesh) -> Grid:
     """Moves rows to a grid of another shape, with a cache of so many slots."""
     rows, batch = len(grid.last), len(grid.lengths)
     prompts = kept[:: shape[1]] // (rows // batch)

@@ -4,7 +4,7 @@ import json
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -277,7 +277,16 @@ def _with_float32_norms(model: gemma.Gemma) -> gemma.Gemma:
     return model
 
 
-def plain_network(architecture: gemma.ModelConfig) -> Network:
+def plain_network(
+    architecture: gemma.ModelConfig, mesh: Mesh | None = None, *, is_sampling: bool = False
+) -> Network:
     """The static half of a model without adapters, made without any weights."""
-    model = nnx.eval_shape(lambda: gemma.Gemma(architecture, rngs=nnx.Rngs(0)))
-    return network_of(_with_float32_norms(model))
+    model = nnx.eval_shape(partial(plain_model, architecture, "float32"))
+    return network_of(model, is_sampling=is_sampling, mesh=mesh)
+
+
+def plain_model(architecture: gemma.ModelConfig, dtype: str) -> gemma.Gemma:
+    """A model with Tunix's own initial weights; to be traced for its shapes, not to be run."""
+    model = _with_float32_norms(gemma.Gemma(architecture, rngs=nnx.Rngs(0)))
+    nnx.update(model, jax.tree.map(lambda x: x.astype(dtype), nnx.state(model)))
+    return model

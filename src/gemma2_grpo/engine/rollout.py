@@ -64,9 +64,9 @@ class GroupRollout(base_rollout.BaseRollout):
         self._mesh = mesh
         self._merged_scale = merged_scale
         self._network = (
-            network_of(rollout_actor)
+            network_of(rollout_actor, is_sampling=True)
             if merged_scale is None
-            else plain_network(rollout_actor.config)
+            else plain_network(rollout_actor.config, mesh, is_sampling=True)
         )
 
     def generate(
