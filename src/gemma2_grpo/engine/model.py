@@ -28,18 +28,18 @@ _SIZES = (
 
 
 def make_mesh(shape: tuple[int, int]) -> Mesh:
-    """Lays the first `fsdp x tp` devices out as a mesh with those axes.
+    """Lays the first `fsdp x tp` devices of this process out as a mesh with those axes.
 
     Raises:
         UserError: if there are fewer devices.
     """
-    needed, present = shape[0] * shape[1], jax.device_count()
+    needed, present = shape[0] * shape[1], jax.local_device_count()
     if needed > present:
         raise UserError(
             f"mesh_shape = {list(shape)} needs {needed} devices but {present} "
             f"({jax.default_backend()}) are present; choose a mesh of at most {present}"
         )
-    return Mesh(np.asarray(jax.devices()[:needed]).reshape(shape), MESH_AXES)
+    return Mesh(np.asarray(jax.local_devices()[:needed]).reshape(shape), MESH_AXES)
 
 
 def batch_sharding(mesh: Mesh, rows: int) -> NamedSharding:
