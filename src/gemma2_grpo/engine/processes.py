@@ -78,6 +78,7 @@ def joined(
             f"the other processes cannot be joined ({line}); give --coordinator, --num-processes "
             "and --process-id, or --num-processes 1 to run alone"
         ) from None
+    _keep_own_programs()
     is_leaving = threading.Event()
     listener = threading.Thread(target=_listen, args=(is_leaving,), daemon=True)
     listener.start()
@@ -97,6 +98,16 @@ def joined(
     is_leaving.set()
     listener.join()
     jax.distributed.shutdown()
+
+
+def _keep_own_programs() -> None:
+    """Has JAX keep the compiled programs of every process, not only of process 0.
+
+    Except on GPUs, a program is kept for the very devices that it was compiled for. So the others
+    would find none, and all would wait for them at every launch.
+    """
+    if jax.default_backend() != "gpu":  # After this, JAX asks its devices which process this is.
+        distributed.global_state.process_id = 0
 
 
 def _status(error: BaseException) -> int:
