@@ -45,6 +45,12 @@ class Train:
     """Where the run is written. Giving the same directory again resumes it."""
     allow_config_change: FlagCreatePairsOff[bool] = False
     """Resume although the run was made with another configuration."""
+    coordinator: Annotated[str | None, arg(metavar="HOST:PORT|auto")] = None
+    """Of several processes: where process 0 is, or `auto` to ask the cluster (Cloud TPU pods)."""
+    num_processes: int | None = None
+    """How many processes train together; Slurm, Open MPI and GKE say so themselves."""
+    process_id: int | None = None
+    """Which of them this is, from 0."""
     config: Sections[Config] = field(default_factory=Config)
 
     def defaults(self) -> "Train":
@@ -53,11 +59,21 @@ class Train:
 
     def __call__(self) -> None:
         """Checks the whole configuration, then trains."""
+        from gemma2_grpo.runs.cluster import find_cluster
+
         config = check(self.config)
+        told = (self.coordinator, self.num_processes, self.process_id)
+        cluster = find_cluster(*told, os.environ)
         require_jax()
         from gemma2_grpo.runs.train import train
 
-        train(config, self.run, self.config_name, allow_config_change=self.allow_config_change)
+        train(
+            config,
+            self.run,
+            self.config_name,
+            allow_config_change=self.allow_config_change,
+            cluster=cluster,
+        )
 
 
 @dataclass(frozen=True)

@@ -98,6 +98,7 @@ class Programs:
             self._rows((prompts,)),
             self._whole((rows,)),
             jax.eval_shape(lambda: jax.random.key(0)),
+            self._whole(()),
         )
 
         def grid(slots: int) -> Grid:

@@ -81,6 +81,7 @@ def complete(
     max_tokens: int,
     sampling: Sampling,
     mesh: Mesh,
+    first_row: int = 0,
 ) -> Completed:
     """Decodes until every row has stopped or is at its limit.
 
@@ -94,17 +95,22 @@ def complete(
         prompts: Token ids [B, P], right-padded.
         lengths: Tokens of each prompt [B].
         limits: The most tokens of each completion [B * G]; 0 for one that is not wanted.
-        key: Key of this call; row r has the key fold_in(key, r).
+        key: Key of this call; row r has the key fold_in(key, first_row + r).
         max_tokens: The most that any limit may be.
         sampling: How tokens are drawn.
         mesh: Mesh of the weights.
+        first_row: Number of the first row in a batch of which these are a part.
     """
     rows = np.arange(len(limits))
     tokens = np.full((len(rows), max_tokens), sampling.pad_id, np.int32)
     logps = np.zeros((len(rows), max_tokens), np.float32)
     least = least_rows(len(limits))
     slots, step = bucket(1, _FIRST_SLOTS, max_tokens), 0
-    grid = start_grid(network, weights, prompts, lengths, limits, key, slots=slots, mesh=mesh)
+    grid = start_grid(
+        *(network, weights, prompts, lengths, limits, key, np.int32(first_row)),
+        slots=slots,
+        mesh=mesh,
+    )
     while True:
         grid, drawn = fill_grid(network, weights, grid, sampling=sampling, least=least, mesh=mesh)
         now, stopped, drawn = jax.device_get((grid.step, grid.stopped, drawn))
@@ -174,6 +180,7 @@ def start_grid(
     lengths: jax.Array,
     limits: jax.Array,
     key: jax.Array,
+    first_row: jax.Array | int = 0,
     *,
     slots: int,
     mesh: Mesh,
@@ -191,7 +198,7 @@ def start_grid(
             last=jnp.repeat(last, rows // batch),
             stopped=limits == 0,
             limits=limits,
-            keys=jax.vmap(partial(jax.random.fold_in, key))(jnp.arange(rows)),
+            keys=jax.vmap(partial(jax.random.fold_in, key))(first_row + jnp.arange(rows)),
             lengths=lengths - 1,
             prefix=prefix,
             own=own,

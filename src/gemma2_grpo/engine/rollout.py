@@ -29,6 +29,8 @@ class GroupRolloutConfig(base_rollout.RolloutConfig):
 
     limits: Sequence[int] | None = None
     """The most tokens of each completion; by default `max_tokens_to_generate` for all."""
+    first_row: int = 0
+    """Number of the first completion where these are part of a larger batch."""
 
 
 class GroupRollout(base_rollout.BaseRollout):
@@ -112,6 +114,7 @@ class GroupRollout(base_rollout.BaseRollout):
             max_tokens=limit,
             sampling=sampling,
             mesh=self._mesh,
+            first_row=getattr(rollout_config, "first_row", 0),
         )
         tokens = [row[:end] for row, end in zip(done.tokens, done.lengths, strict=True)]
         return base_rollout.RolloutOutput(

@@ -18,6 +18,7 @@ from gemma2_grpo.engine.lora import merge_adapters
 from gemma2_grpo.engine.loss import LossTerms
 from gemma2_grpo.engine.model import batch_sharding, on_mesh
 from gemma2_grpo.engine.packing import PromptBatch
+from gemma2_grpo.engine.processes import gather, total
 from gemma2_grpo.engine.update_programs import Credit, UpdatePrograms
 
 
@@ -136,7 +137,7 @@ class Updater:
         credit: Sequence[Sequence[Credit]],
         references: Sequence[Sequence[jax.Array]] | None,
     ) -> list[UpdateMetrics]:
-        """Makes the `num_iterations` updates of one batch of rollouts.
+        """Makes the `num_iterations` updates of one batch of rollouts, in all processes alike.
 
         The log-probabilities of the first iteration, taken before any update, are the old ones
         of all: the ratio is exactly 1 there at any temperature, without a pass of its own.
@@ -147,10 +148,8 @@ class Updater:
             references: What `reference_logps` gave; None without a KL penalty.
 
         Returns:
-            Metrics of each iteration; nothing, and no update, for an empty batch.
+            Metrics of each iteration, over all processes.
         """
-        if not batches:
-            return []
         metrics, old = [], None
         with on_mesh(self._mesh):
             for _ in range(self._iterations):
@@ -168,10 +167,10 @@ class Updater:
     ) -> tuple[UpdateMetrics, list[list[jax.Array]]]:
         lora, frozen = weights = weights_of(self._policy)
         base = merge_adapters(weights, self._scale) if self._are_merged else frozen
-        total, terms, all_logps = self.programs.no_gradients(lora), [], []
+        gradients, terms, all_logps = self.programs.no_gradients(lora), [], []
         for i, batch in enumerate(batches):
             prefix = self.programs.prefix(Weights(lora, base), batch.prompts)
-            sums, logps = (total, self.programs.no_slopes(prefix)), []
+            sums, logps = (gradients, self.programs.no_slopes(prefix)), []
             for j, micro in enumerate(batch.micro):
                 ref = references[i][j] if references else None
                 before = old[i][j] if old else credit[i][j].weights
@@ -181,13 +180,19 @@ class Updater:
                 )
                 terms.append(term)
                 logps.append(now)
-            total = self.programs.prompt_gradients(*sums, lora, base, batch.prompts)
+            gradients = self.programs.prompt_gradients(*sums, lora, base, batch.prompts)
             all_logps.append(logps)
         _, state = nnx.split(self._optimizer)
-        lora, state, grad_norm = self.programs.apply(lora, frozen, state, total)
+        lora, state, grad_norm = self.programs.apply(lora, frozen, state, total(gradients))
         nnx.update(self._policy, lora)
         nnx.update(self._optimizer, state)
-        return _summarise(jax.device_get(terms), float(grad_norm)), all_logps
+        return _summarise(_from_all(jax.device_get(terms)), float(grad_norm)), all_logps
+
+
+def _from_all(terms: Sequence[LossTerms]) -> list[LossTerms]:
+    """The terms of all processes; one may have none."""
+    parts = gather([[value.item() for value in term] for term in terms])
+    return [LossTerms(*term) for part in parts for term in part]
 
 
 def _summarise(terms: Sequence[LossTerms], grad_norm: float) -> UpdateMetrics:

@@ -10,6 +10,7 @@ import numpy as np
 
 from gemma2_grpo.engine.compilation import ProgramCount
 from gemma2_grpo.engine.device_memory import MemoryMonitor
+from gemma2_grpo.engine.processes import from_first, gather, is_first
 from gemma2_grpo.runs.display import Display
 from gemma2_grpo.runs.measure import measure
 from gemma2_grpo.runs.records import find_rises, step_record
@@ -51,6 +52,8 @@ class Run:
         before = self._measured(0, config.run.eval_samples)
         self._train(first, config.run.max_steps)
         after = self._measured(config.run.max_steps, config.run.eval_samples)
+        if not is_first():
+            return
         self._session.save_adapter(directory.path / ADAPTER)
         result = {
             "before": before,
@@ -66,7 +69,7 @@ class Run:
         """The measurement after so many steps, which a resumed run may have already."""
         records = self._directory.records("evaluations.jsonl")
         earlier = (record for record in records if record["step"] == step)
-        return next(earlier, None) or self._measure(step, samples)
+        return from_first(next(earlier, None)) or self._measure(step, samples)
 
     def _measure(self, step: int, samples: int) -> dict[str, Any]:
         held_out = self._session.held_out
@@ -111,11 +114,13 @@ class Run:
                 if step == first:
                     self._display.note(str(self._programs))
                 is_due = done % config.run.checkpoint_every_steps == 0 or done == total
-                if is_due or self._stop_signal:
+                # A signal may have come to one of the processes only.
+                stop_signal = max(gather(self._stop_signal or 0))
+                if is_due or stop_signal:
                     self._session.save(done)
-                if self._stop_signal:
+                if stop_signal:
                     self._display.note(f"stopped after step {done}; run again to resume")
-                    raise SystemExit(128 + self._stop_signal)
+                    raise SystemExit(128 + stop_signal)
 
     def _step(self, step: int) -> dict[str, Any]:
         """Runs one step and logs its completions; returns its record."""
