@@ -1,6 +1,7 @@
 """Gemma 2 on Tunix: architecture, mesh, weights from safetensors or at random."""
 
 import json
+import math
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -40,6 +41,18 @@ def make_mesh(shape: tuple[int, int]) -> Mesh:
             f"({jax.default_backend()}) are present; choose a mesh of at most {present}"
         )
     return Mesh(np.asarray(jax.devices()[:needed]).reshape(shape), MESH_AXES)
+
+
+def mesh_shape_at_hand(wanted: tuple[int, int], architecture: gemma.ModelConfig) -> tuple[int, int]:
+    """The wanted mesh where there are devices for it, else one of all devices there are.
+
+    As many of them as the KV heads allow go along tp, since a smaller cache is a faster decoder.
+    """
+    present = jax.local_device_count()
+    if wanted[0] * wanted[1] <= present:
+        return wanted
+    tp = math.gcd(present, architecture.num_kv_heads, architecture.num_heads)
+    return present // tp, tp
 
 
 def batch_sharding(mesh: Mesh, rows: int) -> NamedSharding:

@@ -11,13 +11,12 @@ import numpy as np
 from gemma2_grpo.engine.compilation import ProgramCount
 from gemma2_grpo.runs.display import Display
 from gemma2_grpo.runs.measure import measure
+from gemma2_grpo.runs.opening import ADAPTER
 from gemma2_grpo.runs.records import find_rises, step_record
 from gemma2_grpo.runs.run_directory import RunDirectory
 from gemma2_grpo.runs.session import Session
 from gemma2_grpo.task.data import Example, batch_indices
 from gemma2_grpo.task.scoring import Scorer
-
-ADAPTER = "adapter"
 
 
 class Run:
