@@ -81,7 +81,7 @@ def test_mcnemar_against_all_outcomes(fixed: int, broken: int) -> None:
     """Every way in which the flips could fall, each as likely."""
     flips = fixed + broken
     distance = abs(fixed - broken)
-    counts = [bin(outcome).count("1") for outcome in range(2**flips)] if flips <= 12 else None
+    counts = [outcome.bit_count() for outcome in range(2**flips)] if flips <= 12 else None
     p_value = Paired(0, 0, fixed, broken).p_value
     if counts is None:
         assert p_value == pytest.approx(2 * (1 + 21) / 2**21)
