@@ -15,6 +15,7 @@ from gemma2_grpo.runs.opening import ADAPTER
 from gemma2_grpo.runs.records import find_rises, step_record
 from gemma2_grpo.runs.run_directory import RunDirectory
 from gemma2_grpo.runs.session import Session
+from gemma2_grpo.runs.trackers import Track
 from gemma2_grpo.task.data import Example, batch_indices
 from gemma2_grpo.task.scoring import Scorer
 
@@ -29,6 +30,7 @@ class Run:
         scorer: Scorer,
         display: Display,
         programs: ProgramCount,
+        track: Track,
     ) -> None:
         """Takes an open session and the directory that its run is written to."""
         self._config = session.config
@@ -37,6 +39,7 @@ class Run:
         self._scorer = scorer
         self._display = display
         self._programs = programs
+        self._track = track
         self._stop_signal: int | None = None
 
     def go(self) -> None:
@@ -82,13 +85,13 @@ class Run:
         self._display.held_out(step, measurement)
         record = {"step": step, **measurement.as_record()}
         self._directory.append("evaluations.jsonl", record)
+        self._track("held_out", record)
         return record
 
     def _train(self, first: int, total: int) -> None:
         config = self._config
         with ExitStack() as stack:
             stack.enter_context(self._finishing_steps())
-            events = stack.enter_context(self._session.events(self._directory.path))
             started = time.perf_counter()
             show = stack.enter_context(self._display.training(first, total))
             every = config.run.eval_every_steps
@@ -100,7 +103,7 @@ class Run:
                 per_step = (time.perf_counter() - started) / (done - first)
                 record["seconds_left"] = per_step * (total - done)
                 self._directory.append("metrics.jsonl", record)
-                events(record)
+                self._track("train", record)
                 show(record)
                 if step == first:
                     self._display.note(str(self._programs))

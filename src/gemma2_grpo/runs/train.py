@@ -7,6 +7,7 @@ from gemma2_grpo.config import Config, UserError
 from gemma2_grpo.runs.display import Display
 from gemma2_grpo.runs.host_memory import keep_freed_memory
 from gemma2_grpo.runs.run_directory import RunDirectory
+from gemma2_grpo.runs.trackers import check_trackers, tracking
 from gemma2_grpo.task.data import load_splits
 from gemma2_grpo.task.scoring import Reward, Scorer, load_reward
 
@@ -47,6 +48,7 @@ def train(
             display.result(result)
             return path
         _check_engine(config.rollout.engine)
+        check_trackers(config.run)
         splits = load_splits(config.data)
         reward, reward_sha256 = _load_reward(config, directory, display)
         display.note(f"loading {config.model.model}")
@@ -56,10 +58,10 @@ def train(
         from gemma2_grpo.runs.session import open_session
 
         cache = use_program_cache(config.run.compilation_cache, display.note)
-        with counting_programs(cache) as programs:
+        with counting_programs(cache) as programs, tracking(config, path) as track:
             session = open_session(config, splits, directory)
             directory.describe({**session.facts, "reward_sha256": reward_sha256})
-            Run(session, directory, Scorer(config.rewards, reward), display, programs).go()
+            Run(session, directory, Scorer(config.rewards, reward), display, programs, track).go()
     finally:
         directory.close()
     return path
