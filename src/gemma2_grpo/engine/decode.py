@@ -1,6 +1,6 @@
 """Decoding a group of completions per prompt on a grid that shrinks as they finish."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -26,6 +26,10 @@ _FIRST_SLOTS = 64
 # A grid is not made smaller than this, nor than a quarter of its first size: the weights are then
 # what decoding waits for, and every size is one more program.
 _LEAST_ROWS = 4
+# Tokens between two calls of `on_tokens`.
+_STREAMED_TOKENS = 4
+
+OnTokens = Callable[[np.ndarray], None]
 
 
 class Grid(NamedTuple):
@@ -80,6 +84,7 @@ def complete(
     max_tokens: int,
     sampling: Sampling,
     mesh: Mesh,
+    on_tokens: OnTokens | None = None,
 ) -> Completed:
     """Decodes until every row has stopped or is at its limit.
 
@@ -97,6 +102,7 @@ def complete(
         max_tokens: The most that any limit may be.
         sampling: How tokens are drawn.
         mesh: Mesh of the weights.
+        on_tokens: Takes all tokens so far [B * G, t], every few tokens; the device waits for it.
     """
     rows = np.arange(len(limits))
     tokens = np.full((len(rows), max_tokens), sampling.pad_id, np.int32)
@@ -105,16 +111,23 @@ def complete(
     slots, step = bucket(1, _FIRST_SLOTS, max_tokens), 0
     grid = _start(network, weights, prompts, lengths, limits, key, slots=slots, mesh=mesh)
     while True:
-        grid, drawn = _decode(network, weights, grid, sampling=sampling, least=least, mesh=mesh)
+        until = np.int32(step + _STREAMED_TOKENS if on_tokens else max_tokens)
+        grid, drawn = _decode(
+            network, weights, grid, until, sampling=sampling, least=least, mesh=mesh
+        )
         now, stopped, drawn = jax.device_get((grid.step, grid.stopped, drawn))
         columns, step = slice(step, int(now)), int(now)
         tokens[rows, columns] = drawn.tokens[:, columns]
         logps[rows, columns] = drawn.logps[:, columns]
+        if on_tokens:
+            on_tokens(tokens[:, :step])
         if stopped.all() or step == max_tokens:
             break
         kept, shape = _fit(stopped.reshape(len(grid.lengths), -1), least, mesh.shape["fsdp"])
-        rows = rows[kept]
-        slots = bucket(step + 1, _FIRST_SLOTS, max_tokens)
+        needed = bucket(step + 1, _FIRST_SLOTS, max_tokens)
+        if (len(kept), needed) == (len(rows), slots):  # It only paused, for `on_tokens`.
+            continue
+        rows, slots = rows[kept], needed
         grid = _regrid(grid, kept, shape=shape, slots=slots, mesh=mesh)
     return Completed(tokens, logps, _lengths(tokens, limits, sampling.stop_ids))
 
@@ -188,9 +201,16 @@ def _start(
 
 @partial(jax.jit, static_argnames=("network", "sampling", "least", "mesh"), donate_argnames="grid")
 def _decode(
-    network: Network, weights: Weights, grid: Grid, *, sampling: Sampling, least: int, mesh: Mesh
+    network: Network,
+    weights: Weights,
+    grid: Grid,
+    until: jax.Array | np.integer,
+    *,
+    sampling: Sampling,
+    least: int,
+    mesh: Mesh,
 ) -> tuple[Grid, Drawn]:
-    """Draws tokens until the cache is full or a smaller grid would do."""
+    """Draws tokens until so many are there, the cache is full or a smaller grid would do."""
     rows, slots = grid.own[network.layers[0]].keys.shape[:2]
     batch = len(grid.lengths)
     width = grid.prefix[network.layers[0]].keys.shape[1]
@@ -207,7 +227,7 @@ def _decode(
 
     def go_on(carry: tuple[Grid, Drawn]) -> jax.Array:
         grid, _ = carry
-        return (grid.step < slots) & ~fits_smaller(grid.stopped)
+        return (grid.step < jnp.minimum(slots, until)) & ~fits_smaller(grid.stopped)
 
     def draw(carry: tuple[Grid, Drawn]) -> tuple[Grid, Drawn]:
         grid, drawn = carry

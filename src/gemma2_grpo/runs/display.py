@@ -4,14 +4,15 @@ import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
-from unicodedata import category
 
-from rich.console import Console
+from rich.console import Console, Group
 from rich.markup import escape
 from rich.panel import Panel
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
+from rich.text import Text
 
+from gemma2_grpo.runs.completion_view import render_completion, without_controls
 from gemma2_grpo.runs.live import TrainingPanel, in_words, step_line
 from gemma2_grpo.task.rewards import RISING
 
@@ -36,13 +37,13 @@ class Display:
         """Shows what the run will do."""
         table = Table.grid(padding=(0, 2))
         for name, value in facts.items():
-            table.add_row(f"[bold]{name}", _inert(value))
+            table.add_row(f"[bold]{name}", inert(value))
         self.console.print(table)
         self.console.print()
 
     def note(self, text: str) -> None:
         """Prints one line, which a path may make long."""
-        self.console.print(_inert(text), soft_wrap=True)
+        self.console.print(inert(text), soft_wrap=True)
 
     @contextmanager
     def measuring(self, label: str, total: int) -> Iterator[Any]:
@@ -94,14 +95,14 @@ class Display:
     def _print_step(self, record: Mapping[str, Any], alarms: Sequence[str], total: int) -> None:
         self.console.print(step_line(record, total), soft_wrap=True)
         for alarm in alarms:
-            self.console.print(f"  ! {_inert(alarm)}", soft_wrap=True)
+            self.console.print(f"  ! {inert(alarm)}", soft_wrap=True)
 
     def sample(
         self, step: int, question: str, completion: str, record: Mapping[str, float]
     ) -> None:
         """Shows one completion with its scores."""
         parts = "  ".join(f"{name} {record[name]:.2f}" for name in (*RISING, "total"))
-        body = f"[dim]{_inert(question)}[/dim]\n{_inert(completion)}"
+        body = Group(Text(without_controls(question), "dim"), *render_completion(completion))
         self.console.print(Panel(body, title=f"step {step}: {parts}", title_align="left"))
 
     def held_out(self, step: int, measurement: "Measurement") -> None:
@@ -159,10 +160,9 @@ _ROWS = (
 )
 
 
-def _inert(text: str) -> str:
+def inert(text: str) -> str:
     """Text that neither rich nor a terminal takes for instructions."""
-    controls = {c: "\ufffd" for c in text if category(c).startswith("C") and c not in "\n\t"}
-    return escape(text.translate(str.maketrans(controls)))
+    return escape(without_controls(text))
 
 
 def _value(record: Mapping[str, Any], path: tuple[str, ...]) -> float | None:
