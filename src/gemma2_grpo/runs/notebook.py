@@ -89,9 +89,8 @@ def show_report(path: Path, height: int = 900) -> Any:
     from IPython.display import HTML
 
     page = escape(path.read_text(encoding="utf-8"), quote=True)
-    return HTML(
-        f'<iframe sandbox srcdoc="{page}" style="width:100%;height:{height}px;border:0"></iframe>'
-    )
+    style = f"width:100%;height:{height}px;border:0"
+    return HTML(f'<div><iframe sandbox srcdoc="{page}" style="{style}"></iframe></div>')
 
 
 def _host() -> str:
