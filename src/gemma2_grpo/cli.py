@@ -167,11 +167,50 @@ class Launch:
         sys.stdout.write(recipe)
 
 
-Command = Train | Sft | Score | Launch
+@dataclass(frozen=True)
+class Ask:
+    """Ask a trained run or any Gemma 2 a question, and see its equations checked."""
+
+    source: Annotated[Positional[str], arg(metavar="RUN|MODEL")]
+    """Run directory, model directory, Hugging Face or Kaggle id, or `embedded`."""
+    question: Annotated[Positional[str | None], arg(metavar="[QUESTION]")] = None
+    """The question, in quotes. Without one, questions are asked for until an empty line."""
+    samples: int = 1
+    """1 gives the likeliest answer; more are sampled, and vote."""
+    compare: FlagCreatePairsOff[bool] = False
+    """Show the answer of the base model as well."""
+    temperature: float | None = None
+    """Of the samples; by default that of the run."""
+    max_completion_tokens: int | None = None
+    """By default that of the run."""
+    seed: int = 0
+    """Seed of the samples."""
+
+    def defaults(self) -> None:
+        """Returns nothing: there is no TOML file."""
+
+    def __call__(self) -> None:
+        """Prints the answers."""
+        require_jax()
+        from gemma2_grpo.runs.ask import ask
+
+        ask(
+            self.source,
+            self.question,
+            samples=self.samples,
+            compare=self.compare,
+            temperature=self.temperature,
+            max_completion_tokens=self.max_completion_tokens,
+            seed=self.seed,
+        )
+
+
+Command = Train | Sft | Score | Ask | Launch
 COMMANDS: dict[str, type[Command]] = {
     "train": Train,
     "sft": Sft,
     "score": Score,
+    "ask": Ask,
     "launch": Launch,
 }
 

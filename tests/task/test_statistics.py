@@ -5,7 +5,7 @@ from itertools import combinations
 
 import pytest
 
-from gemma2_grpo.task.statistics import pass_at_k, wilson_interval
+from gemma2_grpo.task.statistics import Paired, compare_paired, pass_at_k, wilson_interval
 
 _Z = 1.959963984540054
 
@@ -63,3 +63,28 @@ def test_pass_at_k_is_the_mean_over_problems():
         assert pass_at_k(correct, 4, k) == pytest.approx(sum(each) / 4)
     assert pass_at_k(correct, 4, 1) == pytest.approx(sum(correct) / 16)
     assert pass_at_k(correct, 4, 4) == pytest.approx(3 / 4)
+
+
+def test_paired_by_hand() -> None:
+    before = [True, True, True, False, False, False, False, False]
+    after = [True, True, False, True, True, True, True, False]
+    paired = compare_paired(before, after)
+    assert paired == Paired(both_right=2, both_wrong=1, fixed=4, broken=1)
+    # Of 5 flips at most 1 goes the rarer way: (1 + 5) / 32, and as much on the other side.
+    assert paired.p_value == 12 / 32
+    with pytest.raises(ValueError, match="shorter"):
+        compare_paired([True], [])
+
+
+@pytest.mark.parametrize(("fixed", "broken"), [(0, 0), (3, 3), (0, 1), (7, 2), (1, 9), (20, 1)])
+def test_mcnemar_against_all_outcomes(fixed: int, broken: int) -> None:
+    """Every way in which the flips could fall, each as likely."""
+    flips = fixed + broken
+    distance = abs(fixed - broken)
+    counts = [outcome.bit_count() for outcome in range(2**flips)] if flips <= 12 else None
+    p_value = Paired(0, 0, fixed, broken).p_value
+    if counts is None:
+        assert p_value == pytest.approx(2 * (1 + 21) / 2**21)
+    else:
+        extreme = sum(abs(2 * ones - flips) >= distance for ones in counts)
+        assert p_value == pytest.approx(extreme / len(counts))

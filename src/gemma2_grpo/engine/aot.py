@@ -114,7 +114,7 @@ class Programs:
                 network, weights, *inputs, slots=sizes[0], mesh=mesh
             ),
             "decode": lambda: fill_grid.lower(
-                *(network, weights, grid(sizes[-1])),
+                *(network, weights, grid(sizes[-1]), self._whole(())),
                 sampling=sampling,
                 least=least_rows(rows),
                 mesh=mesh,

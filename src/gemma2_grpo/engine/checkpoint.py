@@ -4,6 +4,7 @@ import hashlib
 import json
 import logging
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -85,6 +86,26 @@ def restore_checkpoint(folder: Path, like: Any) -> tuple[int, Any] | None:
     if steps:
         raise OSError(f"{folder}: none of the checkpoints verifies; start a new run directory")
     return None
+
+
+def restore_part(folder: Path, like: Mapping[str, Any]) -> tuple[int, Any]:
+    """Restores some entries of the newest checkpoint that verifies, onto the shardings of `like`.
+
+    Raises:
+        OSError: if there is none that can be trusted.
+    """
+    for step in _steps(folder):
+        path = folder / f"{_PREFIX}{step:06d}"
+        if _problem(path, step):
+            continue
+        wanted = ocp.args.PyTreeRestore(
+            item=like,
+            restore_args=ocp.checkpoint_utils.construct_restore_args(like),
+            partial_restore=True,
+        )
+        with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
+            return step, checkpointer.restore((path / _STATE).absolute(), args=wanted)
+    raise OSError(f"{folder}: none of the checkpoints verifies")
 
 
 def _checkpointer() -> ocp.StandardCheckpointer:

@@ -1,6 +1,6 @@
 """Decoding a group of completions per prompt on a grid that shrinks as they finish."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -27,6 +27,10 @@ _FIRST_SLOTS = 64
 # A grid is not made smaller than this, nor than a quarter of its first size: the weights are then
 # what decoding waits for, and every size is one more program.
 _LEAST_ROWS = 4
+# Tokens between two calls of `on_tokens`.
+_STREAMED_TOKENS = 4
+
+OnTokens = Callable[[np.ndarray], None]
 
 
 class Grid(NamedTuple):
@@ -82,6 +86,7 @@ def complete(
     sampling: Sampling,
     mesh: Mesh,
     first_row: int = 0,
+    on_tokens: OnTokens | None = None,
 ) -> Completed:
     """Decodes until every row has stopped or is at its limit.
 
@@ -100,6 +105,7 @@ def complete(
         sampling: How tokens are drawn.
         mesh: Mesh of the weights.
         first_row: Number of the first row in a batch of which these are a part.
+        on_tokens: Takes all tokens so far [B * G, t], every few tokens; the device waits for it.
     """
     rows = np.arange(len(limits))
     tokens = np.full((len(rows), max_tokens), sampling.pad_id, np.int32)
@@ -112,16 +118,23 @@ def complete(
         mesh=mesh,
     )
     while True:
-        grid, drawn = fill_grid(network, weights, grid, sampling=sampling, least=least, mesh=mesh)
+        until = np.int32(step + _STREAMED_TOKENS if on_tokens else max_tokens)
+        grid, drawn = fill_grid(
+            network, weights, grid, until, sampling=sampling, least=least, mesh=mesh
+        )
         now, stopped, drawn = jax.device_get((grid.step, grid.stopped, drawn))
         columns, step = slice(step, int(now)), int(now)
         tokens[rows, columns] = drawn.tokens[:, columns]
         logps[rows, columns] = drawn.logps[:, columns]
+        if on_tokens:
+            on_tokens(tokens[:, :step])
         if stopped.all() or step == max_tokens:
             break
         kept, shape = _fit(stopped.reshape(len(grid.lengths), -1), least, mesh.shape["fsdp"])
-        rows = rows[kept]
-        slots = bucket(step + 1, _FIRST_SLOTS, max_tokens)
+        needed = bucket(step + 1, _FIRST_SLOTS, max_tokens)
+        if (len(kept), needed) == (len(rows), slots):  # It only paused, for `on_tokens`.
+            continue
+        rows, slots = rows[kept], needed
         grid = regrid(grid, kept, shape=shape, slots=slots, mesh=mesh)
     return Completed(tokens, logps, _lengths(tokens, limits, sampling.stop_ids))
 
@@ -209,9 +222,16 @@ def start_grid(
 
 @partial(jax.jit, static_argnames=("network", "sampling", "least", "mesh"), donate_argnames="grid")
 def fill_grid(
-    network: Network, weights: Weights, grid: Grid, *, sampling: Sampling, least: int, mesh: Mesh
+    network: Network,
+    weights: Weights,
+    grid: Grid,
+    until: jax.Array | np.integer,
+    *,
+    sampling: Sampling,
+    least: int,
+    mesh: Mesh,
 ) -> tuple[Grid, Drawn]:
-    """Draws tokens until the cache is full or a smaller grid would do."""
+    """Draws tokens until so many are there, the cache is full or a smaller grid would do."""
     weights = gathered_weights(network, weights)
     rows, slots = grid.own[network.layers[0]].keys.shape[:2]
     batch = len(grid.lengths)
@@ -229,7 +249,7 @@ def fill_grid(
 
     def go_on(carry: tuple[Grid, Drawn]) -> jax.Array:
         grid, _ = carry
-        return (grid.step < slots) & ~fits_smaller(grid.stopped)
+        return (grid.step < jnp.minimum(slots, until)) & ~fits_smaller(grid.stopped)
 
     def draw(carry: tuple[Grid, Drawn]) -> tuple[Grid, Drawn]:
         grid, drawn = carry

@@ -63,6 +63,18 @@ def add_lora(base: gemma.Gemma, config: ModelConfig, mesh: Mesh, seed: int) -> g
     return cast(gemma.Gemma, policy)
 
 
+def adapters_of(policy: gemma.Gemma) -> dict[str, Any]:
+    """The adapters of a policy as nested values, as checkpoints hold them."""
+    return nnx.to_pure_dict(nnx.state(policy, nnx.LoRAParam))
+
+
+def set_adapters(policy: gemma.Gemma, values: dict[str, Any]) -> None:
+    """Puts adapters back that `adapters_of` gave."""
+    state = nnx.state(policy, nnx.LoRAParam)
+    nnx.replace_by_pure_dict(state, values)
+    nnx.update(policy, state)
+
+
 def check_patterns(architecture: gemma.ModelConfig, patterns: tuple[str, ...]) -> None:
     """Checks, without any weights, that each pattern matches a module that can be adapted.
 

@@ -1,6 +1,7 @@
 """Gemma 2 on Tunix: architecture, mesh, weights from safetensors or at random."""
 
 import json
+import math
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -82,6 +83,18 @@ def _meshes_that_fit(sizes: Sequence[tuple[int, int]]) -> str:
     ]
     most = max(fsdp * tp for fsdp, tp in shapes)
     return ", ".join(str(list(shape)) for shape in shapes if shape[0] * shape[1] == most)
+
+
+def mesh_shape_at_hand(wanted: tuple[int, int], architecture: gemma.ModelConfig) -> tuple[int, int]:
+    """The wanted mesh where there are devices for it, else one of all devices there are.
+
+    As many of them as the KV heads allow go along tp, since a smaller cache is a faster decoder.
+    """
+    present = jax.local_device_count()
+    if wanted[0] * wanted[1] <= present:
+        return wanted
+    tp = math.gcd(present, architecture.num_kv_heads, architecture.num_heads)
+    return present // tp, tp
 
 
 def batch_sharding(mesh: Mesh, rows: int) -> NamedSharding:

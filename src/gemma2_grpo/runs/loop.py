@@ -13,13 +13,13 @@ from gemma2_grpo.engine.device_memory import MemoryMonitor
 from gemma2_grpo.engine.processes import from_first, gather, is_first
 from gemma2_grpo.runs.display import Display
 from gemma2_grpo.runs.measure import measure
+from gemma2_grpo.runs.opening import ADAPTER
 from gemma2_grpo.runs.records import find_rises, step_record
 from gemma2_grpo.runs.run_directory import RunDirectory
 from gemma2_grpo.runs.session import Session
+from gemma2_grpo.runs.trackers import Track
 from gemma2_grpo.task.data import Example, batch_indices
 from gemma2_grpo.task.scoring import Scorer
-
-ADAPTER = "adapter"
 
 
 class Run:
@@ -32,6 +32,7 @@ class Run:
         scorer: Scorer,
         display: Display,
         programs: ProgramCount,
+        track: Track,
     ) -> None:
         """Takes an open session and the directory that its run is written to."""
         self._config = session.config
@@ -41,6 +42,7 @@ class Run:
         self._display = display
         self._programs = programs
         self._memory = MemoryMonitor()
+        self._track = track
         self._stop_signal: int | None = None
 
     def go(self) -> None:
@@ -88,13 +90,13 @@ class Run:
         self._display.held_out(step, measurement)
         record = {"step": step, **measurement.as_record()}
         self._directory.append("evaluations.jsonl", record)
+        self._track("held_out", record)
         return record
 
     def _train(self, first: int, total: int) -> None:
         config = self._config
         with ExitStack() as stack:
             stack.enter_context(self._finishing_steps())
-            events = stack.enter_context(self._session.events(self._directory.path))
             started = time.perf_counter()
             show = stack.enter_context(self._display.training(first, total))
             every = config.run.eval_every_steps
@@ -107,7 +109,7 @@ class Run:
                 per_step = (time.perf_counter() - started) / (done - first)
                 record["seconds_left"] = per_step * (total - done)
                 self._directory.append("metrics.jsonl", record)
-                events(record)
+                self._track("train", record)
                 show(record)
                 if warning := self._memory.warning():
                     self._display.note(warning)

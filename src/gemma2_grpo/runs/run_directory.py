@@ -26,6 +26,8 @@ _FREE_FIELDS = (
     "keep_checkpoints",
     "sample_every_steps",
     "tensorboard",
+    "trackio",
+    "wandb",
 )
 _PACKAGES = ("gemma2-grpo-reasoning", "google-tunix", "qwix", "jax", "jaxlib", "flax", "optax")
 
@@ -66,10 +68,7 @@ class RunDirectory:
     @property
     def result(self) -> dict[str, Any] | None:
         """What a finished run measured; None while it is not finished."""
-        try:
-            return json.loads((self.path / "result.json").read_text(encoding="utf-8"))
-        except (OSError, ValueError):
-            return None
+        return read_json(self.path / "result.json")
 
     def _changed_fields(self, config: Config) -> list[str]:
         """Fields whose value differs from the one the run was made with, as text."""
@@ -101,10 +100,7 @@ class RunDirectory:
 
     def _recorded(self) -> dict[str, Any]:
         """What run.json holds; nothing before the first start."""
-        try:
-            return json.loads((self.path / "run.json").read_text(encoding="utf-8"))
-        except (OSError, ValueError):
-            return {}
+        return read_json(self.path / "run.json") or {}
 
     def _refuse_changes(self) -> None:
         if self._changed and not self._allow_config_change:
@@ -161,15 +157,7 @@ class RunDirectory:
 
     def records(self, name: str) -> Iterator[dict[str, Any]]:
         """JSON lines written so far; a last line that was cut off is left out."""
-        path = self.path / name
-        if not path.exists():
-            return
-        with path.open("rb") as file:  # A line may have been cut off within a character.
-            for line in file:
-                try:
-                    yield json.loads(line)
-                except ValueError:
-                    return
+        return read_records(self.path / name)
 
     def forget_after(self, steps: int) -> None:
         """Drops the records of what a resumed run does again: steps, and a half measurement."""
@@ -202,6 +190,26 @@ class RunDirectory:
             shutil.rmtree(self.path)
         self._is_new = False
         self._lock.close()
+
+
+def read_json(path: Path) -> dict[str, Any] | None:
+    """The object that a file holds; None where there is no such file, or half of one."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+
+
+def read_records(path: Path) -> Iterator[dict[str, Any]]:
+    """JSON lines written so far, of none if there is no file; one that was cut off is left out."""
+    if not path.exists():
+        return
+    with path.open("rb") as file:  # A line may have been cut off within a character.
+        for line in file:
+            try:
+                yield json.loads(line)
+            except ValueError:
+                return
 
 
 def check_free_space(path: Path, needed_bytes: int) -> None:

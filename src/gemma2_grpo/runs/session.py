@@ -1,7 +1,6 @@
 """Everything a run needs, opened in the order of its price: cheap checks first, weights last."""
 
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -93,24 +92,6 @@ class Session:
             save_adapter(self.learner.policy, folder, self.config.model, base)
         except (OSError, SafetensorError) as error:
             raise UserError(f"{folder}: the adapter cannot be written ({error})") from None
-
-    @contextmanager
-    def events(self, path: Path) -> Iterator[Callable[[Mapping[str, Any]], None]]:
-        """Yields what writes a step's record as TensorBoard events."""
-        if not self.config.run.tensorboard or not is_first():
-            yield lambda record: None
-            return
-        from tensorboardX import SummaryWriter
-
-        # A resumed run does some steps again; what was written of them is taken back.
-        again = self.finished_steps + 1
-        with SummaryWriter(str(path / "tensorboard"), purge_step=again) as writer:
-
-            def write(record: Mapping[str, Any]) -> None:
-                for name, value in record.items():
-                    writer.add_scalar(f"train/{name}", value, record["step"])
-
-            yield write
 
 
 def open_session(config: Config, splits: Splits, directory: RunDirectory) -> Session:

@@ -3,7 +3,7 @@
 import dataclasses
 import importlib.util
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 from gemma2_grpo.config import Config, UserError
@@ -12,6 +12,7 @@ from gemma2_grpo.runs.display import Display
 from gemma2_grpo.runs.follower import UnseenDirectory, silent_display
 from gemma2_grpo.runs.host_memory import keep_freed_memory
 from gemma2_grpo.runs.run_directory import RunDirectory
+from gemma2_grpo.runs.trackers import check_trackers, tracking
 from gemma2_grpo.task.data import load_splits
 from gemma2_grpo.task.scoring import Reward, Scorer, load_reward
 
@@ -71,21 +72,23 @@ def _run(
         display.result(result)
         return
     _check_engine(config.rollout.engine)
+    check_trackers(config.run)
     splits = load_splits(config.data)
     reward, reward_sha256 = _load_reward(config, directory, display)
     display.note(f"loading {config.model.model}")
     keep_freed_memory()
     from gemma2_grpo.engine.compilation import counting_programs, use_program_cache
-    from gemma2_grpo.engine.processes import check_same
+    from gemma2_grpo.engine.processes import check_same, is_first
     from gemma2_grpo.runs.loop import Run
     from gemma2_grpo.runs.session import open_session
 
     check_same({"data_sha256": splits.sha256, "reward_sha256": reward_sha256})
     cache = use_program_cache(config.run.compilation_cache, display.note)
-    with counting_programs(cache) as programs:
+    trackers = tracking(config, directory.path) if is_first() else nullcontext(lambda *_: None)
+    with counting_programs(cache) as programs, trackers as track:
         session = open_session(config, splits, directory)
         directory.describe({**session.facts, "reward_sha256": reward_sha256})
-        Run(session, directory, Scorer(config.rewards, reward), display, programs).go()
+        Run(session, directory, Scorer(config.rewards, reward), display, programs, track).go()
 
 
 @contextmanager

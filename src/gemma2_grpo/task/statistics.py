@@ -1,7 +1,9 @@
 """Statistics of a measurement: intervals and pass@k."""
 
 import math
+from collections import Counter
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -38,3 +40,41 @@ def pass_at_k(correct: Sequence[int], samples: int, k: int) -> float:
     """
     misses = [math.comb(samples - c, k) / math.comb(samples, k) for c in correct]
     return 1.0 - float(np.mean(misses))
+
+
+@dataclass(frozen=True)
+class Paired:
+    """Two systems on the same problems."""
+
+    both_right: int
+    both_wrong: int
+    fixed: int
+    """Wrong by the first and right by the second."""
+    broken: int
+    """Right by the first and wrong by the second."""
+
+    @property
+    def p_value(self) -> float:
+        """Two-sided exact test of whether the flips fall either way alike.
+
+        Source: McNemar (1947), Psychometrika 12, 153-157, with the binomial distribution instead
+        of its approximation.
+        """
+        flips, rarer = self.fixed + self.broken, min(self.fixed, self.broken)
+        tail = sum(math.comb(flips, i) for i in range(rarer + 1))
+        return min(1.0, tail / 2 ** (flips - 1)) if flips else 1.0
+
+
+def compare_paired(before: Sequence[bool], after: Sequence[bool]) -> Paired:
+    """Counts how the answers to the same problems, in the same order, have changed.
+
+    Raises:
+        ValueError: if they are not as many.
+    """
+    kinds = Counter(zip(map(bool, before), map(bool, after), strict=True))
+    return Paired(
+        both_right=kinds[True, True],
+        both_wrong=kinds[False, False],
+        fixed=kinds[False, True],
+        broken=kinds[True, False],
+    )
