@@ -5,9 +5,10 @@ import os
 from pathlib import Path
 from typing import Any
 
-import nbformat
 import pytest
-from nbclient import NotebookClient
+
+nbformat = pytest.importorskip("nbformat")
+nbclient = pytest.importorskip("nbclient")
 
 NOTEBOOK = Path(__file__).parents[1] / "notebooks" / "train_grpo.ipynb"
 # What Kaggle's machines bring along; the secret must be asked for by its name.
@@ -51,7 +52,9 @@ def test_it_runs_from_top_to_bottom(
     monkeypatch.delenv("HF_TOKEN", raising=False)
     cells = [*notebook.cells, nbformat.v4.new_code_cell("import os; print(os.environ['HF_TOKEN'])")]
     executed = nbformat.v4.new_notebook(cells=cells, metadata=notebook.metadata)
-    NotebookClient(executed, timeout=900, resources={"metadata": {"path": str(tmp_path)}}).execute()
+    nbclient.NotebookClient(
+        executed, timeout=900, resources={"metadata": {"path": str(tmp_path)}}
+    ).execute()
     shown = [output_of(cell) for cell in executed.cells if cell.cell_type == "code"]
     install, machine, _, before, training, report, after, exported, token = shown
     assert install == ""

@@ -24,7 +24,6 @@ SKYPILOT = "launch --print skypilot --storage gs://b"
 
 # The options of several processes, and how the test's machines set what SkyPilot would.
 RANK = {"SKYPILOT_NODE_IPS": "10.0.0.1\n10.0.0.2", "SKYPILOT_NUM_NODES": "2"}
-TRAIN_TAKES_RANK = "coordinator" in {field.name for field in dataclasses.fields(cli.Train)}
 
 
 @pytest.fixture
@@ -284,7 +283,6 @@ def test_skypilot_on_a_tpu(recipe: Any, tmp_path: Path) -> None:
     assert (parsed.config, parsed.run) == (FLAGSHIP, Path("/runs/gemma2-2b-v5e8"))
 
 
-@pytest.mark.skipif(not TRAIN_TAKES_RANK, reason="train does not take several processes yet")
 def test_skypilot_tells_each_process_which_it_is(recipe: Any, tmp_path: Path) -> None:
     gpus = yaml.safe_load(recipe(f"{SKYPILOT} --accelerator A100-80GB:4 --hosts 2"))
     assert gpus["resources"] == {"accelerators": "A100-80GB:4"}
@@ -296,7 +294,7 @@ def test_skypilot_tells_each_process_which_it_is(recipe: Any, tmp_path: Path) ->
     assert rank == ("10.0.0.1:8476", 2, 1)
     pod = yaml.safe_load(recipe(f"{SKYPILOT} --accelerator v6e-16"))
     assert "num_nodes" not in pod, "a pod is one node of SkyPilot"
-    assert _train(_run_bash(pod["run"], tmp_path)).coordinator == "auto"  # type: ignore[attr-defined]
+    assert _train(_run_bash(pod["run"], tmp_path)).coordinator == "auto"
 
 
 ODD = """/runs/it's "a" $HOME $(date) `x` $$ \\ é; ls"""

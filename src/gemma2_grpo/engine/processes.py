@@ -6,9 +6,11 @@ with one process nothing here does anything.
 """
 
 import atexit
+import ctypes
 import hashlib
 import json
 import os
+import signal
 import sys
 import threading
 import time
@@ -35,13 +37,22 @@ _STOPPED = "gemma2_grpo/stopped"
 _LEAST_BYTES = 1024
 
 
+_LOST = "error: another process stopped, see its own output"
+
+
 class ProcessLostError(SystemExit):
     """Another process is gone: one line and exit status 1."""
 
     def __init__(self, error: Exception) -> None:
         """Takes what came of speaking to it."""
-        cause = " ".join(str(error).split())
-        super().__init__(f"error: another process stopped, see its own output ({cause})")
+        super().__init__(f"{_LOST} ({' '.join(str(error).split())})")
+
+
+@ctypes.CFUNCTYPE(None, ctypes.c_int)
+def _on_abort(_: int) -> None:
+    """Has JAX's abrupt end, when process 0 no longer answers, close with a line for a person."""
+    print(_LOST, file=sys.stderr)
+    _exit(1)
 
 
 @contextmanager
@@ -79,6 +90,8 @@ def joined(
             "and --process-id, or --num-processes 1 to run alone"
         ) from None
     _keep_own_programs()
+    # JAX aborts from a thread of its own, where no handler of Python's would be called in time.
+    ctypes.CDLL(None).signal(signal.SIGABRT, _on_abort)
     is_leaving = threading.Event()
     listener = threading.Thread(target=_listen, args=(is_leaving,), daemon=True)
     listener.start()
