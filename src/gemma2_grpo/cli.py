@@ -205,12 +205,52 @@ class Ask:
         )
 
 
-Command = Train | Sft | Score | Ask | Launch
+@dataclass(frozen=True)
+class Plan:
+    """Find out whether a run fits its chips and its time, without any. Exit status 3: it does not.
+
+    Programs are compiled for the target by its own compiler where that is installed.
+    """
+
+    config_name: Annotated[Positional[str], arg(metavar="[CONFIG]")] = "gemma2-2b-v5e8"
+    """Name of a preset, or path of a TOML file. The options below override its fields."""
+    target: Annotated[str, arg(metavar="NAME")] = "v5e-8"
+    """v5e-1, v5e-4, v5e-8, v6e-8, v4-8, v5p-8, cpu; by estimate h100, a100, l4, t4."""
+    json: FlagCreatePairsOff[bool] = False
+    """Print one JSON object instead of tables."""
+    budget: Annotated[float, arg(metavar="HOURS")] = 9.0
+    """Hours that the run may take."""
+    mean_completion_tokens: int = 200
+    """What completions are taken to have on average, for the time."""
+    config: Sections[Config] = field(default_factory=Config)
+
+    def defaults(self) -> "Plan":
+        """Returns the command as it would be if the values of the TOML file were the defaults."""
+        return Plan(config=from_mapping(Config, read_toml(self.config_name), self.config_name))
+
+    def __call__(self) -> int:
+        """Prints the plan."""
+        config = check(self.config)
+        require_jax()
+        from gemma2_grpo.runs.plan import plan
+
+        return plan(
+            config,
+            self.config_name,
+            self.target,
+            as_json=self.json,
+            budget_hours=self.budget,
+            mean_completion_tokens=self.mean_completion_tokens,
+        )
+
+
+Command = Train | Sft | Score | Ask | Plan | Launch
 COMMANDS: dict[str, type[Command]] = {
     "train": Train,
     "sft": Sft,
     "score": Score,
     "ask": Ask,
+    "plan": Plan,
     "launch": Launch,
 }
 
@@ -218,7 +258,7 @@ COMMANDS: dict[str, type[Command]] = {
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the command line and returns the exit status; users' mistakes are one line and 2."""
     try:
-        parse(sys.argv[1:] if arguments is None else arguments)()
+        status = parse(sys.argv[1:] if arguments is None else arguments)()
     except UserError as error:
         print("error:", " ".join(str(error).split()), file=sys.stderr)
         return 2
@@ -226,7 +266,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 130
     except BrokenPipeError:  # The reader, `head` perhaps, has seen enough.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    return 0
+        return 0
+    return status or 0
 
 
 def parse(arguments: Sequence[str]) -> Command:
