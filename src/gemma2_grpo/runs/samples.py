@@ -41,11 +41,11 @@ def choose(pairs: Sequence[Pair]) -> list[Group]:
     groups = []
     for kind, title, shown, folded in _KINDS:
         own = [pair for pair in pairs if pair.kind == kind]
-        if own and (own[0].before is None or own[0].after is None):
-            title = kind.capitalize()
         if own:
+            is_paired = own[0].before is not None and own[0].after is not None
+            name = title if is_paired else kind.capitalize()
             rest = own[shown : shown + folded]
-            groups.append(Group(kind, title, len(own), own[:shown], rest))
+            groups.append(Group(kind, name, len(own), own[:shown], rest))
     return groups
 
 
