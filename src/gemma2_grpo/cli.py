@@ -206,6 +206,27 @@ class Ask:
 
 
 @dataclass(frozen=True)
+class Report:
+    """Write what a run did as one HTML file; training does so itself."""
+
+    run: Annotated[Positional[Path], arg(metavar="RUN")]
+    """Run directory, finished or not."""
+    to: Annotated[Path | None, arg(metavar="FILE")] = None
+    """The file; by default report.html in the run directory."""
+    png: FlagCreatePairsOff[bool] = False
+    """Write the plots as PNG too, into a folder `plots` beside it."""
+
+    def defaults(self) -> None:
+        """Returns nothing: there is no TOML file."""
+
+    def __call__(self) -> None:
+        """Writes the report."""
+        from gemma2_grpo.runs.report import write_report
+
+        print(write_report(self.run, self.to, plots=self.png))
+
+
+@dataclass(frozen=True)
 class Plan:
     """Find out whether a run fits its chips and its time, without any. Exit status 3: it does not.
 
@@ -244,12 +265,13 @@ class Plan:
         )
 
 
-Command = Train | Sft | Score | Ask | Plan | Launch
+Command = Train | Sft | Score | Ask | Report | Plan | Launch
 COMMANDS: dict[str, type[Command]] = {
     "train": Train,
     "sft": Sft,
     "score": Score,
     "ask": Ask,
+    "report": Report,
     "plan": Plan,
     "launch": Launch,
 }

@@ -74,7 +74,8 @@ def show_everything(display: Display) -> None:
         with display.measuring("measuring 1319 held-out problems", 1319) as on_batch:
             on_batch(1319)
         display.held_out(599, MEASUREMENT)
-        on_record(RECORD, ["entropy fell to 9 % of its start at step 600"])
+        fell = ["entropy fell to 9 % of its start at step 600"]
+        on_record(RECORD, fell, fell)
     display.before_and_after(record, record)
     rise = {"name": "format", "first": 0.0, "last": 1.0, "half_way_step": 600}
     display.rises([rise, rise | {"name": "accuracy", "half_way_step": None}])

@@ -20,7 +20,7 @@ if TYPE_CHECKING:  # Showing must not load JAX.
     from gemma2_grpo.runs.measure import Measurement
 
 OnStep = Callable[..., None]
-"""Takes the record of a step and, if there are any, its alarms in words."""
+"""Takes the record of a step, the alarms that are new with it, and all active ones, in words."""
 
 
 class Display:
@@ -81,9 +81,9 @@ class Display:
 
     @contextmanager
     def training(self, first: int, total: int) -> Iterator[OnStep]:
-        """Shows the progress of training; yields what takes each step's record and its alarms."""
+        """Shows the progress of training; yields what takes each step's record and alarms."""
         if not self.console.is_terminal:
-            yield lambda record, alarms=(): self._print_step(record, alarms, total)
+            yield lambda record, new=(), active=(): self._print_step(record, new, total)
             return
         with TrainingPanel(self.console, first, total) as panel:
             self._panel = panel
@@ -92,9 +92,9 @@ class Display:
             finally:
                 self._panel = None
 
-    def _print_step(self, record: Mapping[str, Any], alarms: Sequence[str], total: int) -> None:
+    def _print_step(self, record: Mapping[str, Any], new: Sequence[str], total: int) -> None:
         self.console.print(step_line(record, total), soft_wrap=True)
-        for alarm in alarms:
+        for alarm in new:
             self.console.print(f"  ! {inert(alarm)}", soft_wrap=True)
 
     def sample(

@@ -40,9 +40,12 @@ class TrainingPanel(Progress):
         )
         self._task = self.add_task("", total=total, completed=first, left="-:--:--")
 
-    def show(self, record: Mapping[str, Any], alarms: Sequence[str] = ()) -> None:
-        """Moves on by one step."""
-        self._record, self._alarms = record, alarms
+    def show(
+        self, record: Mapping[str, Any], new: Sequence[str] = (), active: Sequence[str] = ()
+    ) -> None:
+        """Moves on by one step; alarms are shown for as long as they are active."""
+        del new
+        self._record, self._alarms = record, active
         self._rewards.append(record["reward"] or 0.0)
         self.update(self._task, advance=1, left=duration(record["seconds_left"]))
 

@@ -12,6 +12,7 @@ from gemma2_grpo.engine.compilation import ProgramCount
 from gemma2_grpo.engine.device_memory import MemoryMonitor
 from gemma2_grpo.engine.processes import from_first, gather, is_first
 from gemma2_grpo.runs.display import Display
+from gemma2_grpo.runs.health import Health
 from gemma2_grpo.runs.measure import measure
 from gemma2_grpo.runs.opening import ADAPTER
 from gemma2_grpo.runs.records import find_rises, step_record
@@ -20,6 +21,8 @@ from gemma2_grpo.runs.session import Session
 from gemma2_grpo.runs.trackers import Track
 from gemma2_grpo.task.data import Example, batch_indices
 from gemma2_grpo.task.scoring import Scorer
+
+REPORT = "report.html"
 
 
 class Run:
@@ -43,6 +46,7 @@ class Run:
         self._programs = programs
         self._memory = MemoryMonitor()
         self._track = track
+        self._health = Health()
         self._stop_signal: int | None = None
 
     def go(self) -> None:
@@ -51,6 +55,8 @@ class Run:
         self._display.plan(self._session.plan)
         first = self._session.finished_steps
         directory.forget_after(first)
+        for record in directory.records("metrics.jsonl"):
+            self._health.add(record)
         before = self._measured(0, config.run.eval_samples)
         self._train(first, config.run.max_steps)
         after = self._measured(config.run.max_steps, config.run.eval_samples)
@@ -63,9 +69,21 @@ class Run:
             "rises": find_rises(list(directory.records("metrics.jsonl"))),
         }
         directory.finish(result)
+        self._report()
         self._display.result(result)
         self._display.note(str(self._programs))
-        self._display.note(f"run directory: {directory.path}")
+        self._display.note(f"report: {directory.path / REPORT}")
+
+    def _report(self) -> None:
+        """Writes the report anew; a run is worth more than its report."""
+        if not is_first():
+            return
+        from gemma2_grpo.runs.report import write_report
+
+        try:
+            write_report(self._directory.path)
+        except Exception as error:  # Whatever it is, training goes on.
+            self._display.note(f"the report cannot be written: {type(error).__name__}: {error}")
 
     def _measured(self, step: int, samples: int) -> dict[str, Any]:
         """The measurement after so many steps, which a resumed run may have already."""
@@ -91,6 +109,7 @@ class Run:
         record = {"step": step, **measurement.as_record()}
         self._directory.append("evaluations.jsonl", record)
         self._track("held_out", record)
+        self._health.add_evaluation(record)
         return record
 
     def _train(self, first: int, total: int) -> None:
@@ -110,7 +129,8 @@ class Run:
                 record["seconds_left"] = per_step * (total - done)
                 self._directory.append("metrics.jsonl", record)
                 self._track("train", record)
-                show(record)
+                new = self._health.add(record)
+                show(record, [a.what for a in new], [a.what for a in self._health.active])
                 if warning := self._memory.warning():
                     self._display.note(warning)
                 if step == first:
@@ -120,6 +140,7 @@ class Run:
                 stop_signal = max(gather(self._stop_signal or 0))
                 if is_due or stop_signal:
                     self._session.save(done)
+                    self._report()
                 if stop_signal:
                     self._display.note(f"stopped after step {done}; run again to resume")
                     raise SystemExit(128 + stop_signal)

@@ -68,10 +68,10 @@ def make_plan(
     Raises:
         UserError: for a target or a mesh that cannot be.
     """
-    _set_environment(config, target_name)
     from gemma2_grpo.engine.targets import find_target
 
     target = find_target(target_name)
+    _set_environment(config, target)
     _check_chips(config, target)
     if mean_completion_tokens < 1 or budget_hours <= 0:
         raise ConfigError("budget and mean_completion_tokens must be greater than 0")
@@ -89,17 +89,19 @@ def make_plan(
     return plan
 
 
-def _set_environment(config: Config, target: str) -> None:
+def _set_environment(config: Config, target: "Target") -> None:
     """What the compilers must be told before JAX is imported."""
     fsdp, tp = config.model.mesh_shape
     if "jax" in sys.modules:
         return
     os.environ["JAX_PLATFORMS"] = "cpu"
-    if target == "cpu":
+    if target.name == "cpu":
         count = f"--xla_force_host_platform_device_count={fsdp * tp}"
         os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {count}".strip()
     for name, value in _TPU_ENVIRONMENT.items():
         os.environ.setdefault(name, value)
+    if target.accelerator:
+        os.environ["TPU_ACCELERATOR_TYPE"] = target.accelerator
 
 
 def _check_chips(config: Config, target: "Target") -> None:
