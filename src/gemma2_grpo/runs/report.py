@@ -5,6 +5,7 @@ import hashlib
 import os
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
@@ -178,7 +179,8 @@ def _write(file: Path, text: str) -> None:
         temporary.write_text(text, encoding="utf-8")
         temporary.replace(file)
     except OSError as error:
-        temporary.unlink(missing_ok=True)
+        with suppress(OSError):  # There may be no folder to remove it from.
+            temporary.unlink()
         raise UserError(f"report {file}: cannot be written ({error.strerror}); see --to") from None
 
 
