@@ -157,7 +157,7 @@ def load_weights(directory: Path, dtype: str, mesh: Mesh) -> gemma.Gemma:
     """
     architecture = read_architecture(directory)
     check_heads(architecture, mesh)
-    _check_tensors(directory, architecture)
+    check_tensors(directory, architecture)
     model = params_safetensors.create_model_from_safe_tensors(
         str(directory), architecture, mesh, jnp.dtype(dtype)
     )
@@ -224,8 +224,27 @@ def check_heads(architecture: gemma.ModelConfig, mesh: Mesh) -> None:
         )
 
 
-def _check_tensors(directory: Path, architecture: gemma.ModelConfig) -> None:
-    """Compares names, shapes and types of the tensors with what the architecture needs."""
+def stored_dtype(directory: Path) -> str:
+    """Type in which a model's weights are stored: `bfloat16`, or `float32` for any other.
+
+    Raises:
+        UserError: if the first file cannot be read.
+    """
+    path = min(directory.glob("*.safetensors"))
+    try:
+        with safe_open(path, framework="numpy") as tensors:
+            kind = tensors.get_slice(next(iter(tensors.keys()))).get_dtype()
+    except (SafetensorError, OSError, StopIteration) as error:
+        raise UserError(f"{path}: not a readable safetensors file ({error})") from None
+    return "bfloat16" if kind == "BF16" else "float32"
+
+
+def check_tensors(directory: Path, architecture: gemma.ModelConfig) -> None:
+    """Compares names, shapes and types of the tensors with what the architecture needs.
+
+    Raises:
+        UserError: naming the first that is missing or has another shape.
+    """
     present: dict[str, list[int]] = {}
     for path in sorted(directory.glob("*.safetensors")):
         try:
@@ -237,7 +256,7 @@ def _check_tensors(directory: Path, architecture: gemma.ModelConfig) -> None:
             raise UserError(f"{path}: not a readable safetensors file ({error})") from None
         if len(kinds) > 1:  # Tunix's reader takes the type of the first tensor for all.
             raise UserError(f"{path}: mixed tensor types {sorted(kinds)}; convert it to one type")
-    needed = _tensor_shapes(architecture)
+    needed = tensor_shapes(architecture)
     missing = sorted(needed.keys() - present.keys())
     if missing:
         raise UserError(
@@ -251,8 +270,8 @@ def _check_tensors(directory: Path, architecture: gemma.ModelConfig) -> None:
             )
 
 
-def _tensor_shapes(architecture: gemma.ModelConfig) -> dict[str, list[int]]:
-    """Tensors of the architecture as transformers names and lays them out."""
+def tensor_shapes(architecture: gemma.ModelConfig) -> dict[str, list[int]]:
+    """Tensors of the architecture as transformers names them; linear layers are [out, in]."""
     width, hidden = architecture.embed_dim, architecture.hidden_dim
     queries = architecture.num_heads * architecture.head_dim
     keys = architecture.num_kv_heads * architecture.head_dim
