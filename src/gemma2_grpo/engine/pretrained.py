@@ -70,7 +70,7 @@ def check_tensors(directory: Path, tensors: Tensors, architecture: gemma.ModelCo
     Raises:
         UserError: for the first difference.
     """
-    needed = _tensor_shapes(architecture)
+    needed = tensor_shapes(architecture)
     missing = sorted(needed.keys() - tensors.keys())
     if missing:
         raise UserError(
@@ -89,8 +89,19 @@ def check_tensors(directory: Path, tensors: Tensors, architecture: gemma.ModelCo
             )
 
 
-def _tensor_shapes(architecture: gemma.ModelConfig) -> dict[str, list[int]]:
-    """Tensors of the architecture as transformers names and lays them out."""
+def stored_dtype(directory: Path) -> str:
+    """Type in which a model's weights are stored: `bfloat16`, or `float32` for any other.
+
+    Raises:
+        UserError: if the weights cannot be read.
+    """
+    with open_tensors(directory) as tensors:
+        kind = tensors["model.embed_tokens.weight"].get_dtype()
+    return "bfloat16" if kind == "BF16" else "float32"
+
+
+def tensor_shapes(architecture: gemma.ModelConfig) -> dict[str, list[int]]:
+    """Tensors of the architecture as transformers names them; linear layers are [out, in]."""
     width, hidden = architecture.embed_dim, architecture.hidden_dim
     queries = architecture.num_heads * architecture.head_dim
     keys = architecture.num_kv_heads * architecture.head_dim
