@@ -103,7 +103,8 @@ def test_collectives_are_read_from_compiled_text() -> None:
       %all-gather.1 = bf16[2304,2304]{1,0:T(8,128)(2,1)} all-gather(%x), dimensions={1}
       ROOT %ar = (f32[8]{0}, f32[4]{0}) all-reduce-start(%y, %z), to_apply=%add
       %done = f32[8]{0} all-reduce-done(%ar)
-      %cp = pred[10]{0} collective-permute(%p)
+      %cp = pred[10]{0} collective-permute(%p), channel_id=7
+      %again = pred[10]{0} collective-permute(%p), channel_id=7
     """
     assert collectives(text) == {
         "all-gather": (1, 2304 * 2304 * 2),

@@ -82,18 +82,18 @@ def make_plan(
 
 
 def _set_environment(config: Config, target: "Target") -> None:
-    """What the compilers must be told before JAX is imported."""
+    """What the compilers must be told before they are loaded."""
     fsdp, tp = config.model.mesh_shape
-    if "jax" in sys.modules:
+    for name, value in _TPU_ENVIRONMENT.items():
+        os.environ.setdefault(name, value)
+    if target.accelerator:
+        os.environ["TPU_ACCELERATOR_TYPE"] = target.accelerator
+    if "jax" in sys.modules:  # It has read these already.
         return
     os.environ["JAX_PLATFORMS"] = "cpu"
     if target.name == "cpu":
         count = f"--xla_force_host_platform_device_count={fsdp * tp}"
         os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {count}".strip()
-    for name, value in _TPU_ENVIRONMENT.items():
-        os.environ.setdefault(name, value)
-    if target.accelerator:
-        os.environ["TPU_ACCELERATOR_TYPE"] = target.accelerator
 
 
 def _check_chips(config: Config, target: "Target") -> None:
@@ -166,8 +166,8 @@ def _steps(config: Config, is_update: bool) -> Iterator[tuple[dict[str, Any], Co
     """Changes that save memory of an update, or of sampling, one step at a time."""
     halves = (
         [
-            ("grpo", "micro_batch_tokens", config.grpo.micro_batch_tokens // 2),
             ("model", "remat", "decoder" if config.model.remat != "decoder" else None),
+            ("grpo", "micro_batch_tokens", config.grpo.micro_batch_tokens // 2),
             ("model", "logprob_chunk_tokens", config.model.logprob_chunk_tokens // 2),
             ("rollout", "max_completion_tokens", config.rollout.max_completion_tokens // 2),
         ]

@@ -92,8 +92,8 @@ def _verdict(plan: "Plan", config: Config, console: Console) -> None:
     if plan.seconds_per_step is not None and plan.hours is not None:
         console.print(
             f"About {plan.seconds_per_step:.1f} s a step, {plan.hours:.1f} h for "
-            f"{config.run.max_steps} steps, of {plan.budget_hours:g} h; an estimate, without "
-            "compiling and measuring."
+            f"{config.run.max_steps} steps, of {plan.budget_hours:g} h: an estimate, with "
+            "measuring and compiling to come on top."
         )
     fits = "It fits" if plan.fits else "It does not fit"
     time = (
