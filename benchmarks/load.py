@@ -7,9 +7,9 @@ import dataclasses
 import json
 import multiprocessing
 import os
-import resource
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -41,7 +41,8 @@ class Cost:
 
     seconds: float
     peak_bytes: int
-    """Most memory of the process while it loaded, without what it had before."""
+    """Most memory of its own that the process took on while it loaded: pages of mapped files, which
+    the system takes back as it needs, are not in it."""
     array_bytes: int
     """What the arrays hold that were loaded: on a TPU they would not be on the host."""
 
@@ -140,7 +141,8 @@ def load(system: str, folder: Path, shape: tuple[int, int]) -> Cost:
 
     mesh = make_mesh(shape)
     jax.device_put(jnp.zeros(8))
-    before, started = _peak_bytes(), time.perf_counter()
+    own = OwnMemory()
+    started = time.perf_counter()
     if system == "ours":
         model = load_weights(folder, "bfloat16", mesh)
     else:
@@ -149,11 +151,33 @@ def load(system: str, folder: Path, shape: tuple[int, int]) -> Cost:
         )
     leaves = jax.block_until_ready(jax.tree.leaves(nnx.state(model)))
     held = sum(shard.data.nbytes for leaf in leaves for shard in leaf.addressable_shards)
-    return Cost(time.perf_counter() - started, _peak_bytes() - before, held)
+    return Cost(time.perf_counter() - started, own.peak(), held)
 
 
-def _peak_bytes() -> int:
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+class OwnMemory:
+    """Watches how much memory of its own this process takes on (Linux)."""
+
+    def __init__(self) -> None:
+        self._before, self._most = _own_bytes(), 0
+        self._has_ended = threading.Event()
+        self._thread = threading.Thread(target=self._watch, daemon=True)
+        self._thread.start()
+
+    def _watch(self) -> None:
+        while not self._has_ended.wait(0.01):
+            self._most = max(self._most, _own_bytes())
+
+    def peak(self) -> int:
+        """Stops watching; the most since the beginning, in bytes."""
+        self._has_ended.set()
+        self._thread.join()
+        return max(self._most, _own_bytes()) - self._before
+
+
+def _own_bytes() -> int:
+    status = Path("/proc/self/status").read_text()
+    line = next(line for line in status.splitlines() if line.startswith("RssAnon"))
+    return int(line.split()[1]) * 1024
 
 
 if __name__ == "__main__":
