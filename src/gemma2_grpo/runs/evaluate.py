@@ -155,7 +155,6 @@ def _settings(config: Config, options: EvaluateConfig) -> dict[str, Any]:
 
 def _evaluated(source: Source, options: EvaluateConfig, folder: EvaluationFolder) -> dict[str, Any]:
     config = source.config
-    examples = load_held_out(config.data, options.limit)
     notes = Console(stderr=True, highlight=False)
     from gemma2_grpo.engine.compilation import use_program_cache
     from gemma2_grpo.engine.export import fingerprint
@@ -165,7 +164,9 @@ def _evaluated(source: Source, options: EvaluateConfig, folder: EvaluationFolder
     directory = find_model(config.model.model)
     tokenizer = load_tokenizer(directory)
     examples, dropped = drop_long(
-        examples, lambda text: len(tokenizer.encode(text)), config.rollout.max_prompt_tokens
+        load_held_out(config.data, options.limit),
+        lambda text: len(tokenizer.encode(text)),
+        config.rollout.max_prompt_tokens,
     )
     data = {
         "source": config.data.dataset,
