@@ -83,7 +83,24 @@ def buffers(model: nnx.Module) -> dict[str, list[int]]:
     }
 
 
-@pytest.mark.parametrize("shape", [(1, 1), (2, 4)])
+def bytes_of_each_device(state: nnx.State) -> dict[jax.Device, int]:
+    """Of everything but single numbers."""
+    held: dict[jax.Device, int] = {}
+    for leaf in jax.tree.leaves(state):
+        for part in leaf.addressable_shards if leaf.ndim else ():
+            held[part.device] = held.get(part.device, 0) + part.data.nbytes
+    return held
+
+
+@pytest.mark.parametrize(
+    "shape",
+    [
+        (1, 1),
+        (2, 4),
+        pytest.param((1, 4), marks=pytest.mark.slow),
+        pytest.param((8, 1), marks=pytest.mark.slow),
+    ],
+)
 def test_policy_and_reference_share_the_base(
     shape: tuple[int, int],
     tiny_directory: Path,
@@ -91,6 +108,7 @@ def test_policy_and_reference_share_the_base(
     changed: Callable[..., Config],
     tokenizer: Any,
 ) -> None:
+    """And each device holds its share of it, and of adapters and moments, and no more."""
     mesh = make_mesh(shape)
     base = load_weights(tiny_directory, "float32", mesh)
     policy = add_lora(base, config.model, mesh, seed=0)
@@ -106,6 +124,19 @@ def test_policy_and_reference_share_the_base(
         assert buffers(model) == expected
     lora = nnx.state(policy, nnx.LoRAParam)
     assert all(leaf.sharding.mesh == mesh for leaf in jax.tree.leaves(lora))
+
+    (fsdp, tp), rank = shape, 4
+    matrices = 496 * 32 + 2 * (64 * 32 + 2 * 32 * 32 + 64 * 32 + 3 * 32 * 64)
+    norms = (2 * 4 + 1) * 32
+    # Of each adapter the side of the hidden units lies along fsdp, the other one along tp.
+    adapters = 2 * 6 * rank * (32 // fsdp + 64 // tp)
+    everywhere = set(mesh.devices.ravel())
+    for state, held in (
+        (nnx.state(base), 4 * (matrices // (fsdp * tp) + norms // tp)),
+        (lora, 4 * adapters),
+        (nnx.state(cluster.actor_trainer.optimizer), 2 * 4 * adapters),
+    ):
+        assert bytes_of_each_device(state) == dict.fromkeys(everywhere, held)
 
 
 def test_the_base_is_left_as_it_was(base: gemma.Gemma, mesh: Mesh, config: Config) -> None:

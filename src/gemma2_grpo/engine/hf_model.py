@@ -17,17 +17,11 @@ from safetensors.numpy import save_file
 from tunix.models.gemma import model as gemma
 
 from gemma2_grpo.engine.lora import weight_change
-from gemma2_grpo.engine.model import tensor_shapes
+from gemma2_grpo.engine.pretrained import NORMS, tensor_shapes
 from gemma2_grpo.engine.tokenizer import load_tokenizer
 
 MAX_SHARD_BYTES = 5_000_000_000
 _TOKENIZER_FILES = ("tokenizer*", "special_tokens_map.json")
-_NORMS = {
-    "pre_attention_norm": "input_layernorm",
-    "post_attn_norm": "post_attention_layernorm",
-    "pre_ffw_norm": "pre_feedforward_layernorm",
-    "post_ffw_norm": "post_feedforward_layernorm",
-}
 
 
 def host_dtype(name: str) -> np.dtype:
@@ -76,7 +70,7 @@ def save_model(
         model: A Gemma 2, with or without adapters.
         folder: Existing directory; it gets model.safetensors, or shards and their index.
         dtype: Type to store, `bfloat16` or `float32`.
-        query_scale: What `engine.model.query_scale` multiplied the queries by, undone here.
+        query_scale: What `load_weights` multiplied the queries by, undone here.
         lora_scale: Factor of the adapters, `lora_scale` of the configuration; 0 leaves them out.
         max_shard_bytes: Largest size of a file, unless one tensor alone is larger.
 
@@ -162,7 +156,7 @@ def _hf_tensors(
         yield f"{prefix}.self_attn.o_proj.weight", output.reshape(-1, output.shape[-1]).T
         for name in ("gate_proj", "up_proj", "down_proj"):
             yield f"{prefix}.mlp.{name}.weight", read(getattr(layer.mlp, name), name, "kernel").T
-        for ours, theirs in _NORMS.items():
+        for ours, theirs in NORMS.items():
             yield f"{prefix}.{theirs}.weight", to_host(getattr(layer, ours).scale)
 
 

@@ -40,7 +40,7 @@ def save_peft(
         config: What the adapters were made with.
         dtype: Type to store, `bfloat16` or `float32`.
         base: Hugging Face id or directory of the base, from which PEFT loads it.
-        query_scale: What `engine.model.query_scale` multiplied the queries by.
+        query_scale: What `load_weights` multiplied the queries by.
     """
     tensors: dict[str, np.ndarray] = {}
     adapted: list[str] = []
