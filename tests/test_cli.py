@@ -95,6 +95,21 @@ def test_sft_passes_config_and_directory(monkeypatch: pytest.MonkeyPatch) -> Non
     assert (config.optimizer, to) == (preset.optimizer, Path("out"))
 
 
+def test_export_passes_its_options(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: Recorder = []
+    _stub(monkeypatch, "export:export", lambda *args, **kwargs: calls.append((args, kwargs)))
+    assert cli.main("export runs/tiny --to out".split()) == 0
+    words = (
+        "--format peft --dtype bfloat16 --max-shard-gb 2 --verify --push me/model --public --yes"
+    )
+    assert cli.main(["export", "runs/tiny", "--to", "out", *words.split()]) == 0
+    plain = {"format": "merged", "dtype": None, "max_shard_gb": 5.0, "verify": False}
+    plain |= {"push": None, "public": False, "yes": False}
+    full = {"format": "peft", "dtype": "bfloat16", "max_shard_gb": 2.0, "verify": True}
+    full |= {"push": "me/model", "public": True, "yes": True}
+    assert calls == [(("runs/tiny", Path("out")), plain), (("runs/tiny", Path("out")), full)]
+
+
 def test_score_passes_file_and_format(monkeypatch: pytest.MonkeyPatch) -> None:
     calls: Recorder = []
     _stub(monkeypatch, "score:score_file", lambda *args: calls.append((args, {})))
@@ -110,6 +125,8 @@ def test_score_passes_file_and_format(monkeypatch: pytest.MonkeyPatch) -> None:
         ("--max-steps 3", f"'--max-steps' is no command; it is one of {ALL}"),
         ("sft", "CONFIG is missing; see gemma2-grpo sft --help"),
         ("sft sft-tiny --steps 0", "steps = 0 must be at least 1"),
+        ("export runs/tiny", "--to is missing; see gemma2-grpo export --help"),
+        ("export r --to d --format gguf", "--format takes one of merged, peft, not 'gguf'"),
         ("score", "FILE.jsonl is missing; see gemma2-grpo score --help"),
         (
             "train --max_stepz 10",

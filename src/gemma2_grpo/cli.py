@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, is_dataclass
 from importlib import metadata
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, NoReturn, TypeVar, Union, get_type_hints
+from typing import TYPE_CHECKING, Annotated, Any, Literal, NoReturn, TypeVar, Union, get_type_hints
 
 import tyro
 from tyro import _errors  # Private, but the one way to errors of one line; hence the exact minor.
@@ -264,6 +264,50 @@ class Report:
 
 
 @dataclass(frozen=True)
+class Export:
+    """Write what a run trained, for transformers, PEFT, vLLM and others to load."""
+
+    run: Annotated[Positional[str], arg(metavar="RUN")]
+    """Run directory, finished or not; of an unfinished one the last checkpoint."""
+    to: Annotated[Path, arg(metavar="DIR")]
+    """Where it is written; absent or empty."""
+    format: Literal["merged", "peft"] = "merged"
+    """`merged` is a whole model, `peft` the adapters alone."""
+    dtype: Literal["bfloat16", "float32"] | None = None
+    """Type to store; by default that of the base's files, and float32 for adapters."""
+    max_shard_gb: float = 5.0
+    """Largest size of a file of weights."""
+    verify: FlagCreatePairsOff[bool] = False
+    """Run the export in transformers beside the policy, which needs the extra `oracle`."""
+    push: Annotated[str | None, arg(metavar="OWNER/NAME")] = None
+    """Upload it to Hugging Face, as a private repository, after asking."""
+    public: FlagCreatePairsOff[bool] = False
+    """Let everybody see that repository."""
+    yes: FlagCreatePairsOff[bool] = False
+    """Upload without asking."""
+
+    def defaults(self) -> None:
+        """Returns nothing: there is no TOML file."""
+
+    def __call__(self) -> None:
+        """Writes the export."""
+        require_jax()
+        from gemma2_grpo.runs.export import export
+
+        export(
+            self.run,
+            self.to,
+            format=self.format,
+            dtype=self.dtype,
+            max_shard_gb=self.max_shard_gb,
+            verify=self.verify,
+            push=self.push,
+            public=self.public,
+            yes=self.yes,
+        )
+
+
+@dataclass(frozen=True)
 class Plan:
     """Find out whether a run fits its chips and its time, without any. Exit status 3: it does not.
 
@@ -302,7 +346,7 @@ class Plan:
         )
 
 
-Command = Train | Sft | Score | Evaluate | Ask | Report | Plan | Launch
+Command = Train | Sft | Score | Evaluate | Ask | Report | Export | Plan | Launch
 COMMANDS: dict[str, type[Command]] = {
     "train": Train,
     "sft": Sft,
@@ -310,6 +354,7 @@ COMMANDS: dict[str, type[Command]] = {
     "evaluate": Evaluate,
     "ask": Ask,
     "report": Report,
+    "export": Export,
     "plan": Plan,
     "launch": Launch,
 }

@@ -3,7 +3,7 @@
 import json
 import math
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,8 +16,9 @@ from huggingface_hub import split_state_dict_into_shards_factory
 from safetensors.numpy import save_file
 from tunix.models.gemma import model as gemma
 
+from gemma2_grpo.config import UserError
 from gemma2_grpo.engine.lora import weight_change
-from gemma2_grpo.engine.pretrained import NORMS, tensor_shapes
+from gemma2_grpo.engine.pretrained import NORMS, open_tensors, tensor_shapes
 from gemma2_grpo.engine.tokenizer import load_tokenizer
 
 MAX_SHARD_BYTES = 5_000_000_000
@@ -70,7 +71,7 @@ def save_model(
         model: A Gemma 2, with or without adapters.
         folder: Existing directory; it gets model.safetensors, or shards and their index.
         dtype: Type to store, `bfloat16` or `float32`.
-        query_scale: What `engine.model.query_scale` multiplied the queries by, undone here.
+        query_scale: What `load_weights` multiplied the queries by, undone here.
         lora_scale: Factor of the adapters, `lora_scale` of the configuration; 0 leaves them out.
         max_shard_bytes: Largest size of a file, unless one tensor alone is larger.
 
@@ -97,6 +98,20 @@ def save_model(
         index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
         write_json(folder / "model.safetensors.index.json", index)
     return reader.rounding
+
+
+def check_written(folder: Path, shapes: Mapping[str, Sequence[int]]) -> None:
+    """Reads back what was written: every tensor is there, in its shape, with finite values.
+
+    Raises:
+        UserError: naming the first that is not.
+    """
+    with open_tensors(folder) as tensors:
+        for name, shape in shapes.items():
+            if name not in tensors or tensors[name].get_shape() != list(shape):
+                raise UserError(f"{name} is not on the disk as it was written; export again")
+            if not np.isfinite(tensors[name][:].astype(np.float32)).all():
+                raise UserError(f"{name} has values that are not finite; export an earlier run")
 
 
 @dataclass

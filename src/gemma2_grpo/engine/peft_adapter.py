@@ -31,7 +31,7 @@ def save_peft(
     *,
     base: str,
     query_scale: float = 1.0,
-) -> None:
+) -> dict[str, tuple[int, ...]]:
     """Writes adapter_model.safetensors and adapter_config.json.
 
     Args:
@@ -40,7 +40,10 @@ def save_peft(
         config: What the adapters were made with.
         dtype: Type to store, `bfloat16` or `float32`.
         base: Hugging Face id or directory of the base, from which PEFT loads it.
-        query_scale: What `engine.model.query_scale` multiplied the queries by.
+        query_scale: What `load_weights` multiplied the queries by.
+
+    Returns:
+        Shapes of what was written, by name.
     """
     tensors: dict[str, np.ndarray] = {}
     adapted: list[str] = []
@@ -54,7 +57,8 @@ def save_peft(
         "task_type": "CAUSAL_LM",
         "base_model_name_or_path": base,
         "r": config.lora_rank,
-        "lora_alpha": config.lora_alpha,
+        # Most have a whole number here, and some readers expect one.
+        "lora_alpha": int(alpha) if (alpha := config.lora_alpha).is_integer() else alpha,
         "lora_dropout": 0.0,
         "bias": "none",
         "target_modules": _targets(adapted, policy.config.num_layers),
@@ -62,6 +66,7 @@ def save_peft(
     }
     save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
     write_json(folder / "adapter_config.json", described)
+    return {name: value.shape for name, value in tensors.items()}
 
 
 def linear_adapters(

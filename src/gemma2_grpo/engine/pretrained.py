@@ -93,11 +93,11 @@ def stored_dtype(directory: Path) -> str:
     """Type in which a model's weights are stored: `bfloat16`, or `float32` for any other.
 
     Raises:
-        UserError: if the weights cannot be read.
+        UserError: for files that are missing or unreadable.
     """
     with open_tensors(directory) as tensors:
-        kind = tensors["model.embed_tokens.weight"].get_dtype()
-    return "bfloat16" if kind == "BF16" else "float32"
+        kinds = {part.get_dtype() for part in tensors.values()}
+    return "bfloat16" if kinds == {"BF16"} else "float32"
 
 
 def tensor_shapes(architecture: gemma.ModelConfig) -> dict[str, list[int]]:
