@@ -155,6 +155,48 @@ def test_a_signal_to_one_stops_all_and_all_resume(
     assert [status for status, *_ in results] == [0, 0], results
     assert "2 done, resuming" in results[0][1]
     check_same_adapters(tmp_path / "one", tmp_path / "two")
+    # A checkpoint of two processes is one for any number.
+    status, out, err = ended(
+        start(config, tmp_path / "two", "--max-steps", "4", "--allow-config-change")
+    )
+    assert status == 0, err
+    assert "3 done, resuming" in out
+
+
+# One of the problems teaches nothing, and one completion in five has no score.
+UNEVEN = """
+def reward(questions, completions, answers):
+    values = [sum(map(ord, text)) % 97 for text in completions]
+    return [
+        0.5 if "62 toys" in question else None if value % 5 == 0 else value / 97
+        for question, value in zip(questions, values)
+    ]
+"""
+
+
+@pytest.mark.slow
+def test_a_process_with_nothing_to_learn_and_unscored_completions(
+    write_config: Callable[..., Path], tmp_path: Path
+) -> None:
+    """The loss is a mean over what all have; one has no gradient, and a mesh of two devices."""
+    (tmp_path / "uneven.py").write_text(UNEVEN)
+    ours = ("format", "logic", "accuracy", "self_correction", "length")
+    config = write_config(
+        model={"mesh_shape": [1, 2]},
+        grpo={"beta": 0.0, "loss_type": "token_mean"},
+        rewards={f"{name}_weight": 0.0 for name in ours}
+        | {"reward": f"{tmp_path / 'uneven.py'}:reward"},
+        run=STEPS | {"max_steps": 5},
+    )
+    two = {"XLA_FLAGS": "--xla_force_host_platform_device_count=2"}
+    assert ended(start(config, tmp_path / "one", **two))[0] == 0
+    pair = start_pair(config, tmp_path / "two", environments=(two, two))
+    assert [ended(process)[0] for process in pair] == [0, 0]
+    check_same_adapters(tmp_path / "one", tmp_path / "two")
+    metrics = records(tmp_path / "two", "metrics.jsonl")
+    assert {record["uniform_groups"] for record in metrics} == {0.0, 0.5}
+    assert sum(record["unscored"] for record in metrics) > 0
+    assert all(record["updates"] == 2 for record in metrics)
 
 
 @pytest.mark.parametrize("victim", [0, 1])

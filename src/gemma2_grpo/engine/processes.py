@@ -36,8 +36,12 @@ _STOPPED = "gemma2_grpo/stopped"
 # Host values are sent in arrays of this many bytes or a power of two more: each size is a program.
 _LEAST_BYTES = 1024
 
-
 _LOST = "error: another process stopped, see its own output"
+_NOT_JOINED = "error: the other processes cannot be joined"
+_MEND = (
+    "give --coordinator, --num-processes and --process-id, the same number to all, or "
+    "--num-processes 1 to run alone"
+)
 
 
 class ProcessLostError(SystemExit):
@@ -48,10 +52,14 @@ class ProcessLostError(SystemExit):
         super().__init__(f"{_LOST} ({' '.join(str(error).split())})")
 
 
+_joined = threading.Event()
+
+
 @ctypes.CFUNCTYPE(None, ctypes.c_int)
 def _on_abort(_: int) -> None:
-    """Has JAX's abrupt end, when process 0 no longer answers, close with a line for a person."""
-    print(_LOST, file=sys.stderr)
+    """Has JAX's abrupt end, when process 0 does not answer, close with a line for a person."""
+    why = f"{_LOST} or the lines above" if _joined.is_set() else f"{_NOT_JOINED}; {_MEND}"
+    print(why, file=sys.stderr)
     _exit(1)
 
 
@@ -75,6 +83,8 @@ def joined(
         UserError: if the others cannot be joined.
     """
     is_told = None not in (coordinator, num_processes, process_id)
+    # JAX aborts from a thread of its own, where no handler of Python's would be called in time.
+    ctypes.CDLL(None).signal(signal.SIGABRT, _on_abort)
     try:
         jax.distributed.initialize(
             coordinator,
@@ -85,13 +95,9 @@ def joined(
         )
     except (ValueError, RuntimeError) as error:
         line = str(error).strip().splitlines()[0]
-        raise UserError(
-            f"the other processes cannot be joined ({line}); give --coordinator, --num-processes "
-            "and --process-id, or --num-processes 1 to run alone"
-        ) from None
+        raise UserError(f"{_NOT_JOINED.removeprefix('error: ')} ({line}); {_MEND}") from None
+    _joined.set()
     _keep_own_programs()
-    # JAX aborts from a thread of its own, where no handler of Python's would be called in time.
-    ctypes.CDLL(None).signal(signal.SIGABRT, _on_abort)
     is_leaving = threading.Event()
     listener = threading.Thread(target=_listen, args=(is_leaving,), daemon=True)
     listener.start()
