@@ -1,68 +1,55 @@
-"""Loading Gemma 2 2B: host memory and seconds of this package's loader and of Tunix's.
+"""What loading weights takes of the host: this package, and Tunix's own loader.
 
 python -m benchmarks.load
 """
 
 import dataclasses
 import json
-import math
+import multiprocessing
 import os
 import sys
 import tempfile
 import threading
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Literal
 
-import ml_dtypes
-import numpy as np
 import tyro
 from rich import box
 from rich.console import Console
 from rich.table import Table
-from safetensors.numpy import save_file
 
 from benchmarks.command import status_of
-from benchmarks.meter import peak_rss_bytes
-from benchmarks.model_files import write_config
-from benchmarks.processes import call
-from benchmarks.workload import PRESETS, Sizes
-
-Loader = Literal["ours", "tunix"]
-_SAMPLE_SECONDS = 0.005
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Load:
-    """Loads a checkpoint of random weights by each loader, in a fresh process each."""
+    """Writes a checkpoint in the shapes of Gemma 2 2B and loads it, each time in a new process."""
 
-    loaders: tuple[Loader, ...] = ("ours", "tunix")
-    shards: int = 4
-    """Files of the checkpoint."""
+    layers: int = 26
+    """Fewer make it small enough to try anywhere; all take 5.2 GB of disk."""
+    shards: int = 3
     mesh: tuple[int, int] = (2, 4)
-    """Devices along (fsdp, tp); on a CPU they are virtual."""
-    layers: int | None = None
-    """Fewer layers than Gemma 2 2B has."""
-    vocab: int | None = None
-    """A smaller vocabulary than Gemma 2 2B has."""
+    """Over virtual devices of the CPU, whose memory is the host's."""
     folder: Path | None = None
-    """Where the temporary checkpoint of 5.2 GB is written; by default where temporary files go."""
+    """Where the checkpoint is written for the time; by default among temporary files."""
 
 
-@dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True)
 class Cost:
-    """What loading took, beyond the process as it was before."""
+    """Of one loader. Bytes."""
 
     seconds: float
+    peak_bytes: int
+    """Most memory of its own that the process took on while it loaded: pages of mapped files, which
+    the system takes back as it needs, are not in it."""
     array_bytes: int
-    """Of the loaded weights, which are in host memory, since the devices are CPUs."""
-    anonymous_bytes: int
-    """Most anonymous memory at one time, in which arrays and copies lie and mapped files do not."""
-    rss_bytes: int
-    """Most resident memory of the process at one time, mapped files and imports included."""
+    """What the arrays hold that were loaded: on a TPU they would not be on the host."""
+
+    @property
+    def beside_bytes(self) -> int:
+        """What loading took beside them."""
+        return self.peak_bytes - self.array_bytes
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -72,65 +59,79 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def run(command: Load, console: Console, progress: Console) -> None:
-    """Writes the checkpoint, loads it by each loader and prints the table."""
-    # Weights on an accelerator would not be in the host memory that is measured.
+    """Writes, loads and prints."""
+    devices = command.mesh[0] * command.mesh[1]
+    os.environ["XLA_FLAGS"] = f"--xla_force_host_platform_device_count={devices}"
     os.environ["JAX_PLATFORMS"] = "cpu"
-    if "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
-        flag = f"--xla_force_host_platform_device_count={math.prod(command.mesh)}"
-        os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {flag}".strip()
-    given = {"layers": command.layers, "vocab": command.vocab}
-    sizes = dataclasses.replace(
-        PRESETS["gemma2-2b"], **{name: value for name, value in given.items() if value}
-    )
-    costs = {}
-    with tempfile.TemporaryDirectory(prefix="gemma2-grpo-load-", dir=command.folder) as name:
-        directory = Path(name)
-        progress.print(f"writing {command.shards} shards", style="dim")
-        stored = write_checkpoint(directory, sizes, command.shards)
-        for loader in command.loaders:
-            progress.print(f"loading: {loader}", style="dim")
-            log = directory / "log"
-            costs[loader] = call(loader, log, measure, loader, directory, command.mesh)
-    console.print(
-        f"{stored / 1e9:.2f} GB of bfloat16 weights in {command.shards} shards, "
-        f"mesh {command.mesh[0]} x {command.mesh[1]}",
-        style="dim",
-    )
-    console.print(make_table(costs))
+    with tempfile.TemporaryDirectory(dir=command.folder, prefix="gemma2-grpo-load-") as name:
+        progress.print("writing the checkpoint", style="dim")
+        _in_process(write_checkpoint, Path(name), command)
+        costs = {}
+        for system in ("ours", "tunix"):
+            progress.print(f"loading: {system}", style="dim")
+            costs[system] = _in_process(load, system, Path(name), command.mesh)
+    table = Table(box=box.SIMPLE_HEAD)
+    for heading in ("", "seconds", "peak, GB", "arrays, GB", "beside them, GB"):
+        table.add_column(heading, justify="right" if heading else "left")
+    for system, cost in costs.items():
+        sizes = (cost.peak_bytes, cost.array_bytes, cost.beside_bytes)
+        table.add_row(system, f"{cost.seconds:.1f}", *(f"{size / 1e9:.2f}" for size in sizes))
+    console.print(table)
 
 
-def write_checkpoint(directory: Path, sizes: Sizes, shards: int) -> int:
-    """Writes random weights in bfloat16, with an index; returns how many bytes they take.
+def _in_process(function, *arguments):
+    """Calls a function in a fresh process and returns what it returns."""
+    context = multiprocessing.get_context("spawn")
+    with context.Pool(1) as pool:
+        return pool.apply(function, arguments)
 
-    A shard is drawn and written before the next one, so that no more than one is in memory.
-    """
-    from gemma2_grpo.engine.model import read_architecture
+
+def write_checkpoint(folder: Path, command: Load) -> None:
+    """Random bfloat16 tensors in the names and shapes of Gemma 2 2B, in several files."""
+    import ml_dtypes
+    import numpy as np
+    from safetensors.numpy import save_file
+
+    from gemma2_grpo.engine.costs import known_architecture
     from gemma2_grpo.engine.pretrained import tensor_shapes
 
-    write_config(directory, sizes)
-    shapes = tensor_shapes(read_architecture(directory))
-    total, random = sum(2 * math.prod(shape) for shape in shapes.values()), np.random.default_rng(0)
-    where, written = {}, 0
-    for name, shape in shapes.items():
-        number = written * shards // total + 1
-        where[name] = f"model-{number:05d}-of-{shards:05d}.safetensors"
-        written += 2 * math.prod(shape)
-    for file in dict.fromkeys(where.values()):
-        chosen = {name: _draw(random, shapes[name]) for name in shapes if where[name] == file}
-        save_file(chosen, directory / file)
-    index = {"metadata": {"total_size": total}, "weight_map": where}
-    (directory / "model.safetensors.index.json").write_text(json.dumps(index), encoding="utf-8")
-    return total
+    whole = known_architecture("google/gemma-2-2b")
+    assert whole is not None
+    kinds = tuple(whole.attention_types)[: command.layers]
+    cut = dataclasses.replace(whole, num_layers=command.layers, attention_types=kinds)
+    shapes = tensor_shapes(cut)
+    (folder / "config.json").write_text(json.dumps(_config(cut)))
+    random, index = np.random.default_rng(0), {}
+    names = list(shapes)
+    for number in range(command.shards):
+        file = f"model-{number + 1:05d}-of-{command.shards:05d}.safetensors"
+        part = names[number :: command.shards]
+        index |= dict.fromkeys(part, file)
+        block = random.standard_normal(1 << 20, np.float32).astype(ml_dtypes.bfloat16)
+        save_file({name: np.resize(block, shapes[name]) for name in part}, folder / file)
+    text = json.dumps({"metadata": {}, "weight_map": index})
+    (folder / "model.safetensors.index.json").write_text(text)
 
 
-def _draw(random: np.random.Generator, shape: Sequence[int]) -> np.ndarray:
-    """A million normal numbers over and over, since more would take minutes."""
-    numbers = random.standard_normal(min(math.prod(shape), 2**20), np.float32)
-    return np.resize(numbers.astype(ml_dtypes.bfloat16), tuple(shape))
+def _config(architecture) -> dict[str, object]:
+    return {
+        "model_type": "gemma2",
+        "num_hidden_layers": architecture.num_layers,
+        "vocab_size": architecture.num_embed,
+        "hidden_size": architecture.embed_dim,
+        "intermediate_size": architecture.hidden_dim,
+        "num_attention_heads": architecture.num_heads,
+        "num_key_value_heads": architecture.num_kv_heads,
+        "head_dim": architecture.head_dim,
+        "query_pre_attn_scalar": architecture.head_dim,
+        "final_logit_softcapping": 30.0,
+        "attn_logit_softcapping": 50.0,
+        "sliding_window": 4096,
+    }
 
 
-def measure(loader: Loader, directory: Path, mesh_shape: tuple[int, int]) -> Cost:
-    """Loads the checkpoint; runs in a process of its own."""
+def load(system: str, folder: Path, shape: tuple[int, int]) -> Cost:
+    """Loads the checkpoint onto a mesh in bfloat16."""
     import jax
     import jax.numpy as jnp
     from flax import nnx
@@ -138,68 +139,45 @@ def measure(loader: Loader, directory: Path, mesh_shape: tuple[int, int]) -> Cos
 
     from gemma2_grpo.engine.model import load_weights, make_mesh, read_architecture
 
-    mesh = make_mesh(mesh_shape)  # Starts the backend.
-    with watching_anonymous_memory() as most:
-        before, started = _anonymous_bytes(), time.perf_counter()
-        if loader == "ours":
-            model = load_weights(directory, "bfloat16", mesh)
-        else:
-            model = params_safetensors.create_model_from_safe_tensors(
-                str(directory), read_architecture(directory), mesh, jnp.dtype("bfloat16")
-            )
-        leaves = jax.block_until_ready(jax.tree.leaves(nnx.state(model)))
-        seconds = time.perf_counter() - started
-    return Cost(
-        seconds=seconds,
-        array_bytes=sum(part.data.nbytes for leaf in leaves for part in leaf.addressable_shards),
-        anonymous_bytes=most[0] - before,
-        rss_bytes=peak_rss_bytes(),
-    )
+    mesh = make_mesh(shape)
+    jax.device_put(jnp.zeros(8))
+    own = OwnMemory()
+    started = time.perf_counter()
+    if system == "ours":
+        model = load_weights(folder, "bfloat16", mesh)
+    else:
+        model = params_safetensors.create_model_from_safe_tensors(
+            str(folder), read_architecture(folder), mesh, jnp.bfloat16
+        )
+    leaves = jax.block_until_ready(jax.tree.leaves(nnx.state(model)))
+    held = sum(shard.data.nbytes for leaf in leaves for shard in leaf.addressable_shards)
+    return Cost(time.perf_counter() - started, own.peak(), held)
 
 
-@contextmanager
-def watching_anonymous_memory() -> Iterator[list[int]]:
-    """Yields a list whose one entry is the most anonymous memory of the process so far."""
-    most, is_over = [_anonymous_bytes()], threading.Event()
+class OwnMemory:
+    """Watches how much memory of its own this process takes on (Linux)."""
 
-    def watch() -> None:
-        while not is_over.wait(_SAMPLE_SECONDS):
-            most[0] = max(most[0], _anonymous_bytes())
+    def __init__(self) -> None:
+        self._before, self._most = _own_bytes(), 0
+        self._has_ended = threading.Event()
+        self._thread = threading.Thread(target=self._watch, daemon=True)
+        self._thread.start()
 
-    thread = threading.Thread(target=watch)
-    thread.start()
-    try:
-        yield most
-    finally:
-        is_over.set()
-        thread.join()
+    def _watch(self) -> None:
+        while not self._has_ended.wait(0.01):
+            self._most = max(self._most, _own_bytes())
+
+    def peak(self) -> int:
+        """Stops watching; the most since the beginning, in bytes."""
+        self._has_ended.set()
+        self._thread.join()
+        return max(self._most, _own_bytes()) - self._before
 
 
-def _anonymous_bytes() -> int:
-    """Resident memory that is no mapped file; Linux only."""
-    status = Path("/proc/self/status").read_text(encoding="ascii")
+def _own_bytes() -> int:
+    status = Path("/proc/self/status").read_text()
     line = next(line for line in status.splitlines() if line.startswith("RssAnon"))
     return int(line.split()[1]) * 1024
-
-
-def make_table(costs: dict[Loader, Cost]) -> Table:
-    """The costs side by side."""
-    table = Table(box=box.SIMPLE_HEAD)
-    table.add_column("")
-    for name in costs:
-        table.add_column({"ours": "this package", "tunix": "Tunix"}[name], justify="right")
-    rows = {
-        "weights, GB": lambda cost: f"{cost.array_bytes / 1e9:.2f}",
-        "peak anonymous memory, GB": lambda cost: f"{cost.anonymous_bytes / 1e9:.2f}",
-        "  beyond the weights, GB": lambda cost: (
-            f"{(cost.anonymous_bytes - cost.array_bytes) / 1e9:.2f}"
-        ),
-        "peak RSS with mapped files, GB": lambda cost: f"{cost.rss_bytes / 1e9:.2f}",
-        "seconds": lambda cost: f"{cost.seconds:.1f}",
-    }
-    for label, show in rows.items():
-        table.add_row(label, *(show(cost) for cost in costs.values()))
-    return table
 
 
 if __name__ == "__main__":

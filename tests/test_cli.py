@@ -17,6 +17,7 @@ from gemma2_grpo import cli
 from gemma2_grpo.config import Config, RewardConfig, UserError
 from gemma2_grpo.presets import load_config, load_sft_config
 
+ALL = ", ".join(cli.COMMANDS)
 Recorder = list[tuple[tuple[Any, ...], dict[str, Any]]]
 
 
@@ -45,7 +46,7 @@ def test_train_alone_is_the_tiny_preset(train_calls: Recorder) -> None:
     assert cli.main(["train"]) == 0
     arguments, keywords = train_calls[0]
     assert arguments == (load_config("tiny"), None, "tiny")
-    assert keywords == {"allow_config_change": False}
+    assert keywords == {"allow_config_change": False, "cluster": None}
 
 
 def test_options_override_the_preset(train_calls: Recorder) -> None:
@@ -64,7 +65,7 @@ def test_options_override_the_preset(train_calls: Recorder) -> None:
         run=dataclasses.replace(flagship.run, max_steps=10, tensorboard=False),
     )
     assert (run, name) == (Path("out"), "gemma2-2b-v5e8")
-    assert keywords == {"allow_config_change": True}
+    assert keywords == {"allow_config_change": True, "cluster": None}
 
 
 def test_config_may_be_a_file_and_may_come_last(train_calls: Recorder, tmp_path: Path) -> None:
@@ -94,6 +95,21 @@ def test_sft_passes_config_and_directory(monkeypatch: pytest.MonkeyPatch) -> Non
     assert (config.optimizer, to) == (preset.optimizer, Path("out"))
 
 
+def test_export_passes_its_options(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: Recorder = []
+    _stub(monkeypatch, "export:export", lambda *args, **kwargs: calls.append((args, kwargs)))
+    assert cli.main("export runs/tiny --to out".split()) == 0
+    words = (
+        "--format peft --dtype bfloat16 --max-shard-gb 2 --verify --push me/model --public --yes"
+    )
+    assert cli.main(["export", "runs/tiny", "--to", "out", *words.split()]) == 0
+    plain = {"format": "merged", "dtype": None, "max_shard_gb": 5.0, "verify": False}
+    plain |= {"push": None, "public": False, "yes": False}
+    full = {"format": "peft", "dtype": "bfloat16", "max_shard_gb": 2.0, "verify": True}
+    full |= {"push": "me/model", "public": True, "yes": True}
+    assert calls == [(("runs/tiny", Path("out")), plain), (("runs/tiny", Path("out")), full)]
+
+
 def test_score_passes_file_and_format(monkeypatch: pytest.MonkeyPatch) -> None:
     calls: Recorder = []
     _stub(monkeypatch, "score:score_file", lambda *args: calls.append((args, {})))
@@ -104,11 +120,13 @@ def test_score_passes_file_and_format(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize(
     ("command", "message"),
     [
-        ("", "a command is missing; it is one of train, sft, score"),
+        ("", f"a command is missing; it is one of {ALL}"),
         ("trian", "'trian' is no command; did you mean train?"),
-        ("--max-steps 3", "'--max-steps' is no command; it is one of train, sft, score"),
+        ("--max-steps 3", f"'--max-steps' is no command; it is one of {ALL}"),
         ("sft", "CONFIG is missing; see gemma2-grpo sft --help"),
         ("sft sft-tiny --steps 0", "steps = 0 must be at least 1"),
+        ("export runs/tiny", "--to is missing; see gemma2-grpo export --help"),
+        ("export r --to d --format gguf", "--format takes one of merged, peft, not 'gguf'"),
         ("score", "FILE.jsonl is missing; see gemma2-grpo score --help"),
         (
             "train --max_stepz 10",

@@ -18,8 +18,9 @@ from safetensors.numpy import load_file
 from tunix.models.gemma import model as gemma
 from tunix.models.gemma import params_safetensors
 
-from gemma2_grpo.engine.export import fingerprint, save_model
+from gemma2_grpo.engine.export import fingerprint
 from gemma2_grpo.engine.forward import output_logits, run_from_start, split_model
+from gemma2_grpo.engine.hf_model import save_model
 from gemma2_grpo.engine.model import (
     load_weights,
     make_mesh,
@@ -187,7 +188,7 @@ class TestRoundTrip:
         self, small_directory: Path, mesh: Mesh, tmp_path: Path
     ) -> None:
         model = load_weights(small_directory, "float32", mesh)
-        save_model(model, tmp_path / "model.safetensors", "float32")
+        save_model(model, tmp_path, "float32")
         before = load_file(small_directory / "model.safetensors")
         after = load_file(tmp_path / "model.safetensors")
         assert after.keys() == before.keys()
@@ -209,8 +210,8 @@ class TestRoundTrip:
         query = before["model.layers.0.self_attn.q_proj.weight"]
         np.testing.assert_array_equal(scaled, 0.5 * query.reshape(4, 8, 32).transpose(0, 2, 1))
 
-        save_model(model, tmp_path / "out.safetensors", "float32", query_scale(source))
-        after = load_file(tmp_path / "out.safetensors")
+        save_model(model, tmp_path, "float32", query_scale=query_scale(source))
+        after = load_file(tmp_path / "model.safetensors")
         for name, value in before.items():
             np.testing.assert_array_equal(after[name], value, err_msg=name)
 
@@ -218,7 +219,7 @@ class TestRoundTrip:
         self, small_directory: Path, mesh: Mesh, tmp_path: Path
     ) -> None:
         model = load_weights(small_directory, "float32", mesh)
-        save_model(model, tmp_path / "model.safetensors", "bfloat16")
+        save_model(model, tmp_path, "bfloat16")
         before = load_file(small_directory / "model.safetensors")
         with safe_open(tmp_path / "model.safetensors", framework="numpy") as after:
             for name, value in before.items():
@@ -235,7 +236,7 @@ class TestRoundTrip:
         source = goldens.write_model(tmp_path / "source", values, seed=0)
         target = goldens.write_model(tmp_path / "target", values, seed=1)
         model = load_weights(source, "float32", mesh)
-        save_model(model, target / "model.safetensors", "float32", query_scale(source))
+        save_model(model, target, "float32", query_scale=query_scale(source))
         tokens, is_real = goldens.padded_tokens(64, seed=1)
         np.testing.assert_allclose(
             goldens.transformers_logits(target, tokens, is_real)[is_real],

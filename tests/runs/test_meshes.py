@@ -51,6 +51,12 @@ class NearlyFull:
         return {"bytes_in_use": 600, "peak_bytes_in_use": 920, "bytes_limit": 1000}
 
 
+@pytest.fixture(scope="module")
+def on_one_device(run_straight: Callable[[int], Any]) -> Any:
+    """Of this scope, since other tests share it: it must not see what a test here changes."""
+    return run_straight(1)
+
+
 @pytest.fixture
 def quick_compiler() -> Iterator[None]:
     """Programs of a mesh serve these tests alone, and take longer to compile than to run."""
@@ -61,8 +67,8 @@ def quick_compiler() -> Iterator[None]:
 
 @pytest.mark.usefixtures("quick_compiler")
 def test_on_the_flagship_mesh(
+    on_one_device: Any,
     make_config: Callable[..., Config],
-    run_straight: Callable[[int], Any],
     quiet_train: Train,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
@@ -70,10 +76,9 @@ def test_on_the_flagship_mesh(
     monkeypatch.setattr(loop, "MemoryMonitor", partial(MemoryMonitor, [NearlyFull()]))
     config = make_config(grpo={"num_iterations": 1}, model={"mesh_shape": [2, 4]})
     shown = quiet_train(config, tmp_path / "run")
-    one = run_straight(1)
-    assert_same(tmp_path / "run", one.path)
+    assert_same(tmp_path / "run", on_one_device.path)
 
-    assert "1 x cpu, mesh 1 fsdp x 1 tp; 7 more are not used" in one.shown
+    assert "1 x cpu, mesh 1 fsdp x 1 tp; 7 more are not used" in on_one_device.shown
     assert "8 x cpu, mesh 2 fsdp x 4 tp\n" in re.sub(" +\n", "\n", shown)
     assert shown.count("device memory: 92% of") == 1
     for record in records(tmp_path / "run", "metrics.jsonl"):

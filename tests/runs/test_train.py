@@ -187,7 +187,7 @@ def test_what_a_run_shows(straight_run):
     assert places == sorted(places)
     assert shown.count("╭─ step") == 2
     assert "accuracy, greedy" in shown and "pass@4, sampled" in shown
-    assert f"run directory: {straight_run.path}\n" in shown
+    assert f"report: {straight_run.path / 'report.html'}\n" in shown
 
 
 def test_short_data_cycles_by_epochs(straight_run):

@@ -4,6 +4,7 @@ import hashlib
 import json
 import logging
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +32,9 @@ def save_checkpoint(folder: Path, step: int, state: Any, keep: int) -> Path:
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir()
     try:
-        with ocp.StandardCheckpointer() as checkpointer:
+        with _checkpointer() as checkpointer:
+            if jax.process_count() > 1:  # Orbax takes arrays of one process for a mistake.
+                state = jax.device_get(state)
             checkpointer.save((temporary / _STATE).absolute(), state)
             # Without this, Orbax reports a full disk only when it is closed, if at all.
             checkpointer.wait_until_finished()
@@ -78,11 +81,43 @@ def restore_checkpoint(folder: Path, like: Any) -> tuple[int, Any] | None:
             _log.warning("checkpoint %s is damaged (%s); falling back", path, problem)
             continue
         target = jax.tree.map(ocp.utils.to_shape_dtype_struct, like)
-        with ocp.StandardCheckpointer() as checkpointer:
+        with _checkpointer() as checkpointer:
             return step, checkpointer.restore((path / _STATE).absolute(), target)
     if steps:
         raise OSError(f"{folder}: none of the checkpoints verifies; start a new run directory")
     return None
+
+
+def restore_part(folder: Path, like: Mapping[str, Any]) -> tuple[int, Any]:
+    """Restores some entries of the newest checkpoint that verifies, onto the shardings of `like`.
+
+    Raises:
+        OSError: if there is none that can be trusted.
+    """
+    for step in _steps(folder):
+        path = folder / f"{_PREFIX}{step:06d}"
+        if _problem(path, step):
+            continue
+        wanted = ocp.args.PyTreeRestore(
+            item=like,
+            restore_args=ocp.checkpoint_utils.construct_restore_args(like),
+            partial_restore=True,
+        )
+        with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
+            return step, checkpointer.restore((path / _STATE).absolute(), args=wanted)
+    raise OSError(f"{folder}: none of the checkpoints verifies")
+
+
+def _checkpointer() -> ocp.StandardCheckpointer:
+    """Writes and reads in this process alone, without waiting for others."""
+    if jax.process_count() == 1:
+        return ocp.StandardCheckpointer()
+    own = jax.process_index()
+    return ocp.StandardCheckpointer(
+        multiprocessing_options=ocp.options.MultiprocessingOptions(
+            primary_host=own, active_processes={own}, barrier_sync_key_prefix=f"process_{own}"
+        )
+    )
 
 
 def clean_temporaries(folder: Path) -> None:

@@ -46,6 +46,16 @@ def find_model(name: str, *, needs_weights: bool = True) -> Path:
     return directory
 
 
+def hub_id(name: str) -> str | None:
+    """The Hugging Face id under which others find a model; None for one that is only here."""
+    if name.startswith(KAGGLE_PREFIX):
+        parts = _KAGGLE_MODEL.fullmatch(name.removeprefix(KAGGLE_PREFIX))
+        is_googles = parts and parts[1] == "google" and parts[3].lower() == "transformers"
+        return f"google/{parts[4]}" if parts and is_googles else None
+    is_id = _HUB_ID.fullmatch(name) and not Path(name).exists()
+    return name if is_id else None
+
+
 def check_files(directory: Path, *, needs_weights: bool = True) -> None:
     """Checks that the files of a model are there; `load_weights` checks what is in them.
 

@@ -63,6 +63,18 @@ def add_lora(base: gemma.Gemma, config: ModelConfig, mesh: Mesh, seed: int) -> g
     return cast(gemma.Gemma, policy)
 
 
+def adapters_of(policy: gemma.Gemma) -> dict[str, Any]:
+    """The adapters of a policy as nested values, as checkpoints hold them."""
+    return nnx.to_pure_dict(nnx.state(policy, nnx.LoRAParam))
+
+
+def set_adapters(policy: gemma.Gemma, values: dict[str, Any]) -> None:
+    """Puts adapters back that `adapters_of` gave."""
+    state = nnx.state(policy, nnx.LoRAParam)
+    nnx.replace_by_pure_dict(state, values)
+    nnx.update(policy, state)
+
+
 def check_patterns(architecture: gemma.ModelConfig, patterns: tuple[str, ...]) -> None:
     """Checks, without any weights, that each pattern matches a module that can be adapted.
 
@@ -104,13 +116,13 @@ def merge_adapters(weights: Weights, scale: float) -> nnx.State:
         target = (*path[:-1], name.removesuffix("_lora_a"))
         b = adapters[(*path[:-1], name.removesuffix("a") + "b")]
         weight = flat[target].get_value()
-        delta = scale * _product(str(path[-2]), a.get_value(), b.get_value())
+        delta = scale * weight_change(str(path[-2]), a.get_value(), b.get_value())
         merged = weight.astype(jnp.float32) + delta.reshape(weight.shape)
         flat[target] = flat[target].replace(merged.astype(weight.dtype))
     return nnx.from_flat_state(list(flat.items()))
 
 
-def _product(module: str, a: jax.Array, b: jax.Array) -> jax.Array:
+def weight_change(module: str, a: jax.Array, b: jax.Array) -> jax.Array:
     """The weight change of one adapter, laid out like the weight it belongs to.
 
     Qwix keeps the rank last in A and first in B. Query, key and value weights have their heads

@@ -1,10 +1,11 @@
 """Gemma 2 on Tunix: architecture, mesh, weights from safetensors or at random."""
 
 import json
+import math
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -82,6 +83,18 @@ def _meshes_that_fit(sizes: Sequence[tuple[int, int]]) -> str:
     ]
     most = max(fsdp * tp for fsdp, tp in shapes)
     return ", ".join(str(list(shape)) for shape in shapes if shape[0] * shape[1] == most)
+
+
+def mesh_shape_at_hand(wanted: tuple[int, int], architecture: gemma.ModelConfig) -> tuple[int, int]:
+    """The wanted mesh where there are devices for it, else one of all devices there are.
+
+    As many of them as the KV heads allow go along tp, since a smaller cache is a faster decoder.
+    """
+    present = jax.local_device_count()
+    if wanted[0] * wanted[1] <= present:
+        return wanted
+    tp = math.gcd(present, architecture.num_kv_heads, architecture.num_heads)
+    return present // tp, tp
 
 
 def batch_sharding(mesh: Mesh, rows: int) -> NamedSharding:
@@ -277,7 +290,16 @@ def _with_float32_norms(model: gemma.Gemma) -> gemma.Gemma:
     return model
 
 
-def plain_network(architecture: gemma.ModelConfig) -> Network:
+def plain_network(
+    architecture: gemma.ModelConfig, mesh: Mesh | None = None, *, is_sampling: bool = False
+) -> Network:
     """The static half of a model without adapters, made without any weights."""
-    model = nnx.eval_shape(lambda: gemma.Gemma(architecture, rngs=nnx.Rngs(0)))
-    return network_of(_with_float32_norms(model))
+    model = nnx.eval_shape(partial(plain_model, architecture, "float32"))
+    return network_of(model, is_sampling=is_sampling, mesh=mesh)
+
+
+def plain_model(architecture: gemma.ModelConfig, dtype: str) -> gemma.Gemma:
+    """A model with Tunix's own initial weights; to be traced for its shapes, not to be run."""
+    model = _with_float32_norms(gemma.Gemma(architecture, rngs=nnx.Rngs(0)))
+    nnx.update(model, jax.tree.map(lambda x: x.astype(dtype), nnx.state(model)))
+    return model

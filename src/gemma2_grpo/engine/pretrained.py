@@ -89,8 +89,19 @@ def check_tensors(directory: Path, tensors: Tensors, architecture: gemma.ModelCo
             )
 
 
+def stored_dtype(directory: Path) -> str:
+    """Type in which a model's weights are stored: `bfloat16`, or `float32` for any other.
+
+    Raises:
+        UserError: for files that are missing or unreadable.
+    """
+    with open_tensors(directory) as tensors:
+        kinds = {part.get_dtype() for part in tensors.values()}
+    return "bfloat16" if kinds == {"BF16"} else "float32"
+
+
 def tensor_shapes(architecture: gemma.ModelConfig) -> dict[str, list[int]]:
-    """Tensors of the architecture as transformers names and lays them out."""
+    """Tensors of the architecture as transformers names them; linear layers are [out, in]."""
     width, hidden = architecture.embed_dim, architecture.hidden_dim
     queries = architecture.num_heads * architecture.head_dim
     keys = architecture.num_kv_heads * architecture.head_dim
