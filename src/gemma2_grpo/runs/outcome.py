@@ -186,6 +186,8 @@ def _system_result(system: Mapping[str, Any], label: str) -> Result | None:
         "pass_at_k": _at_most_samples(sampled, "pass_at_k"),
         "maj_at_k": _at_most_samples(sampled, "maj_at_k"),
         "sampled_format": number(sampled, "format"),
+        "sampled_true_equations": number(sampled, "true_equations"),
+        "sampled_reward": number(sampled, "reward"),
     }
     return _result(greedy, label, values, sampled)
 
