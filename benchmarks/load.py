@@ -97,7 +97,7 @@ def write_checkpoint(folder: Path, command: Load) -> None:
 
     whole = known_architecture("google/gemma-2-2b")
     assert whole is not None
-    kinds = whole.attention_types[: command.layers]
+    kinds = tuple(whole.attention_types)[: command.layers]
     cut = dataclasses.replace(whole, num_layers=command.layers, attention_types=kinds)
     shapes = tensor_shapes(cut)
     (folder / "config.json").write_text(json.dumps(_config(cut)))
