@@ -104,8 +104,8 @@ def during_run(run: RunFiles) -> Outcome | None:
     if not records:
         return None
     first, last = records[0], records[-1]
-    before = _held_out_result(first, "before") if first["step"] == 0 else None
-    after = _held_out_result(last, f"after {last['step']} steps") if last["step"] else None
+    before = _held_out_result(first, "Before") if first["step"] == 0 else None
+    after = _held_out_result(last, f"After {last['step']} steps") if last["step"] else None
     old, new = (run.held_out.get(int(record["step"]), []) for record in (first, last))
     pairs = _pair(old if before else [], new if after else [])
     return _outcome("held-out problems", before, after, pairs, None)
@@ -117,7 +117,7 @@ def by_evaluation(run: RunFiles) -> Outcome | None:
     systems = _part(evaluation, "systems")
     base, adapter = (
         _system_result(_part(systems, name), label)
-        for name, label in (("base", "base model"), ("adapter", "with adapter"))
+        for name, label in (("base", "Base model"), ("adapter", "With adapter"))
     )
     if base is None and adapter is None:
         return None
@@ -125,8 +125,8 @@ def by_evaluation(run: RunFiles) -> Outcome | None:
     old, new = (run.evaluated.get(name, {}) for name in ("base", "adapter"))
     indices = sorted({*old, *new})
     pairs = [Pair(old.get(i), new.get(i)) for i in indices]
-    where = " ".join(str(data[name]) for name in ("source", "split") if data.get(name))
-    name = f"problems of {where}" if where else "problems"
+    split = f"{data['split']} " if data.get("split") else ""
+    name = f"{split}problems" + (f" of {data['source']}" if data.get("source") else "")
     return _outcome(name, base, adapter, pairs, _part(evaluation, "comparison"))
 
 
@@ -140,14 +140,19 @@ def _outcome(
     """Counts the pairs, unless that was done where they were made."""
     names = ("both_right", "both_wrong", "fixed", "broken")
     counts = [number(counted or {}, name) for name in names]
-    both = [(pair.before, pair.after) for pair in pairs]
-    whole = [(old.is_correct, new.is_correct) for old, new in both if old and new]
-    paired = None
+    paired = flips(pairs)
     if all(count is not None for count in counts):
         paired = Paired(*(int(count or 0) for count in counts))
-    elif whole and len(whole) == len(pairs):
-        paired = compare_paired(*zip(*whole, strict=True))
     return Outcome(problems, before, after, paired, pairs)
+
+
+def flips(pairs: Sequence[Pair]) -> Paired | None:
+    """Counts how answers differ; None if there are none, or any is missing."""
+    both = [(pair.before, pair.after) for pair in pairs]
+    whole = [(old.is_correct, new.is_correct) for old, new in both if old and new]
+    if not whole or len(whole) < len(pairs):
+        return None
+    return compare_paired(*zip(*whole, strict=True))
 
 
 def _pair(old: Sequence[Answer], new: Sequence[Answer]) -> list[Pair]:
@@ -249,7 +254,7 @@ def headline(outcome: Outcome | None, run: RunFiles) -> str:
     if before is None or after is None:
         result = before or after
         assert result is not None
-        when = "before training" if after is None else result.label
+        when = "before training" if after is None else result.label.lower()
         return (
             f"{control}{percent(result.accuracy)} of {result.problems:,} {outcome.problems} are "
             f"right {when}; there is nothing yet to compare that with."

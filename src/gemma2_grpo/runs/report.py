@@ -42,7 +42,7 @@ def render(run: RunFiles) -> str:
     tables = []
     if evaluated:
         steps = number(run.evaluation or {}, "steps") or 0
-        title = f"`gemma2-grpo evaluate` after {steps:.0f} steps: {evaluated.problems}"
+        title = f"By gemma2-grpo evaluate, after {steps:.0f} steps"
         tables.append(outcome_table(evaluated, title))
     if held_out:
         tables.append(outcome_table(held_out, "Held-out problems, measured by the run"))

@@ -162,6 +162,15 @@ def origins(run: RunFiles) -> list[tuple[str, str]]:
     return [(name, _text(value)) for name, value in rows if value is not None]
 
 
+def different_origins(runs: Sequence[RunFiles]) -> list[list[str]]:
+    """Those of `origins` that are not the same for all runs."""
+    tables = [dict(origins(run)) for run in runs]
+    names = dict.fromkeys(name for table in tables for name in table)
+    rows = [[name, *(table.get(name, "not known") for table in tables)] for name in names]
+    known = {"seed", "seed of the data"}  # Of the configuration.
+    return [row for row in rows if len(set(row[1:])) > 1 and row[0] not in known]
+
+
 def _list(values: Mapping[str, Any], name: str) -> list[Any]:
     value = values.get(name)
     return value if isinstance(value, list) else []

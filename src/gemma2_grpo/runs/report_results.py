@@ -105,7 +105,7 @@ def _share_cell(row: Mapping[str, Any]) -> str:
     if not problems or correct is None or not 0 <= correct <= problems:
         return "–"
     low, high = wilson_interval(int(correct), int(problems))
-    return f"{percent(correct / problems)} ({100 * low:.0f} to {100 * high:.0f})"
+    return f"{percent(correct / problems)}, {100 * low:.0f} to {100 * high:.0f}"
 
 
 def reward_parts(answer: Answer) -> list[tuple[str, float]]:
