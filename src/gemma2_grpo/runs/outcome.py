@@ -106,6 +106,8 @@ def during_run(run: RunFiles) -> Outcome | None:
     first, last = records[0], records[-1]
     before = _held_out_result(first, "Before") if first["step"] == 0 else None
     after = _held_out_result(last, f"After {last['step']} steps") if last["step"] else None
+    if before is None and after is None:
+        return None
     old, new = (run.held_out.get(int(record["step"]), []) for record in (first, last))
     pairs = _pair(old if before else [], new if after else [])
     return _outcome("held-out problems", before, after, pairs, None)
@@ -114,20 +116,20 @@ def during_run(run: RunFiles) -> Outcome | None:
 def by_evaluation(run: RunFiles) -> Outcome | None:
     """What `evaluate` measured; None if it has not been run."""
     evaluation = run.evaluation or {}
-    systems = _part(evaluation, "systems")
+    systems = part_of(evaluation, "systems")
     base, adapter = (
-        _system_result(_part(systems, name), label)
+        _system_result(part_of(systems, name), label)
         for name, label in (("base", "Base model"), ("adapter", "With adapter"))
     )
     if base is None and adapter is None:
         return None
-    data = _part(evaluation, "data")
+    data = part_of(evaluation, "data")
     old, new = (run.evaluated.get(name, {}) for name in ("base", "adapter"))
     indices = sorted({*old, *new})
     pairs = [Pair(old.get(i), new.get(i)) for i in indices]
     split = f"{data['split']} " if data.get("split") else ""
     name = f"{split}problems" + (f" of {data['source']}" if data.get("source") else "")
-    return _outcome(name, base, adapter, pairs, _part(evaluation, "comparison"))
+    return _outcome(name, base, adapter, pairs, part_of(evaluation, "comparison"))
 
 
 def _outcome(
@@ -165,7 +167,7 @@ def _pair(old: Sequence[Answer], new: Sequence[Answer]) -> list[Pair]:
 
 
 def _held_out_result(record: Mapping[str, Any], label: str) -> Result | None:
-    sampled = _part(record, "sampled")
+    sampled = part_of(record, "sampled")
     values = {
         "format": number(record, "format"),
         "true_equations": number(record, "true_equations"),
@@ -181,7 +183,7 @@ def _held_out_result(record: Mapping[str, Any], label: str) -> Result | None:
 
 
 def _system_result(system: Mapping[str, Any], label: str) -> Result | None:
-    greedy, sampled = _part(system, "greedy"), _part(system, "sampled")
+    greedy, sampled = part_of(system, "greedy"), part_of(system, "sampled")
     values = {
         "format": number(greedy, "format"),
         "true_equations": number(greedy, "true_equations"),
@@ -199,7 +201,7 @@ def _system_result(system: Mapping[str, Any], label: str) -> Result | None:
 
 def _at_most_samples(sampled: Mapping[str, Any], name: str) -> float | None:
     """The value with k = all samples."""
-    return number(_part(sampled, name), str(int(number(sampled, "samples") or 0)))
+    return number(part_of(sampled, name), str(int(number(sampled, "samples") or 0)))
 
 
 def _result(
@@ -232,7 +234,7 @@ def _result(
     )
 
 
-def _part(record: Mapping[str, Any], name: str) -> Mapping[str, Any]:
+def part_of(record: Mapping[str, Any], name: str) -> Mapping[str, Any]:
     """A part of a record; empty where there is none."""
     value = record.get(name)
     return value if isinstance(value, dict) else {}

@@ -11,7 +11,6 @@ from gemma2_grpo.runs.health import find_alarms
 from gemma2_grpo.runs.outcome import (
     Outcome,
     Pair,
-    Result,
     by_evaluation,
     during_run,
     flips,
@@ -62,10 +61,10 @@ def _names(runs: Sequence[RunFiles]) -> list[str]:
 def render_comparison(runs: Sequence[RunFiles], names: Sequence[str]) -> str:
     """The comparison of two runs, as HTML."""
     classes: dict[str, str] = {}
-    both = _ends(runs, names)
-    outcomes = [by_evaluation(run) or during_run(run) for run in runs]
+    outcomes = _measured(runs)
+    both = _ends(outcomes, names)
     columns = [
-        (f"{name}, {result.label}", result)
+        (f"{name}, {result.label.lower()}", result)
         for name, outcome in zip(names, outcomes, strict=True)
         for result in ((outcome.before, outcome.after) if outcome else ())
         if result
@@ -106,23 +105,26 @@ def _titles(names: Sequence[str]) -> dict[str, str]:
     }
 
 
-def _ends(runs: Sequence[RunFiles], names: Sequence[str]) -> Outcome | None:
-    """The last measurements of both: by `evaluate` if it saw the same problems, else their own."""
-    for measured in (by_evaluation, during_run):
-        outcomes = [measured(run) for run in runs]
-        ends = [_end(outcome, name) for outcome, name in zip(outcomes, names, strict=True)]
-        answers = [
-            [pair.after for pair in outcome.pairs] if outcome else [] for outcome in outcomes
-        ]
-        if ends[0] and ends[1] and outcomes[0] and outcomes[1]:
-            pairs = _same_questions(answers[0], answers[1])
-            if pairs or measured is during_run:
-                return Outcome(outcomes[0].problems, ends[0], ends[1], flips(pairs), pairs)
-    return None
+def _measured(runs: Sequence[RunFiles]) -> list[Outcome | None]:
+    """What `evaluate` measured if it has seen the same problems with both, else the runs' own."""
+    evaluated = [by_evaluation(run) for run in runs]
+    answers = [_last_answers(outcome) for outcome in evaluated]
+    is_same = all(evaluated) and _same_questions(answers[0], answers[1])
+    return evaluated if is_same else [during_run(run) for run in runs]
 
 
-def _end(outcome: Outcome | None, name: str) -> Result | None:
-    return replace(outcome.after, label=name) if outcome and outcome.after else None
+def _last_answers(outcome: Outcome | None) -> list[Answer | None]:
+    return [pair.after for pair in outcome.pairs] if outcome else []
+
+
+def _ends(outcomes: Sequence[Outcome | None], names: Sequence[str]) -> Outcome | None:
+    """The last measurement of each; None if either has none after training."""
+    first, second = outcomes
+    if first is None or second is None or first.after is None or second.after is None:
+        return None
+    pairs = _same_questions(_last_answers(first), _last_answers(second))
+    ends = replace(first.after, label=names[0]), replace(second.after, label=names[1])
+    return Outcome(first.problems, *ends, flips(pairs), pairs)
 
 
 def _same_questions(first: Sequence[Answer | None], second: Sequence[Answer | None]) -> list[Pair]:
@@ -146,8 +148,6 @@ def _headline(both: Outcome | None, names: Sequence[str]) -> str:
         counts += " and others, which are not the same"
     if not both.is_different:
         return f"{names[0]} and {names[1]} cannot be told apart: {shares} are right of {counts}."
-    better, worse = (
-        (names[0], names[1]) if first.accuracy > second.accuracy else (names[1], names[0])
-    )
-    high, low = sorted((first.accuracy, second.accuracy), reverse=True)
-    return f"{better} is right more often than {worse}: {percent(high)} against {percent(low)} of {counts}."
+    worse, better = sorted(zip((first.accuracy, second.accuracy), names, strict=True))
+    shares = f"{percent(better[0])} against {percent(worse[0])}"
+    return f"{better[1]} is right more often than {worse[1]}: {shares} of {counts}."

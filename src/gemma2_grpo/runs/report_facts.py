@@ -11,7 +11,7 @@ from typing import Any
 from gemma2_grpo.config import ConfigError
 from gemma2_grpo.presets import load_config, preset_names
 from gemma2_grpo.runs.health import number
-from gemma2_grpo.runs.outcome import percent
+from gemma2_grpo.runs.outcome import part_of, percent
 from gemma2_grpo.runs.run_files import RunFiles
 
 # Of other people's machines, which are nobody's business, and keys.
@@ -125,27 +125,30 @@ def setup(run: RunFiles) -> list[tuple[str, str]]:
 
 
 def starts(run: RunFiles) -> list[dict[str, str]]:
-    """When and with which commands the run was started."""
+    """What was done when, and with which commands: training, going on, and evaluating."""
+    begun = [start for start in _list(run.facts, "starts") if isinstance(start, dict)]
+    kinds = ["Started", *["Resumed"] * len(begun)]
+    done: list[tuple[str, Mapping[str, Any]]] = [*zip(kinds, begun, strict=False)]
+    if run.evaluation:
+        done.append(("Evaluated", run.evaluation))
     return [
         {
-            "when": _text(start.get("started")).replace("T", " ").replace("Z", " UTC"),
-            "command": _text(shlex.join(str(word) for word in _list(start, "command"))),
+            "when": f"{kind} {_text(what.get('started')).replace('T', ' ').replace('Z', ' UTC')}",
+            "command": _text(shlex.join(str(word) for word in _list(what, "command"))),
         }
-        for start in _list(run.facts, "starts")
-        if isinstance(start, dict)
+        for kind, what in done
     ]
 
 
 def origins(run: RunFiles) -> list[tuple[str, str]]:
     """Hashes, seeds, versions and machines."""
     facts = run.facts
-    data = facts.get("data")
-    data = data if isinstance(data, dict) else {}
     last = next((s for s in reversed(_list(facts, "starts")) if isinstance(s, dict)), {})
     versions = last.get("versions")
     rows = [
-        ("data", data.get("source")),
+        ("data", part_of(facts, "data").get("source")),
         ("SHA-256 of the data", facts.get("data_sha256")),
+        ("SHA-256 of the evaluation's data", part_of(run.evaluation or {}, "data").get("sha256")),
         ("SHA-256 of the base model", facts.get("base_sha256")),
         ("SHA-256 of the reward's file", facts.get("reward_sha256")),
         ("seed", run.setting("run", "seed")),
