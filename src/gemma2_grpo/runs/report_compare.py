@@ -21,6 +21,8 @@ from gemma2_grpo.runs.report_results import measure_rows
 from gemma2_grpo.runs.run_files import Answer, RunFiles, read_run
 from gemma2_grpo.runs.samples import choose
 
+_MAX_NAME = 40
+
 
 def write_comparison(
     paths: tuple[Path, Path], to: Path | None = None, *, plots: bool = False
@@ -55,7 +57,8 @@ def _names(runs: Sequence[RunFiles]) -> list[str]:
     names = [run.name for run in runs]
     if len(set(names)) < len(names):
         names = [str(run.path) for run in runs]
-    return [without_controls(name) for name in names]
+    ends = (name if len(name) <= _MAX_NAME else f"…{name[1 - _MAX_NAME :]}" for name in names)
+    return [without_controls(name) for name in ends]
 
 
 def render_comparison(runs: Sequence[RunFiles], names: Sequence[str]) -> str:

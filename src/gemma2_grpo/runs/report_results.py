@@ -79,7 +79,7 @@ def _changes(before: Result, after: Result) -> list[str]:
         if old is None or new is None:
             changes.append("")
         else:
-            text = f"{100 * (new - old):+.1f} pp" if is_share else f"{new - old:+.2f}"
+            text = f"{100 * (new - old):+.1f}\u00a0pp" if is_share else f"{new - old:+.2f}"
             changes.append(re.sub(r"[+-](0\.0+)\b", r"\1", text).replace("-", "\u2212"))
     return changes
 
