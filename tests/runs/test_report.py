@@ -1,17 +1,22 @@
 """The report says what the run's files say, takes nothing in and lets nothing out."""
 
 import html
+import io
 import json
 import re
 import shutil
 import subprocess
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from rich.console import Console
 
 from gemma2_grpo import cli
+from gemma2_grpo.runs.display import Display
+from gemma2_grpo.runs.loop import Run
 from gemma2_grpo.runs.report import write_report
 from gemma2_grpo.runs.report_compare import write_comparison
 
@@ -62,6 +67,15 @@ def text_of(page: str) -> str:
 
 def test_training_writes_it(finished: Finished) -> None:
     assert (finished.path / "report.html").is_file()
+
+
+def test_a_report_that_cannot_be_made_is_one_line_to_the_run(tmp_path: Path) -> None:
+    shown = io.StringIO()
+    nothing: Any = SimpleNamespace(path=tmp_path, config=None)
+    display = Display(Console(file=shown, width=100))
+    Run(nothing, nothing, nothing, display, nothing, nothing)._report()
+    assert shown.getvalue().startswith("the report cannot be written: UserError: run ")
+    assert shown.getvalue().count("\n") == 1
 
 
 def test_it_says_what_the_run_measured(run: Path) -> None:
