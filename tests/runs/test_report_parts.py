@@ -376,7 +376,7 @@ def test_equal_or_unlike_runs_are_not_ranked(write: Write) -> None:
     assert "a and b cannot be told apart" in page
     other = write([False] * 8, [True] * 8, name="c")
     page = write_comparison((first, other)).read_text()
-    assert "and others, which are not the same" in page
+    assert "not known to be the same for both" in page
     begun = write([False] * 8, name="d")
     assert "a and d have not both been measured" in write_comparison((first, begun)).read_text()
 

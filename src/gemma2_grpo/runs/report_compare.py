@@ -148,7 +148,7 @@ def _headline(both: Outcome | None, names: Sequence[str]) -> str:
     shares = f"{percent(first.accuracy)} and {percent(second.accuracy)}"
     counts = f"{first.problems:,} {both.problems}"
     if not both.pairs:
-        counts += " and others, which are not the same"
+        counts += ", not known to be the same for both"
     if not both.is_different:
         return f"{names[0]} and {names[1]} cannot be told apart: {shares} are right of {counts}."
     worse, better = sorted(zip((first.accuracy, second.accuracy), names, strict=True))
