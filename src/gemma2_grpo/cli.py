@@ -248,8 +248,10 @@ class Report:
 
     run: Annotated[Positional[Path], arg(metavar="RUN")]
     """Run directory, finished or not."""
+    compare: Annotated[Path | None, arg(metavar="RUN2")] = None
+    """Put this run beside it, instead of telling all of one."""
     to: Annotated[Path | None, arg(metavar="FILE")] = None
-    """The file; by default report.html in the run directory."""
+    """The file; by default report.html, or compare.html, in the run directory."""
     png: FlagCreatePairsOff[bool] = False
     """Write the plots as PNG too, into a folder `plots` beside it."""
 
@@ -259,8 +261,12 @@ class Report:
     def __call__(self) -> None:
         """Writes the report."""
         from gemma2_grpo.runs.report import write_report
+        from gemma2_grpo.runs.report_compare import write_comparison
 
-        print(write_report(self.run, self.to, plots=self.png))
+        if self.compare:
+            print(write_comparison((self.run, self.compare), self.to, plots=self.png))
+        else:
+            print(write_report(self.run, self.to, plots=self.png))
 
 
 @dataclass(frozen=True)

@@ -46,6 +46,7 @@ MEASUREMENT = Measurement(
     true_equations=1.0,
     mean_tokens=768.0,
     truncated=0.0,
+    reward=1.05,
     sampled=Sampled(
         samples=16, pass_at_1=0.5, pass_at_k=1.0, format=1.0, reward=1.05, true_equations=1.0
     ),

@@ -69,6 +69,46 @@ def test_a_spike_of_the_gradient() -> None:
     assert alarms(records) == [("grad_norm", "warning", 26)]
 
 
+def test_kl_alarms_while_it_rises() -> None:
+    high = steps(20, kl=0.7)
+    assert alarms(high) == [], "it stands still"
+    rising = [{**record, "kl": 0.02 * record["step"]} for record in steps(40)]
+    # The mean of five steps reaches 0.5 with steps 23 to 27.
+    assert alarms(rising) == [("kl", "warning", 27)]
+    assert alarms([{**r, "kl": 0.1 * r["step"]} for r in steps(40)]) == [("kl", "critical", 22)]
+
+
+@pytest.mark.parametrize(("grown", "found"), [(149.0, []), (150.0, ["completion_tokens"])])
+def test_length_alarms_where_the_reward_follows_it(grown: float, found: list[str]) -> None:
+    longer = {"completion_tokens": grown, "reward": 0.8}
+    records = steps(10) + [{**QUIET, "step": 10 + i, **longer} for i in range(1, 11)]
+    assert [a[0] for a in alarms(records)] == found
+    assert alarms([{**record, "reward": 0.5} for record in records]) == []
+
+
+def test_entropy_alarms_below_its_threshold_only() -> None:
+    for level, found in ((0.3, []), (0.29, ["warning"]), (0.1, ["warning"]), (0.09, ["critical"])):
+        records = steps(5) + [{**QUIET, "step": 5 + i, "entropy": level} for i in range(1, 6)]
+        assert [a[1] for a in alarms(records)] == found, level
+
+
+@pytest.mark.parametrize(
+    ("held_out", "found"), [(0.36, []), (0.35, ["warning"]), (0.2, ["critical"])]
+)
+def test_a_training_reward_above_the_held_out_one(held_out: float, found: list[str]) -> None:
+    before = {"step": 0, "reward": 0.0}
+    levels = [a.level for a in find_alarms(steps(10), [before, {"step": 10, "reward": held_out}])]
+    assert levels == found
+    sampled = {"step": 10, "reward": 0.0, "sampled": {"reward": held_out}}
+    assert [a.level for a in find_alarms(steps(10), [sampled])] == found
+
+
+def test_values_that_are_no_numbers_raise_nothing() -> None:
+    odd: list[Any] = [None, "high", float("nan"), 10**400, [1.0], True]
+    for value in odd:
+        assert alarms(steps(12, kl=value, entropy=value, grad_norm=value, updates=value)) == []
+
+
 def test_updates_that_were_left_out() -> None:
     records = steps(5)
     records[2]["updates_left_out"] = 1

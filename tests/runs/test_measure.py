@@ -61,6 +61,7 @@ def test_measurement_by_hand():
     measured = measure(learner, EXAMPLES, SCORE, samples=2)
     lengths = [len(answer_of(render_prompt(e.question), 0)) for e in EXAMPLES]
     texts = [(e, answer_of(render_prompt(e.question), d)) for e in EXAMPLES for d in range(2)]
+    greedy = [score_completion(t, e.answer, e.question).total for e, t in texts[::2]]
     reward = np.mean([score_completion(t, e.answer, e.question).total for e, t in texts])
     assert measured == Measurement(
         problems=7,
@@ -70,6 +71,7 @@ def test_measurement_by_hand():
         true_equations=4 / 6,
         mean_tokens=pytest.approx(np.mean(lengths)),
         truncated=1 / 7,
+        reward=pytest.approx(np.mean(greedy)),
         sampled=Sampled(
             samples=2,
             pass_at_1=pytest.approx((4 + 0.5) / 7),

@@ -1,17 +1,24 @@
 """The report says what the run's files say, takes nothing in and lets nothing out."""
 
 import html
+import io
 import json
 import re
 import shutil
 import subprocess
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
+from rich.console import Console
 
 from gemma2_grpo import cli
+from gemma2_grpo.runs.display import Display
+from gemma2_grpo.runs.loop import Run
 from gemma2_grpo.runs.report import write_report
+from gemma2_grpo.runs.report_compare import write_comparison
 
 from .conftest import Finished
 
@@ -60,6 +67,15 @@ def text_of(page: str) -> str:
 
 def test_training_writes_it(finished: Finished) -> None:
     assert (finished.path / "report.html").is_file()
+
+
+def test_a_report_that_cannot_be_made_is_one_line_to_the_run(tmp_path: Path) -> None:
+    shown = io.StringIO()
+    nothing: Any = SimpleNamespace(path=tmp_path, config=None)
+    display = Display(Console(file=shown, width=100))
+    Run(nothing, nothing, nothing, display, nothing, nothing)._report()
+    assert shown.getvalue().startswith("the report cannot be written: UserError: run ")
+    assert shown.getvalue().count("\n") == 1
 
 
 def test_it_says_what_the_run_measured(run: Path) -> None:
@@ -133,26 +149,54 @@ def test_damaged_lines_are_left_out(run: Path) -> None:
 def test_the_command(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["report", str(run), "--to", str(tmp_path / "a.html")]) == 0
     assert capsys.readouterr().out == f"{tmp_path / 'a.html'}\n"
+    assert cli.main(["report", str(run), "--compare", str(run)]) == 0
+    assert capsys.readouterr().out == f"{run / 'compare.html'}\n"
     (tmp_path / "empty").mkdir()
-    for words in (["nowhere"], [str(tmp_path / "empty")], [str(run), "--to", "/dev/null/x.html"]):
+    for words in (
+        ["nowhere"],
+        [str(run), "--compare", "nowhere"],
+        [str(tmp_path / "empty")],
+        [str(run), "--to", "/dev/null/x.html"],
+    ):
         assert cli.main(["report", *words]) == 2
         assert capsys.readouterr().err.count("\n") == 1
+
+
+@pytest.fixture
+def pages(hostile: Path, tmp_path: Path) -> list[Path]:
+    """The report of a run that was evaluated as well, and a comparison, of hostile text."""
+    counts = {"problems": 4000, "correct": 1000, "by_solution_steps": []}
+    steps = [{"steps": step, "problems": 1000, "correct": 500} for step in range(1, 9)]
+    sampled = {"samples": 16, "pass_at_1": 0.5, "pass_at_k": {"16": 1.0}, "maj_at_k": {"16": 1.0}}
+    system = {"greedy": {**counts, "by_solution_steps": steps}, "sampled": sampled}
+    evaluation = {"data": {"source": "x" * 200}, "systems": {"base": system, "adapter": system}}
+    (hostile / "evaluation.json").write_text(json.dumps(evaluation))
+    other = tmp_path / ("n" * 200)
+    shutil.copytree(hostile, other)
+    return [write_report(hostile), write_comparison((hostile, other))]
 
 
 @pytest.mark.skipif(BROWSER is None, reason="no Chromium")
 @pytest.mark.parametrize("width", [1280, 360])
 def test_in_a_browser_nothing_overflows_and_nothing_is_requested(
-    hostile: Path, width: int, tmp_path: Path
+    pages: list[Path], width: int, tmp_path: Path
 ) -> None:
-    report = write_report(hostile)
-    (tmp_path / "measure.html").write_text(MEASURE.format(width=width, report=report.as_uri()))
+    for page in pages:
+        measured = _measure(page, width, tmp_path)
+        assert measured["height"] > 2000
+        assert measured["shown"] == width and measured["width"] <= width, page.name
+        assert measured["asked"] == []
+
+
+def _measure(page: Path, width: int, folder: Path) -> dict[str, Any]:
+    (folder / "measure.html").write_text(MEASURE.format(width=width, report=page.as_uri()))
     flags = """--headless --no-sandbox --disable-gpu --disable-quic --no-first-run
     --disable-background-networking --disable-component-update --disable-sync
     --allow-file-access-from-files --virtual-time-budget=5000""".split()
     shown = subprocess.run(
         [
-            *(str(BROWSER), *flags, f"--user-data-dir={tmp_path / 'profile'}", "--dump-dom"),
-            (tmp_path / "measure.html").as_uri(),
+            *(str(BROWSER), *flags, f"--user-data-dir={folder / 'profile'}", "--dump-dom"),
+            (folder / "measure.html").as_uri(),
         ],
         capture_output=True,
         text=True,
@@ -161,7 +205,4 @@ def test_in_a_browser_nothing_overflows_and_nothing_is_requested(
     ).stdout
     found = re.search(r"<pre id=\"out\">(.*?)</pre>", shown)
     assert found and found[1], shown[-500:]
-    measured = json.loads(html.unescape(found[1]))
-    assert measured["height"] > 2000
-    assert measured["shown"] == width and measured["width"] <= width
-    assert measured["asked"] == []
+    return json.loads(html.unescape(found[1]))

@@ -156,7 +156,8 @@ class _Series:
         """Whether the last steps are above those before them, or above the first if none were."""
         last = list(self._last)
         before, now = last[:-WINDOW_STEPS], last[-WINDOW_STEPS:]
-        return statistics.fmean(now) > (statistics.fmean(before) if before else now[0])
+        level, base = statistics.fmean(now), statistics.fmean(before) if before else now[0]
+        return level > base and not math.isclose(level, base)
 
 
 class Health:

@@ -1,5 +1,6 @@
 """The run itself: measure, train, measure again."""
 
+import math
 import signal
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -23,6 +24,7 @@ from gemma2_grpo.task.data import Example, batch_indices
 from gemma2_grpo.task.scoring import Scorer
 
 REPORT = "report.html"
+_REPORT_EVERY_SECONDS = 60
 
 
 class Run:
@@ -47,6 +49,7 @@ class Run:
         self._memory = MemoryMonitor()
         self._track = track
         self._health = Health()
+        self._reported = -math.inf
         self._stop_signal: int | None = None
 
     def go(self) -> None:
@@ -58,6 +61,7 @@ class Run:
         for record in directory.records("metrics.jsonl"):
             self._health.add(record)
         before = self._measured(0, config.run.eval_samples)
+        self._report()
         self._train(first, config.run.max_steps)
         after = self._measured(config.run.max_steps, config.run.eval_samples)
         if not is_first():
@@ -78,22 +82,27 @@ class Run:
         """Writes the report anew; a run is worth more than its report."""
         if not is_first():
             return
-        from gemma2_grpo.runs.report import write_report
-
         try:
+            from gemma2_grpo.runs.report import write_report
+
             write_report(self._directory.path)
         except Exception as error:  # Whatever it is, training goes on.
-            self._display.note(f"the report cannot be written: {type(error).__name__}: {error}")
+            line = " ".join(str(error).split())
+            self._display.note(f"the report cannot be written: {type(error).__name__}: {line}")
+        self._reported = time.monotonic()
 
     def _measured(self, step: int, samples: int) -> dict[str, Any]:
         """The measurement after so many steps, which a resumed run may have already."""
         records = self._directory.records("evaluations.jsonl")
         earlier = (record for record in records if record["step"] == step)
-        return from_first(next(earlier, None)) or self._measure(step, samples)
+        record = from_first(next(earlier, None)) or self._measure(step, samples)
+        # Two runs that measure the same have the same result, however long it took.
+        return {name: value for name, value in record.items() if name != "seconds"}
 
     def _measure(self, step: int, samples: int) -> dict[str, Any]:
         held_out = self._session.held_out
         label = f"measuring {len(held_out)} held-out problems"
+        started = time.perf_counter()
         with self._display.measuring(label, len(held_out) * (2 if samples else 1)) as on_batch:
             measurement = measure(
                 self._session.learner,
@@ -106,7 +115,8 @@ class Run:
                 ),
             )
         self._display.held_out(step, measurement)
-        record = {"step": step, **measurement.as_record()}
+        seconds = time.perf_counter() - started
+        record = {"step": step, **measurement.as_record(), "seconds": seconds}
         self._directory.append("evaluations.jsonl", record)
         self._track("held_out", record)
         self._health.add_evaluation(record)
@@ -140,7 +150,8 @@ class Run:
                 stop_signal = max(gather(self._stop_signal or 0))
                 if is_due or stop_signal:
                     self._session.save(done)
-                    self._report()
+                    if stop_signal or time.monotonic() - self._reported > _REPORT_EVERY_SECONDS:
+                        self._report()
                 if stop_signal:
                     self._display.note(f"stopped after step {done}; run again to resume")
                     raise SystemExit(128 + stop_signal)

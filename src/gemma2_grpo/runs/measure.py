@@ -49,6 +49,8 @@ class Measurement:
     mean_tokens: float
     truncated: float
     """Share of greedy completions that ran into the limit."""
+    reward: float
+    """Mean total reward of the greedy completions."""
     sampled: Sampled | None = None
 
     @property
@@ -97,6 +99,7 @@ def measure(
         true_equations=_share(table["true_equations"], table["equations"]),
         mean_tokens=float(done.tokens.mean()),
         truncated=float(done.is_truncated.mean()),
+        reward=_mean(table["total"]),
         sampled=_sampled(learner, examples, score, samples, on_batch) if samples else None,
     )
 
@@ -109,14 +112,13 @@ def _sampled(
     on_batch: Callable[[int], None],
 ) -> Sampled:
     table = _complete(learner, examples, samples, score, on_batch, greedy=False).scores
-    total = table["total"]
     correct = table["correct"].reshape(-1, samples).sum(axis=1).astype(int).tolist()
     return Sampled(
         samples=samples,
         pass_at_1=pass_at_k(correct, samples, 1),
         pass_at_k=pass_at_k(correct, samples, samples),
         format=float((table["format"] == 1).mean()),
-        reward=float(np.nanmean(total)) if np.isfinite(total).any() else 0.0,
+        reward=_mean(table["total"]),
         true_equations=_share(table["true_equations"], table["equations"]),
     )
 
@@ -203,6 +205,11 @@ def complete_batch(
 def _batch_prompts(learner: Learner, group: int) -> int:
     """Prompts at one time: as many completions whether they are greedy or sampled."""
     return max(1, learner.config.run.eval_batch_prompts // group)
+
+
+def _mean(rewards: np.ndarray) -> float:
+    """Of those that were given."""
+    return float(np.nanmean(rewards)) if np.isfinite(rewards).any() else 0.0
 
 
 def _share(part: np.ndarray, whole: np.ndarray) -> float:

@@ -104,8 +104,10 @@ def during_run(run: RunFiles) -> Outcome | None:
     if not records:
         return None
     first, last = records[0], records[-1]
-    before = _held_out_result(first, "before") if first["step"] == 0 else None
-    after = _held_out_result(last, f"after {last['step']} steps") if last["step"] else None
+    before = _held_out_result(first, "Before") if first["step"] == 0 else None
+    after = _held_out_result(last, f"After {last['step']} steps") if last["step"] else None
+    if before is None and after is None:
+        return None
     old, new = (run.held_out.get(int(record["step"]), []) for record in (first, last))
     pairs = _pair(old if before else [], new if after else [])
     return _outcome("held-out problems", before, after, pairs, None)
@@ -114,20 +116,20 @@ def during_run(run: RunFiles) -> Outcome | None:
 def by_evaluation(run: RunFiles) -> Outcome | None:
     """What `evaluate` measured; None if it has not been run."""
     evaluation = run.evaluation or {}
-    systems = _part(evaluation, "systems")
+    systems = part_of(evaluation, "systems")
     base, adapter = (
-        _system_result(_part(systems, name), label)
-        for name, label in (("base", "base model"), ("adapter", "with adapter"))
+        _system_result(part_of(systems, name), label)
+        for name, label in (("base", "Base model"), ("adapter", "With adapter"))
     )
     if base is None and adapter is None:
         return None
-    data = _part(evaluation, "data")
+    data = part_of(evaluation, "data")
     old, new = (run.evaluated.get(name, {}) for name in ("base", "adapter"))
     indices = sorted({*old, *new})
     pairs = [Pair(old.get(i), new.get(i)) for i in indices]
-    where = " ".join(str(data[name]) for name in ("source", "split") if data.get(name))
-    name = f"problems of {where}" if where else "problems"
-    return _outcome(name, base, adapter, pairs, _part(evaluation, "comparison"))
+    split = f"{data['split']} " if data.get("split") else ""
+    name = f"{split}problems" + (f" of {data['source']}" if data.get("source") else "")
+    return _outcome(name, base, adapter, pairs, part_of(evaluation, "comparison"))
 
 
 def _outcome(
@@ -140,14 +142,19 @@ def _outcome(
     """Counts the pairs, unless that was done where they were made."""
     names = ("both_right", "both_wrong", "fixed", "broken")
     counts = [number(counted or {}, name) for name in names]
-    both = [(pair.before, pair.after) for pair in pairs]
-    whole = [(old.is_correct, new.is_correct) for old, new in both if old and new]
-    paired = None
+    paired = flips(pairs)
     if all(count is not None for count in counts):
         paired = Paired(*(int(count or 0) for count in counts))
-    elif whole and len(whole) == len(pairs):
-        paired = compare_paired(*zip(*whole, strict=True))
     return Outcome(problems, before, after, paired, pairs)
+
+
+def flips(pairs: Sequence[Pair]) -> Paired | None:
+    """Counts how answers differ; None if there are none, or any is missing."""
+    both = [(pair.before, pair.after) for pair in pairs]
+    whole = [(old.is_correct, new.is_correct) for old, new in both if old and new]
+    if not whole or len(whole) < len(pairs):
+        return None
+    return compare_paired(*zip(*whole, strict=True))
 
 
 def _pair(old: Sequence[Answer], new: Sequence[Answer]) -> list[Pair]:
@@ -160,7 +167,7 @@ def _pair(old: Sequence[Answer], new: Sequence[Answer]) -> list[Pair]:
 
 
 def _held_out_result(record: Mapping[str, Any], label: str) -> Result | None:
-    sampled = _part(record, "sampled")
+    sampled = part_of(record, "sampled")
     values = {
         "format": number(record, "format"),
         "true_equations": number(record, "true_equations"),
@@ -176,7 +183,7 @@ def _held_out_result(record: Mapping[str, Any], label: str) -> Result | None:
 
 
 def _system_result(system: Mapping[str, Any], label: str) -> Result | None:
-    greedy, sampled = _part(system, "greedy"), _part(system, "sampled")
+    greedy, sampled = part_of(system, "greedy"), part_of(system, "sampled")
     values = {
         "format": number(greedy, "format"),
         "true_equations": number(greedy, "true_equations"),
@@ -186,13 +193,15 @@ def _system_result(system: Mapping[str, Any], label: str) -> Result | None:
         "pass_at_k": _at_most_samples(sampled, "pass_at_k"),
         "maj_at_k": _at_most_samples(sampled, "maj_at_k"),
         "sampled_format": number(sampled, "format"),
+        "sampled_true_equations": number(sampled, "true_equations"),
+        "sampled_reward": number(sampled, "reward"),
     }
     return _result(greedy, label, values, sampled)
 
 
 def _at_most_samples(sampled: Mapping[str, Any], name: str) -> float | None:
     """The value with k = all samples."""
-    return number(_part(sampled, name), str(int(number(sampled, "samples") or 0)))
+    return number(part_of(sampled, name), str(int(number(sampled, "samples") or 0)))
 
 
 def _result(
@@ -225,7 +234,7 @@ def _result(
     )
 
 
-def _part(record: Mapping[str, Any], name: str) -> Mapping[str, Any]:
+def part_of(record: Mapping[str, Any], name: str) -> Mapping[str, Any]:
     """A part of a record; empty where there is none."""
     value = record.get(name)
     return value if isinstance(value, dict) else {}
@@ -247,7 +256,7 @@ def headline(outcome: Outcome | None, run: RunFiles) -> str:
     if before is None or after is None:
         result = before or after
         assert result is not None
-        when = "before training" if after is None else result.label
+        when = "before training" if after is None else result.label.lower()
         return (
             f"{control}{percent(result.accuracy)} of {result.problems:,} {outcome.problems} are "
             f"right {when}; there is nothing yet to compare that with."

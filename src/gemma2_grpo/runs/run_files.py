@@ -192,7 +192,7 @@ def _read_held_out(
 
 def _read_evaluated(path: Path, missing: list[str]) -> dict[str, dict[int, Answer]]:
     systems: dict[str, dict[int, Answer]] = {}
-    for record in _read_log(path, missing):
+    for record in _read_log(path, missing, b'"sample": null'):
         index = number(record, "index")
         if record.get("sample") is None and index is not None:
             systems.setdefault(str(record.get("system")), {})[int(index)] = _answer(record)

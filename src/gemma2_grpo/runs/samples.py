@@ -1,7 +1,7 @@
 """Completions to read: which ones, and their written equations marked true or false."""
 
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from gemma2_grpo.runs.outcome import Pair
@@ -36,14 +36,19 @@ _KINDS = (
 )
 
 
-def choose(pairs: Sequence[Pair]) -> list[Group]:
-    """The first pairs of each kind in the order of the data, what flipped before what did not."""
+def choose(pairs: Sequence[Pair], titles: Mapping[str, str] | None = None) -> list[Group]:
+    """The first pairs of each kind in the order of the data, what flipped before what did not.
+
+    Args:
+        pairs: All of them.
+        titles: By kind, where what is compared is not before and after.
+    """
     groups = []
     for kind, title, shown, folded in _KINDS:
         own = [pair for pair in pairs if pair.kind == kind]
         if own:
             is_paired = own[0].before is not None and own[0].after is not None
-            name = title if is_paired else kind.capitalize()
+            name = (titles or {}).get(kind, title if is_paired else kind.capitalize())
             rest = own[shown : shown + folded]
             groups.append(Group(kind, name, len(own), own[:shown], rest))
     return groups
