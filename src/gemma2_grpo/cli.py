@@ -17,7 +17,15 @@ import tyro
 from tyro import _errors  # Private, but the one way to errors of one line; hence the exact minor.
 from tyro.conf import FlagCreatePairsOff, OmitArgPrefixes, Positional, arg, subcommand
 
-from gemma2_grpo.config import Config, SftConfig, UserError, check, check_sft
+from gemma2_grpo.config import (
+    Config,
+    EvaluateConfig,
+    SftConfig,
+    UserError,
+    check,
+    check_evaluate,
+    check_sft,
+)
 from gemma2_grpo.presets import from_mapping, read_toml
 from gemma2_grpo.runs.machines import Launcher
 
@@ -117,6 +125,35 @@ class Score:
         from gemma2_grpo.runs.score import score_file
 
         score_file(self.file, self.json, Config().rewards)
+
+
+@dataclass(frozen=True)
+class Evaluate:
+    """Measure a run or a model on held-out problems, with and without its adapter.
+
+    The same command again goes on where a stopped one was, and shows a finished one.
+    """
+
+    source: Annotated[Positional[str], arg(metavar="RUN|MODEL")]
+    """A run directory, a directory of a model, a Hugging Face id, `kaggle:HANDLE` or `embedded`."""
+    to: Annotated[Path | None, arg(metavar="DIR")] = None
+    """Where the results are written. Default: the run directory; for a model evaluations/NAME."""
+    json: FlagCreatePairsOff[bool] = False
+    """Print evaluation.json on standard output, and nothing else there."""
+    overwrite: FlagCreatePairsOff[bool] = False
+    """Begin anew where the results of an evaluation are already."""
+    config: Sections[EvaluateConfig] = field(default_factory=EvaluateConfig)
+
+    def defaults(self) -> None:
+        """Returns nothing: there is no TOML file."""
+
+    def __call__(self) -> None:
+        """Checks what is asked, then evaluates."""
+        config = check_evaluate(self.config)
+        require_jax()
+        from gemma2_grpo.runs.evaluate import evaluate
+
+        evaluate(self.source, config, self.to, as_json=self.json, overwrite=self.overwrite)
 
 
 @dataclass(frozen=True)
@@ -309,11 +346,12 @@ class Plan:
         )
 
 
-Command = Train | Sft | Score | Ask | Report | Export | Plan | Launch
+Command = Train | Sft | Score | Evaluate | Ask | Report | Export | Plan | Launch
 COMMANDS: dict[str, type[Command]] = {
     "train": Train,
     "sft": Sft,
     "score": Score,
+    "evaluate": Evaluate,
     "ask": Ask,
     "report": Report,
     "export": Export,

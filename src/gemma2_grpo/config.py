@@ -7,7 +7,7 @@ reported before anything expensive has loaded.
 import dataclasses
 import math
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -250,6 +250,34 @@ class SftConfig:
     sft: SupervisedConfig = field(default_factory=SupervisedConfig)
 
 
+@dataclass(frozen=True, kw_only=True)
+class EvaluateConfig:
+    """What is asked of a run or a model, and how. What is not set is as in the run."""
+
+    data: str | None = None
+    """Problems: `procedural`, `openai/gsm8k`, `kaggle:HANDLE`, a directory with train and test
+    JSONL or Parquet files, or one JSONL file. Default: those of the run; for a model GSM8K."""
+    split: Literal["test", "validation"] = "test"
+    """`validation` is disjoint from what was trained on; choose settings on it."""
+    limit: int | None = None
+    """Only the first so many problems. Default: the whole official test split; of procedural
+    and of validation problems, as many as training measures."""
+    samples: int = 0
+    """Sampled completions per problem besides the greedy one, for pass@k and maj@k."""
+    temperature: float | None = None
+    """Divides the logits in sampling."""
+    max_prompt_tokens: int | None = None
+    """Longer prompts are dropped, and counted. Default: 512, or the run's where that is more."""
+    max_completion_tokens: int | None = None
+    """Longer completions are cut off, and counted."""
+    batch_prompts: int | None = None
+    """Greedy completions at one time, and about as many sampled ones."""
+    seed: int | None = None
+    """Seed of sampling."""
+    adapter: str | None = None
+    """Directory of a saved adapter of the model, to compare the model with and without it."""
+
+
 def check(config: Config) -> Config:
     """Refuses combinations that cannot run, in one line that names the field and the mend.
 
@@ -303,20 +331,32 @@ def check_sft(config: SftConfig) -> SftConfig:
     return config
 
 
+def check_evaluate(config: EvaluateConfig) -> EvaluateConfig:
+    """Refuses values that mean nothing, in one line that names the field and the mend.
+
+    Raises:
+        ConfigError: for the first impossible value.
+    """
+    values = {f.name: getattr(config, f.name) for f in dataclasses.fields(config)}
+    _check_values({name: value for name, value in values.items() if value is not None})
+    return config
+
+
 # Fields, what must hold, and how the message says so.
 _RANGES: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
     ("num_generations", lambda value: value >= 2, "must be at least 2"),
     (
         "lora_rank logprob_chunk_tokens num_train_samples num_test_samples prompts_per_step "
         "max_prompt_tokens max_completion_tokens num_iterations micro_batch_tokens max_steps "
-        "eval_batch_prompts checkpoint_every_steps keep_checkpoints steps batch_size max_tokens",
+        "eval_batch_prompts checkpoint_every_steps keep_checkpoints steps batch_size max_tokens "
+        "limit batch_prompts",
         lambda value: value >= 1,
         "must be at least 1",
     ),
     (
         "top_k beta weight_decay data_seed seed eval_every_steps eval_samples sample_every_steps "
         "format_weight logic_weight accuracy_weight self_correction_weight length_weight "
-        "sloppy_steps",
+        "sloppy_steps samples",
         lambda value: value >= 0,
         "must be at least 0",
     ),
@@ -349,13 +389,7 @@ def _check_ranges(config: Config | SftConfig) -> None:
         for section in (getattr(config, f.name) for f in dataclasses.fields(config))
         for f in dataclasses.fields(section)
     }
-    for name, value in values.items():
-        if isinstance(value, float) and not math.isfinite(value):
-            raise ConfigError(f"{name} = {value} must be a finite number")
-    for names, holds, demand in _RANGES:
-        for name in names.split():
-            if name in values and not holds(values[name]):
-                raise ConfigError(f"{name} = {values[name]} {demand}")
+    _check_values(values)
     for pattern in values["lora_modules"]:
         try:
             re.compile(pattern)
@@ -363,3 +397,13 @@ def _check_ranges(config: Config | SftConfig) -> None:
             raise ConfigError(
                 f"lora_modules: {pattern!r} is not a regular expression: {error}"
             ) from None
+
+
+def _check_values(values: Mapping[str, Any]) -> None:
+    for name, value in values.items():
+        if isinstance(value, float) and not math.isfinite(value):
+            raise ConfigError(f"{name} = {value} must be a finite number")
+    for names, holds, demand in _RANGES:
+        for name in names.split():
+            if name in values and not holds(values[name]):
+                raise ConfigError(f"{name} = {values[name]} {demand}")

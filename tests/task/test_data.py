@@ -13,7 +13,14 @@ import pyarrow.parquet as pq
 import pytest
 
 from gemma2_grpo.config import DataConfig, UserError
-from gemma2_grpo.task.data import Example, batch_indices, drop_long, load_splits
+from gemma2_grpo.task.data import (
+    Example,
+    batch_indices,
+    drop_long,
+    hash_of,
+    load_held_out,
+    load_splits,
+)
 from gemma2_grpo.task.problems import split_by_hash
 
 PROCEDURAL_SHA256 = "a248371e85f91ccedf4da7e3d3dfc5b442af4488a18b9313b231a5fb5ca87741"
@@ -168,6 +175,50 @@ def test_procedural_splits():
     assert splits == load_splits(config("procedural", 300, 100))
     assert splits.source == "procedural"
     assert splits.sha256 == PROCEDURAL_SHA256
+
+
+def test_held_out_problems_are_the_whole_test_split_and_begin_with_the_selected_ones(folder):
+    whole = load_held_out(config(folder))
+    assert {example.answer for example in whole} == set(map(str, range(12)))
+    assert whole[:5] == load_splits(config(folder)).test == load_held_out(config(folder), 5)
+    assert len({hash_of(whole), hash_of(whole[:5]), hash_of(whole[:4])}) == 3
+    assert hash_of(load_held_out(config(folder))) == hash_of(whole)
+    assert message(load_held_out, config(folder), 13) == (
+        f"limit = 13 is more than the 12 problems of that split in {folder}; lower it"
+    )
+
+
+def test_held_out_validation_problems_are_not_trained_on(folder):
+    asked = config(folder, eval_split="validation")
+    assert load_held_out(asked) == load_splits(asked).validation
+    train = set(load_splits(asked).train)
+    left = load_held_out(asked, 30)
+    assert len(set(left)) == 30 and not train & set(left)
+    assert message(load_held_out, asked, 31).startswith("limit = 31 is more than the 30 problems")
+    assert len(load_held_out(config(folder, 37, 5, eval_split="validation"))) == 3
+    assert message(load_held_out, config(folder, 40, eval_split="validation")) == (
+        f"{folder}: no validation problems in it; choose another split"
+    )
+
+
+def test_held_out_procedural_problems_have_no_end():
+    asked = config("procedural", 300, 100)
+    assert load_held_out(asked) == load_splits(asked).test
+    more = load_held_out(asked, 120)
+    assert more[:100] == load_splits(asked).test and len(more) == 120
+    validation = config("procedural", 300, 10, eval_split="validation")
+    assert load_held_out(validation) == load_splits(validation).validation
+
+
+def test_steps_of_a_solution(tmp_path):
+    three = {"question": "Q?", "answer": "2+2=4\n\n4+1=5\nStep 9: so 5\n#### 5"}
+    rows = [NATALIA, three, {"question": "R?", "answer": "7"}]
+    write_jsonl(tmp_path / "train.jsonl", TRAIN)
+    write_jsonl(tmp_path / "test.jsonl", rows)
+    steps = {e.question: e.solution_steps for e in load_held_out(config(tmp_path))}
+    assert steps == {NATALIA["question"]: 2, "Q?": 3, "R?": None}
+    for example in load_held_out(config("procedural", test=20)):
+        assert example.solution_steps == example.solution.count(" = ")
 
 
 # --- Sources ---

@@ -6,9 +6,11 @@ entries with t tokens takes 2 n t operations. The base is frozen, so a backward 
 gradients of its matrices: it takes as much as the forward pass, not twice as much.
 """
 
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
-import numpy as np
 from tunix.models.gemma import model as gemma
 
 from gemma2_grpo.config import Config
@@ -113,6 +115,37 @@ def step_work(sizes: Sizes, config: Config, mean_tokens: float) -> list[Work]:
     return parts
 
 
+def moved_bytes(
+    architecture: gemma.ModelConfig,
+    config: Config,
+    mean_tokens: float,
+    programs: Sequence[Mapping[str, Any]],
+) -> float:
+    """Bytes that collectives bring to one chip in a step, none of them hidden behind computing.
+
+    By the compiled programs, times how often each runs. Within the loop of decoding, two sums a
+    layer of the hidden states of all rows.
+    """
+    rollout, mu = config.rollout, config.grpo.num_iterations
+    rows = rollout.prompts_per_step * rollout.num_generations
+    micro = math.ceil(rows * mean_tokens / config.grpo.micro_batch_tokens)
+    runs = {"reference": micro, "update": mu * micro, "optimizer": mu}
+    runs |= {"update prompts": mu, "update prompts, back": mu}
+    moved = float(
+        sum(
+            runs.get(program["name"], 1) * size
+            for program in programs
+            for _, size in program["collectives"].values()
+        )
+    )
+    fsdp, tp = config.model.mesh_shape
+    if tp > 1:
+        row_bytes = architecture.embed_dim * (2 if config.model.dtype == "bfloat16" else 4)
+        sums = 2 * architecture.num_layers * rollout.max_completion_tokens
+        moved += sums * rows / fsdp * row_bytes
+    return moved
+
+
 @dataclass(frozen=True)
 class MemoryEstimate:
     """Bytes on the fullest chip by formulas; a compiler's own account is better."""
@@ -178,8 +211,3 @@ def known_architecture(name: str) -> gemma.ModelConfig | None:
             architecture.num_embed = 256_000
             return architecture
     return None
-
-
-def parameter_count(sizes: Sizes) -> int:
-    """Of the base, without its norms."""
-    return int(np.int64(sizes.decoder) + sizes.head)

@@ -3,6 +3,7 @@
 import hashlib
 import json
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
@@ -60,11 +61,7 @@ def check_adapter(folder: Path, config: ModelConfig, base_sha256: str) -> None:
         UserError: if it is unreadable, belongs to another base, or has another shape.
     """
     path = folder / ADAPTER_FILE
-    try:
-        with safe_open(path, framework="numpy") as file:
-            described = json.loads((file.metadata() or {}).get(_DESCRIPTION, "{}"))
-    except (OSError, SafetensorError, ValueError) as error:
-        raise UserError(f"{path}: not a readable adapter ({error})") from None
+    described = _description(path)
     if described.get("base_sha256") != base_sha256:
         raise UserError(
             f"{path}: made for another base ({described.get('base')}); load it on that one"
@@ -78,6 +75,34 @@ def check_adapter(folder: Path, config: ModelConfig, base_sha256: str) -> None:
     if made != ours:
         told = ", ".join(f"{name} = {value}" for name, value in made.items())
         raise UserError(f"{path}: does not fit; it was made with {told}; set the same")
+
+
+def adapter_shape(folder: Path) -> dict[str, Any]:
+    """Fields of the model's configuration that a saved adapter was made with.
+
+    Raises:
+        UserError: if it is unreadable.
+    """
+    described = _description(folder / ADAPTER_FILE)
+    try:
+        return {
+            "lora_rank": described["lora_rank"],
+            "lora_alpha": described["lora_alpha"],
+            "lora_modules": tuple(described["lora_modules"]),
+        }
+    except KeyError:
+        raise UserError(
+            f"{folder / ADAPTER_FILE}: does not say how it was made; take the adapter of a run"
+        ) from None
+
+
+def _description(path: Path) -> dict[str, Any]:
+    """What an adapter belongs to, as `save_adapter` wrote it."""
+    try:
+        with safe_open(path, framework="numpy") as file:
+            return json.loads((file.metadata() or {}).get(_DESCRIPTION, "{}"))
+    except (OSError, SafetensorError, ValueError) as error:
+        raise UserError(f"{path}: not a readable adapter ({error})") from None
 
 
 def load_adapter(policy: gemma.Gemma, folder: Path) -> None:

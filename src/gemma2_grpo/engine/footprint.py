@@ -21,9 +21,10 @@ _OUT_OF_MEMORY = re.compile(r"(?:required.*?\(|Used )([\d.]+)([KMG])")
 _UNITS = {"K": 1 << 10, "M": 1 << 20, "G": 1 << 30}
 _COLLECTIVE = re.compile(
     r"^\s*(?:ROOT )?%?[\w.-]+ = (.+?) "
-    r"(all-gather|all-reduce|reduce-scatter|all-to-all|collective-permute)(?:-start)?\(",
+    r"(all-gather|all-reduce|reduce-scatter|all-to-all|collective-permute)(?:-start)?\((.*)$",
     re.MULTILINE,
 )
+_CHANNEL = re.compile(r"channel_id=(\d+)")
 _ARRAY = re.compile(r"([a-z]+\d+|pred)\[([\d,]*)\]")
 
 
@@ -75,9 +76,18 @@ def compile_program(name: str, lower: Lower) -> Footprint:
 
 
 def collectives(text: str) -> dict[str, tuple[int, int]]:
-    """Number and bytes of the collectives in a compiled program, by kind."""
+    """Number and bytes of the collectives in a compiled program, by kind.
+
+    The TPU compiler writes one collective into each of several computations that run it in part;
+    they have one channel.
+    """
     found: dict[str, tuple[int, int]] = {}
-    for result, kind in _COLLECTIVE.findall(text):
+    seen: set[str] = set()
+    for result, kind, rest in _COLLECTIVE.findall(text):
+        channel = _CHANNEL.search(rest)
+        if channel and channel[1] in seen:
+            continue
+        seen |= {channel[1]} if channel else set()
         count, size = found.get(kind, (0, 0))
         sizes = [_bytes(item, dimensions) for item, dimensions in _ARRAY.findall(result)]
         # What starts one returns its operand as well as its result.

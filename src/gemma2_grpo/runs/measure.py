@@ -7,8 +7,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from gemma2_grpo.engine.learner import Learner, Scores, Stream, fold_key
+from gemma2_grpo.engine.learner import Completions, Learner, Scores, Stream, fold_key
 from gemma2_grpo.engine.processes import gather_rows, has_turn
+from gemma2_grpo.engine.sampler import Sampler
 from gemma2_grpo.task.data import Example
 from gemma2_grpo.task.prompts import render_prompt
 from gemma2_grpo.task.statistics import pass_at_k, wilson_interval
@@ -147,16 +148,12 @@ def _complete(
     for index, start in enumerate(range(0, len(examples), size)):
         kept = min(size, len(examples) - start)
         if has_turn(index):
-            # A last, short batch is filled up with others, so that one program serves all.
-            batch = islice(cycle(examples), start, start + size)
-            prompts = [render_prompt(example.question) for example in batch]
-            # Greedy decoding draws nothing; sampling draws from a stream that training never sees.
-            key = fold_key(learner.config.run.seed, Stream.EVAL, group, index)
-            completions = learner.generate(prompts, group, key, greedy=greedy)
+            seed = learner.config.run.seed
+            completions = complete_batch(learner, examples, index, size, group, seed, greedy=greedy)
             rows += range(start * group, (start + kept) * group)
-            texts += completions.texts[: kept * group]
-            tokens += completions.lengths[: kept * group].tolist()
-            is_truncated += completions.is_truncated[: kept * group].tolist()
+            texts += completions.texts
+            tokens += completions.lengths.tolist()
+            is_truncated += completions.is_truncated.tolist()
         on_batch(kept)
     # A user's reward need not cope with no completions at all.
     scores = score([examples[row // group] for row in rows], texts) if rows else {}
@@ -169,6 +166,38 @@ def _complete(
         np.array(done["cut"])[order],
         {name: np.array(column)[order] for name, column in columns.items()},
     )
+
+
+def complete_batch(
+    model: Learner | Sampler,
+    examples: Sequence[Example],
+    index: int,
+    size: int,
+    group: int,
+    seed: int,
+    *,
+    greedy: bool,
+) -> Completions:
+    """Completes one batch of examples, the same whichever batches came before.
+
+    Args:
+        model: What completes prompts.
+        examples: Of all batches.
+        index: Of the batch.
+        size: Prompts of a batch; the last one may have fewer examples.
+        group: Completions per prompt.
+        seed: Seed of sampling.
+        greedy: Take the likeliest token.
+    """
+    start = index * size
+    kept = min(size, len(examples) - start) * group
+    # A last, short batch is filled up with others, so that one program serves all.
+    batch = islice(cycle(examples), start, start + size)
+    prompts = [render_prompt(example.question) for example in batch]
+    # Greedy decoding draws nothing; sampling draws from a stream that training never sees.
+    key = fold_key(seed, Stream.EVAL, group, index)
+    done = model.generate(prompts, group, key, greedy=greedy)
+    return Completions(done.texts[:kept], done.tokens[:kept], done.is_truncated[:kept])
 
 
 def _batch_prompts(learner: Learner, group: int) -> int:

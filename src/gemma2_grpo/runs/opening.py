@@ -57,6 +57,23 @@ def find_source(name: str) -> Source:
     return Source(name, replace(config, model=replace(config.model, model=name)), None, {})
 
 
+def with_adapter(source: Source, folder: str) -> Source:
+    """The model of a source with a saved adapter, whose shape the adapter's file says.
+
+    Raises:
+        UserError: if the source is a run, or there is no readable adapter.
+    """
+    from gemma2_grpo.engine.export import adapter_shape
+
+    if source.run:
+        raise UserError(
+            f"adapter = {folder}: run {source.run} has its own; name the model in place of the run"
+        )
+    shape = adapter_shape(Path(folder).expanduser())
+    model = replace(source.config.model, adapter=str(Path(folder).expanduser()), **shape)
+    return replace(source, config=replace(source.config, model=model))
+
+
 def _of_run(name: str, path: Path) -> Source:
     config = from_mapping(Config, read_toml(str(path / "config.toml")), str(path))
     if not any((path / "checkpoints").glob("step_*")) and not (path / ADAPTER).is_dir():
@@ -125,7 +142,7 @@ def open_source(source: Source) -> Opened:
     mesh = make_mesh(shape)
     check_mesh(architecture, mesh)
     tokenizer = load_tokenizer(directory)
-    adapter = _finished_adapter(source)
+    adapter = finished_adapter(source)
     base_sha256 = fingerprint(directory)
     _check_same_base(source, adapter, model, base_sha256)
     base = load_weights(directory, model.dtype, mesh)
@@ -133,11 +150,21 @@ def open_source(source: Source) -> Opened:
     return Opened(config, tokenizer, mesh, base, policy, steps, directory)
 
 
-def _finished_adapter(source: Source) -> Path | None:
+def finished_adapter(source: Source) -> Path | None:
     """Folder of the adapter to load; None where the last checkpoint has it, or nothing has."""
     if source.run is None:
         return Path(source.config.model.adapter) if source.config.model.adapter else None
     return source.run / ADAPTER if _result(source) else None
+
+
+def trained_steps(source: Source) -> int:
+    """Steps that a run has come to, without loading anything; 0 for a model."""
+    from gemma2_grpo.engine.checkpoint import latest_step
+
+    result = _result(source)
+    if source.run is None or result:
+        return result["after"]["step"] if result else 0
+    return latest_step(source.run / "checkpoints")
 
 
 def _result(source: Source) -> dict[str, Any] | None:

@@ -1,31 +1,31 @@
 """`gemma2-grpo plan`: whether a run fits its chips and its time, before any of it is spent."""
 
 import dataclasses
-import hashlib
 import importlib.util
 import json
 import os
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
-from importlib import metadata
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from platformdirs import user_cache_path
 from rich.console import Console
 
-from gemma2_grpo.config import Config, ConfigError, UserError, check
+from gemma2_grpo.config import Config, ConfigError, check
+from gemma2_grpo.runs.plan_memory import (
+    Memory,
+    Progress,
+    estimated_memory,
+    find_architecture,
+    kept_memory,
+)
 
 if TYPE_CHECKING:
-    from gemma2_grpo.engine.footprint import Footprint
     from gemma2_grpo.engine.targets import Target
 
 _TPU_ENVIRONMENT = {"TPU_SKIP_MDS_QUERY": "1", "TPU_WORKER_HOSTNAMES": "localhost"}
-_PACKAGES = ("gemma2-grpo-reasoning", "jax", "libtpu", "google-tunix")
 # Programs whose memory a micro-batch decides; that of the others is decided by the rollout.
 _OF_UPDATE = ("reference", "update", "update prompts", "update prompts, back")
-Progress = Callable[[str], None]
 
 
 @dataclass(frozen=True)
@@ -36,6 +36,8 @@ class Plan:
     chips: int
     proof: str
     """`compiled` by the compiler of the target, or an `estimate` by formulas."""
+    is_provable: bool
+    """Whether there is a compiler for the target."""
     memory_bytes: int | None
     """What one chip has for programs; None where it is not known."""
     programs: list[dict[str, Any]]
@@ -63,7 +65,7 @@ def make_plan(
     mean_completion_tokens: int,
     note: Progress,
 ) -> Plan:
-    """Plans a run; the answer to the same question is kept in the user's cache directory.
+    """Plans a run; what was compiled once is kept in the user's cache directory.
 
     Raises:
         UserError: for a target or a mesh that cannot be.
@@ -76,32 +78,22 @@ def make_plan(
     if mean_completion_tokens < 1 or budget_hours <= 0:
         raise ConfigError("budget and mean_completion_tokens must be greater than 0")
     mean = min(mean_completion_tokens, config.rollout.max_completion_tokens)
-    cached = _cache_file(config, target_name, budget_hours, mean)
-    try:
-        return Plan(**json.loads(cached.read_text(encoding="utf-8")))
-    except (OSError, ValueError, TypeError):
-        plan = _planned(config, target, budget_hours, mean, note)
-    try:
-        cached.parent.mkdir(parents=True, exist_ok=True)
-        cached.write_text(json.dumps(asdict(plan)), encoding="utf-8")
-    except OSError as error:
-        note(f"the plan is not kept: {error.strerror}")
-    return plan
+    return _planned(config, target, budget_hours, mean, note)
 
 
 def _set_environment(config: Config, target: "Target") -> None:
-    """What the compilers must be told before JAX is imported."""
+    """What the compilers must be told before they are loaded."""
     fsdp, tp = config.model.mesh_shape
-    if "jax" in sys.modules:
+    for name, value in _TPU_ENVIRONMENT.items():
+        os.environ.setdefault(name, value)
+    if target.accelerator:
+        os.environ["TPU_ACCELERATOR_TYPE"] = target.accelerator
+    if "jax" in sys.modules:  # It has read these already.
         return
     os.environ["JAX_PLATFORMS"] = "cpu"
     if target.name == "cpu":
         count = f"--xla_force_host_platform_device_count={fsdp * tp}"
         os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {count}".strip()
-    for name, value in _TPU_ENVIRONMENT.items():
-        os.environ.setdefault(name, value)
-    if target.accelerator:
-        os.environ["TPU_ACCELERATOR_TYPE"] = target.accelerator
 
 
 def _check_chips(config: Config, target: "Target") -> None:
@@ -115,32 +107,18 @@ def _check_chips(config: Config, target: "Target") -> None:
         )
 
 
-def _cache_file(config: Config, *question: Any) -> Path:
-    versions = []
-    for name in _PACKAGES:
-        try:
-            versions.append(metadata.version(name))
-        except metadata.PackageNotFoundError:
-            versions.append("")
-    text = json.dumps([asdict(config), question, versions], default=str, sort_keys=True)
-    name = hashlib.sha256(text.encode()).hexdigest()[:32]
-    return user_cache_path("gemma2-grpo") / "plans" / f"{name}.json"
-
-
 def _planned(
     config: Config, target: "Target", budget_hours: float, mean: int, note: Progress
 ) -> Plan:
     is_compiled = target.name == "cpu" or (
         target.topology is not None and importlib.util.find_spec("libtpu") is not None
     )
-    memory = _compiled_memory if is_compiled else _estimated_memory
-    if target.topology and not is_compiled:
-        note("libtpu is not installed, so this is an estimate; for the proof, pip install libtpu")
+    memory = kept_memory if is_compiled else estimated_memory
     found = memory(config, target, note)
     changes: dict[str, Any] = {}
     if not found.fits:
         changes, _ = _smallest_change(config, found, lambda c: memory(c, target, note), note)
-    seconds, work = _time(config, target, mean)
+    seconds, work = _time(config, target, mean, found.programs)
     hours = None if seconds is None else seconds * config.run.max_steps / 3600
     is_in_time = hours is None or hours <= budget_hours
     if hours is not None and not is_in_time:
@@ -150,6 +128,7 @@ def _planned(
         target=target.name,
         chips=fsdp * tp,
         proof="compiled" if is_compiled else "estimate",
+        is_provable=target.topology is not None,
         memory_bytes=target.memory_bytes,
         programs=found.programs,
         parts=found.parts,
@@ -166,111 +145,9 @@ def _planned(
     )
 
 
-@dataclass(frozen=True)
-class _Memory:
-    """Memory of one chip."""
-
-    programs: list[dict[str, Any]]
-    parts: dict[str, int]
-    peak: int
-    peak_program: str
-    fits: bool
-
-
-def _architecture(config: Config) -> Any:
-    """Of the model's files, or of Google's models, which are known without any."""
-    from gemma2_grpo.engine.costs import known_architecture
-    from gemma2_grpo.engine.fetch import find_model
-    from gemma2_grpo.engine.model import read_architecture
-
-    known = known_architecture(config.model.model)
-    return known or read_architecture(find_model(config.model.model, needs_weights=False))
-
-
-def _compiled_memory(config: Config, target: "Target", note: Progress) -> _Memory:
-    from gemma2_grpo.engine.aot import Programs
-    from gemma2_grpo.engine.footprint import compile_program, resident, target_mesh
-    from gemma2_grpo.engine.model import check_mesh, on_mesh
-
-    architecture = _architecture(config)
-    mesh = target_mesh(target, config.model.mesh_shape)
-    check_mesh(architecture, mesh)
-    programs = Programs(architecture, config, mesh)
-    kept = resident(programs)
-    footprints = []
-    with on_mesh(mesh):
-        for name, lower in programs.all().items():
-            note(f"compiling {name}")
-            footprints.append(compile_program(name, lower))
-    peaks = {each.name: kept.peak(each) for each in footprints}
-    limit = target.memory_bytes
-    for_one = [
-        _row(each, peaks[each.name], limit is None or peaks[each.name] <= limit)
-        for each in footprints
-    ]
-    # A program that does not compile is the one that matters, whatever the others add up to.
-    worst = max(footprints, key=lambda each: (not each.fits, peaks[each.name]))
-    parts = _parts(config, architecture, kept, worst, peaks[worst.name])
-    return _Memory(
-        for_one, parts, peaks[worst.name], worst.name, all(row["fits"] for row in for_one)
-    )
-
-
-def _row(program: "Footprint", run_peak: int, fits: bool) -> dict[str, Any]:
-    return asdict(program) | {"run_peak": run_peak, "fits": program.fits and fits}
-
-
-def _parts(
-    config: Config, architecture: Any, kept: Any, worst: "Footprint", peak: int
-) -> dict[str, int]:
-    """Where the memory goes while the most demanding program runs."""
-    from gemma2_grpo.engine.costs import estimate_memory, model_sizes
-
-    estimate = estimate_memory(model_sizes(architecture, config), architecture, config)
-    is_rollout = worst.name in ("prefill", "decode", "grow cache")
-    parts = {
-        "weights": kept.weights,
-        "adapters and optimizer": kept.adapters + kept.moments,
-        "key-value cache": int(estimate.cache) if is_rollout else 0,
-        "logits": 0 if is_rollout else int(estimate.logits),
-    }
-    parts["activations and the rest"] = max(0, peak - sum(parts.values()))
-    return {name: size for name, size in parts.items() if size}
-
-
-def _estimated_memory(config: Config, target: "Target", note: Progress) -> _Memory:
-    from gemma2_grpo.engine.costs import estimate_memory, model_sizes
-
-    del note
-    architecture = _architecture(config)
-    estimate = estimate_memory(model_sizes(architecture, config), architecture, config)
-    limit = target.memory_bytes
-    rows = [
-        {"name": name, "run_peak": int(peak), "fits": limit is None or peak <= limit}
-        for name, peak in (("decode", estimate.decode), ("update", estimate.update))
-    ]
-    parts = {
-        "weights": estimate.weights,
-        "adapters and optimizer": estimate.trained * 4 / 3,
-        **(
-            {"key-value cache": estimate.cache}
-            if estimate.decode > estimate.update
-            else {"logits": estimate.logits, "activations": estimate.activations}
-        ),
-    }
-    worst = max(rows, key=lambda row: row["run_peak"])
-    return _Memory(
-        rows,
-        {name: int(size) for name, size in parts.items()},
-        int(worst["run_peak"]),
-        worst["name"],
-        all(row["fits"] for row in rows),
-    )
-
-
 def _smallest_change(
-    config: Config, found: _Memory, memory: Callable[[Config], _Memory], note: Progress
-) -> tuple[dict[str, Any], _Memory]:
+    config: Config, found: Memory, memory: Callable[[Config], Memory], note: Progress
+) -> tuple[dict[str, Any], Memory]:
     """Halves what the memory depends on, least harmful first, until it fits; {} if nothing does."""
     changes: dict[str, Any] = {}
     while not found.fits:
@@ -289,8 +166,8 @@ def _steps(config: Config, is_update: bool) -> Iterator[tuple[dict[str, Any], Co
     """Changes that save memory of an update, or of sampling, one step at a time."""
     halves = (
         [
-            ("grpo", "micro_batch_tokens", config.grpo.micro_batch_tokens // 2),
             ("model", "remat", "decoder" if config.model.remat != "decoder" else None),
+            ("grpo", "micro_batch_tokens", config.grpo.micro_batch_tokens // 2),
             ("model", "logprob_chunk_tokens", config.model.logprob_chunk_tokens // 2),
             ("rollout", "max_completion_tokens", config.rollout.max_completion_tokens // 2),
         ]
@@ -314,16 +191,20 @@ def _option(name: str, value: Any) -> str:
     return f"--{name.replace('_', '-')} {value}"
 
 
-def _time(config: Config, target: "Target", mean: int) -> tuple[float | None, list[dict[str, Any]]]:
+def _time(
+    config: Config, target: "Target", mean: int, programs: list[dict[str, Any]]
+) -> tuple[float | None, list[dict[str, Any]]]:
     """Seconds a step, estimated from the least that its work takes at the target's peak."""
     from gemma2_grpo.engine.costs import (
         BANDWIDTH_EFFICIENCY,
         COMPUTE_EFFICIENCY,
         model_sizes,
+        moved_bytes,
         step_work,
     )
 
-    works = step_work(model_sizes(_architecture(config), config), config, mean)
+    architecture = find_architecture(config)
+    works = step_work(model_sizes(architecture, config), config, mean)
     fsdp, tp = config.model.mesh_shape
     if target.flops is None:
         return None, [asdict(work) for work in works]
@@ -334,6 +215,20 @@ def _time(config: Config, target: "Target", mean: int) -> tuple[float | None, li
         efficiency = BANDWIDTH_EFFICIENCY if is_bound_by_memory else COMPUTE_EFFICIENCY
         total += floor / efficiency
         rows.append(asdict(work) | {"floor_seconds": floor, "seconds": floor / efficiency})
+    if target.link_bandwidth and fsdp * tp > 1 and "collectives" in programs[0]:
+        moved = moved_bytes(architecture, config, mean, programs)
+        floor = moved / target.link_bandwidth
+        seconds = floor / BANDWIDTH_EFFICIENCY
+        total += seconds
+        rows.append(
+            {
+                "name": "links between chips",
+                "operations": 0.0,
+                "bytes": moved * fsdp * tp,
+                "floor_seconds": floor,
+                "seconds": seconds,
+            }
+        )
     return total, rows
 
 
@@ -364,7 +259,7 @@ def plan(
         def note(text: str) -> None:
             status.update(text)
             if not quiet.is_terminal:
-                quiet.print(text)
+                quiet.print(text, soft_wrap=True)
 
         made = make_plan(
             config,
@@ -383,6 +278,3 @@ def plan(
 def options(changes: Mapping[str, Any]) -> str:
     """Changes as options of the command line."""
     return " ".join(_option(name, value) for name, value in changes.items())
-
-
-__all__ = ["Plan", "UserError", "make_plan", "options", "plan"]

@@ -29,6 +29,8 @@ def print_plan(plan: "Plan", config: Config, config_name: str, console: Console)
         "estimate": "Estimated by formulas, not compiled; nothing was run.",
     }[plan.proof]
     console.print(proof, style="dim")
+    if plan.proof == "estimate" and plan.is_provable:
+        console.print("For the proof by its compiler: pip install libtpu", style="dim")
     console.print(_programs(plan))
     console.print(_parts(plan))
     if plan.seconds_per_step is not None:
@@ -71,7 +73,7 @@ def _work(plan: "Plan") -> Table:
     title = f"A step, completions of {plan.mean_completion_tokens} tokens on average"
     table = Table(box=box.SIMPLE_HEAD, title=title, title_justify="left")
     table.add_column("part")
-    for name in ("PFLOP", "TB read", "floor, s", "estimate, s"):
+    for name in ("PFLOP", "TB moved", "floor, s", "estimate, s"):
         table.add_column(name, justify="right")
     for row in plan.work:
         table.add_row(
@@ -90,8 +92,8 @@ def _verdict(plan: "Plan", config: Config, console: Console) -> None:
     if plan.seconds_per_step is not None and plan.hours is not None:
         console.print(
             f"About {plan.seconds_per_step:.1f} s a step, {plan.hours:.1f} h for "
-            f"{config.run.max_steps} steps, of {plan.budget_hours:g} h; an estimate, without "
-            "compiling and measuring."
+            f"{config.run.max_steps} steps, of {plan.budget_hours:g} h: an estimate, with "
+            "measuring and compiling to come on top."
         )
     fits = "It fits" if plan.fits else "It does not fit"
     time = (

@@ -4,11 +4,13 @@ import dataclasses
 import fcntl
 import json
 import math
+import os
 import platform
 import shutil
 import sys
 import time
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -32,8 +34,87 @@ _FREE_FIELDS = (
 _PACKAGES = ("gemma2-grpo-reasoning", "google-tunix", "qwix", "jax", "jaxlib", "flax", "optax")
 
 
-class RunDirectory:
-    """A run on disk, locked against a second process for as long as it is open."""
+class LockedFolder:
+    """A folder that one process at a time writes to, whole files or whole lines."""
+
+    def __init__(self, path: Path, *, kind: str, option: str, lock: str = ".lock") -> None:
+        """Opens a folder, which is made if there is none.
+
+        Args:
+            path: The folder.
+            kind: What it is, for messages.
+            option: What names another one on the command line, for messages.
+            lock: Name of the file that is locked.
+
+        Raises:
+            UserError: if it cannot be written, or is in use.
+        """
+        self.path = path
+        self._kind = kind
+        try:
+            self._made = [folder for folder in (path, *path.parents) if not folder.exists()]
+            path.mkdir(parents=True, exist_ok=True)
+            self._lock = (path / lock).open("a")
+        except OSError as error:
+            raise UserError(f"{kind} {path}: cannot be written ({error.strerror})") from None
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            self._lock.close()
+            raise UserError(
+                f"{kind} {path}: another process is writing to it; choose another {option}"
+            ) from None
+
+    def append(self, name: str, *records: Mapping[str, Any]) -> None:
+        """Appends JSON lines, all of them or none.
+
+        JSON has no NaN, so a value that is no number becomes null.
+        """
+        path = self.path / name
+        lines = [
+            json.dumps({k: _finite(v) for k, v in record.items()}, ensure_ascii=False) + "\n"
+            for record in records
+        ]
+        size = path.stat().st_size if path.exists() else 0
+        try:
+            with path.open("a", encoding="utf-8") as file:
+                file.write("".join(lines))
+        except OSError as error:
+            with suppress(OSError):  # Half a line is what a full disk had room for.
+                os.truncate(path, size)
+            raise self._cannot_write(name, error) from None
+
+    def records(self, name: str) -> Iterator[dict[str, Any]]:
+        """JSON lines written so far; a last line that was cut off is left out."""
+        return read_records(self.path / name)
+
+    def write(self, name: str, text: str) -> None:
+        """Replaces a file as a whole, so that a killed process leaves the old or the new one."""
+        temporary = self.path / f".{name}.tmp"
+        try:
+            temporary.write_text(text, encoding="utf-8")
+            temporary.replace(self.path / name)
+        except OSError as error:
+            temporary.unlink(missing_ok=True)
+            raise self._cannot_write(name, error) from None
+
+    def _cannot_write(self, name: str, error: OSError) -> UserError:
+        return UserError(f"{self._kind} {self.path}: {name} cannot be written ({error.strerror})")
+
+    def close(self) -> None:
+        """Lets another process have the folder; removes a new one that nothing is in."""
+        lock = Path(self._lock.name)
+        if self._made and list(self.path.iterdir()) == [lock]:
+            lock.unlink()
+            with suppress(OSError):  # Another process may write there by now.
+                for folder in self._made:
+                    folder.rmdir()
+        self._made = []
+        self._lock.close()
+
+
+class RunDirectory(LockedFolder):
+    """A run on disk."""
 
     def __init__(self, path: Path, config: Config, *, allow_config_change: bool = False) -> None:
         """Opens a new or an existing run directory.
@@ -41,22 +122,9 @@ class RunDirectory:
         Raises:
             UserError: if it cannot be written, is in use, or belongs to another configuration.
         """
-        self.path = path
+        super().__init__(path, kind="run directory", option="--run")
         self._config = config
         self._allow_config_change = allow_config_change
-        try:
-            self._is_new = not path.exists()
-            path.mkdir(parents=True, exist_ok=True)
-            self._lock = (path / ".lock").open("a")
-        except OSError as error:
-            raise UserError(f"run directory {path}: cannot be written ({error.strerror})") from None
-        try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            self._lock.close()
-            raise UserError(
-                f"run directory {path}: another process is writing to it; choose another --run"
-            ) from None
         self._changed = self._changed_fields(config)
         self._refuse_changes()
 
@@ -118,46 +186,16 @@ class RunDirectory:
         changes.jsonl if an earlier run in this directory was made with something else.
         """
         values = _without_none(dataclasses.asdict(self._config))
-        self._write("config.toml", tomli_w.dumps(values))
+        self.write("config.toml", tomli_w.dumps(values))
         if self._changed:
-            self.append("changes.jsonl", {"time": _now(), "changed": self._changed})
-        versions = {"python": platform.python_version()}
-        for name in _PACKAGES:
-            try:
-                versions[name] = metadata.version(name)
-            except metadata.PackageNotFoundError:
-                continue
-        start = {
-            "started": _now(),
-            "command": ["gemma2-grpo", *sys.argv[1:]],
-            "machine": platform.platform(),
-            "versions": versions,
-        }
+            self.append("changes.jsonl", {"time": utc_now(), "changed": self._changed})
+        start = {"started": utc_now(), **command_facts()}
         starts = [*self._recorded().get("starts", []), start]
-        self._write("run.json", json.dumps({**facts, "starts": starts}, indent=1))
+        self.write("run.json", json.dumps({**facts, "starts": starts}, indent=1))
 
     def finish(self, result: Mapping[str, Any]) -> None:
         """Writes result.json, which marks the run as finished."""
-        self._write("result.json", json.dumps(result, indent=1))
-
-    def append(self, name: str, *records: Mapping[str, Any]) -> None:
-        """Appends JSON lines, all at once.
-
-        JSON has no NaN, so a value that is no number becomes null.
-        """
-        lines = [
-            json.dumps({k: _finite(v) for k, v in record.items()}, ensure_ascii=False) + "\n"
-            for record in records
-        ]
-        try:
-            with (self.path / name).open("a", encoding="utf-8") as file:
-                file.write("".join(lines))
-        except OSError as error:
-            raise self._cannot_write(name, error) from None
-
-    def records(self, name: str) -> Iterator[dict[str, Any]]:
-        """JSON lines written so far; a last line that was cut off is left out."""
-        return read_records(self.path / name)
+        self.write("result.json", json.dumps(result, indent=1))
 
     def forget_after(self, steps: int) -> None:
         """Drops the records of what a resumed run does again: steps, and a half measurement."""
@@ -169,27 +207,7 @@ class RunDirectory:
                 if record["step"] <= steps
                 and (record.get("kind") != "held_out" or record["step"] in measured)
             ]
-            self._write(name, "".join(lines))
-
-    def _write(self, name: str, text: str) -> None:
-        """Replaces a file as a whole, so that a killed process leaves the old or the new one."""
-        temporary = self.path / f".{name}.tmp"
-        try:
-            temporary.write_text(text, encoding="utf-8")
-            temporary.replace(self.path / name)
-        except OSError as error:
-            temporary.unlink(missing_ok=True)
-            raise self._cannot_write(name, error) from None
-
-    def _cannot_write(self, name: str, error: OSError) -> UserError:
-        return UserError(f"run directory {self.path}: {name} cannot be written ({error.strerror})")
-
-    def close(self) -> None:
-        """Lets another process have the directory; removes a new one that nothing is in."""
-        if self._is_new and list(self.path.iterdir()) == [self.path / ".lock"]:
-            shutil.rmtree(self.path)
-        self._is_new = False
-        self._lock.close()
+            self.write(name, "".join(lines))
 
 
 def read_json(path: Path) -> dict[str, Any] | None:
@@ -239,5 +257,21 @@ def _finite(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def _now() -> str:
+def command_facts() -> dict[str, Any]:
+    """What is run, where, and by which versions."""
+    versions = {"python": platform.python_version()}
+    for name in _PACKAGES:
+        try:
+            versions[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue
+    return {
+        "command": ["gemma2-grpo", *sys.argv[1:]],
+        "machine": platform.platform(),
+        "versions": versions,
+    }
+
+
+def utc_now() -> str:
+    """The time now, as files have it."""
     return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())

@@ -16,6 +16,7 @@ from gemma2_grpo.task.sources import Row, read_source
 
 PROCEDURAL = "procedural"
 _GOLD_MARK = "####"
+_STEP = re.compile(r"^Step [0-9]+: ", re.MULTILINE)
 _ORDER: tuple[Split, ...] = ("train", "test", "validation")
 
 
@@ -28,6 +29,11 @@ class Example:
     """A single number, without units or thousands commas."""
     solution: str = ""
     """A worked solution in the form the model is taught; empty where the source has none."""
+
+    @property
+    def solution_steps(self) -> int | None:
+        """Steps of the worked solution; None where there is none."""
+        return len(_STEP.findall(self.solution)) or None
 
 
 @dataclass(frozen=True)
@@ -58,6 +64,35 @@ def load_splits(config: DataConfig) -> Splits:
     for split in _ORDER:
         digest.update(json.dumps([split, *map(astuple, chosen[split])]).encode())
     return Splits(**chosen, source=config.dataset, sha256=digest.hexdigest())
+
+
+def load_held_out(config: DataConfig, limit: int | None = None) -> tuple[Example, ...]:
+    """Problems of `eval_split` in the order in which `load_splits` selects them.
+
+    Args:
+        config: Names the source, the split and the seed of the order.
+        limit: How many; by default the whole official test split. Procedural problems have no
+            end and validation problems are what training has left: of these, `num_test_samples`.
+
+    Raises:
+        UserError: for a source that cannot be read, or that has fewer problems than are asked for.
+    """
+    split = config.eval_split
+    if config.dataset == PROCEDURAL:
+        return _problems(split, limit or config.num_test_samples, config.data_seed)
+    pools = _read_pools(config)
+    pool, default = pools["test"], len(pools["test"])
+    if split == "validation":
+        pool = _left_for_validation(pools, pools["train"][: config.num_train_samples])
+        default = min(config.num_test_samples, len(pool))
+    if not pool:
+        raise UserError(f"{config.dataset}: no {split} problems in it; choose another split")
+    return _take(pool, limit or default, "limit", config)
+
+
+def hash_of(examples: Sequence[Example]) -> str:
+    """SHA-256 of problems in order."""
+    return hashlib.sha256(json.dumps([*map(astuple, examples)]).encode()).hexdigest()
 
 
 def drop_long(
@@ -118,23 +153,21 @@ def _generate(config: DataConfig) -> dict[Split, tuple[Example, ...]]:
         "test": config.num_test_samples,
         "validation": config.num_test_samples,
     }
-    return {
-        split: tuple(
-            Example(problem.question, problem.answer, problem.solution)
-            for problem in generate(split, count, config.data_seed)
-        )
-        for split, count in counts.items()
-    }
+    return {s: _problems(s, count, config.data_seed) for s, count in counts.items()}
+
+
+def _problems(split: Split, count: int, seed: int) -> tuple[Example, ...]:
+    return tuple(
+        Example(problem.question, problem.answer, problem.solution)
+        for problem in generate(split, count, seed)
+    )
 
 
 def _select(config: DataConfig) -> dict[Split, tuple[Example, ...]]:
-    rows = read_source(config.dataset)
-    pools = {split: _shuffled(rows[split], config.data_seed, split) for split in _ORDER}
+    pools = _read_pools(config)
     train = _take(pools["train"], config.num_train_samples, "num_train_samples", config)
     test = _take(pools["test"], config.num_test_samples, "num_test_samples", config)
-    selected = {example.question for example in train}
-    spare = pools["validation"] or [e for e in pools["train"] if e.question not in selected]
-    validation = tuple(spare[: config.num_test_samples])
+    validation = tuple(_left_for_validation(pools, train)[: config.num_test_samples])
     if config.eval_split == "validation" and len(validation) < config.num_test_samples:
         raise UserError(
             f"eval_split = validation: {config.dataset} has {len(validation)} problems besides "
@@ -142,6 +175,20 @@ def _select(config: DataConfig) -> dict[Split, tuple[Example, ...]]:
             "num_train_samples or num_test_samples"
         )
     return {"train": train, "test": test, "validation": validation}
+
+
+def _read_pools(config: DataConfig) -> dict[Split, list[Example]]:
+    """All problems of each split, in a seeded order."""
+    rows = read_source(config.dataset)
+    return {split: _shuffled(rows[split], config.data_seed, split) for split in _ORDER}
+
+
+def _left_for_validation(
+    pools: dict[Split, list[Example]], train: Sequence[Example]
+) -> list[Example]:
+    """The source's own validation problems, or those for training that were not selected."""
+    selected = {example.question for example in train}
+    return pools["validation"] or [e for e in pools["train"] if e.question not in selected]
 
 
 def _shuffled(rows: list[Row], seed: int, split: Split) -> list[Example]:

@@ -1,9 +1,10 @@
-"""Statistics of a measurement: intervals and pass@k."""
+"""Statistics of a measurement: intervals, pass@k, maj@k and paired comparison."""
 
 import math
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
+from functools import cache
 
 import numpy as np
 
@@ -28,6 +29,34 @@ def wilson_interval(successes: int, trials: int) -> tuple[float, float]:
     return max(0.0, centre - half), min(1.0, centre + half)
 
 
+def interval_over_problems(correct: Sequence[int], samples: int) -> tuple[float, float]:
+    """95 % interval of the share of right samples, with problems and not samples as the unit.
+
+    Samples of one problem are alike, so that n problems with K samples each tell less than n * K
+    problems would. What varies here is the mean of each problem. As in Wilson's interval, z^2 / 2
+    problems that are always right and as many that never are stand beside those observed; so the
+    interval does not vanish where all problems agree.
+
+    Source: Agresti and Coull (1998), The American Statistician 52, 119-126, with means of problems
+    in place of single trials.
+
+    Args:
+        correct: Right samples of each problem.
+        samples: Samples drawn per problem.
+
+    Raises:
+        ValueError: without problems.
+    """
+    if not len(correct):
+        raise ValueError("an interval needs at least one problem")
+    means, pseudo = np.array(correct) / samples, _Z * _Z / 2
+    problems = len(means) + 2 * pseudo
+    centre = float(means.sum() + pseudo) / problems
+    squares = float(((means - centre) ** 2).sum()) + pseudo * ((1 - centre) ** 2 + centre**2)
+    half = _Z * math.sqrt(squares) / problems
+    return max(0.0, centre - half), min(1.0, centre + half)
+
+
 def pass_at_k(correct: Sequence[int], samples: int, k: int) -> float:
     """Unbiased estimate of the chance that at least one of k samples is right, over problems.
 
@@ -40,6 +69,65 @@ def pass_at_k(correct: Sequence[int], samples: int, k: int) -> float:
     """
     misses = [math.comb(samples - c, k) / math.comb(samples, k) for c in correct]
     return 1.0 - float(np.mean(misses))
+
+
+def powers_up_to(samples: int) -> list[int]:
+    """1, 2, 4, ... and the number of samples itself: for which k to tell pass@k and maj@k."""
+    return [*(2**i for i in range((samples - 1).bit_length())), samples]
+
+
+def majority_at_k(answers: Sequence[Hashable | None], right: Hashable, k: int) -> float:
+    """Chance that the right answer wins a vote among k of one problem's answers.
+
+    The mean over all subsets of k answers, counted and not drawn: of a tie between n answers,
+    each wins 1/n of the time; None does not vote, and without any vote nothing wins.
+
+    Source: Wang et al. (arXiv:2203.11171), with the ties and subsets that it leaves open.
+
+    Args:
+        answers: What was answered, equal where it counts as the same answer.
+        right: The right answer.
+        k: At most the number of answers.
+
+    Raises:
+        ValueError: if there are fewer than k answers.
+    """
+    if not 1 <= k <= len(answers):
+        raise ValueError(f"a vote of {k} needs as many answers, not {len(answers)}")
+    counts = Counter(answer for answer in answers if answer is not None)
+    rivals = tuple(sorted(count for answer, count in counts.items() if answer != right))
+    return _majorities(counts[right], rivals, len(answers))[k - 1]
+
+
+@cache  # Most problems are answered in one of a few ways.
+def _majorities(right: int, rivals: tuple[int, ...], total: int) -> list[float]:
+    """The chance for k = 1, ..., total, by the number of times that each answer was given."""
+    silent = total - right - sum(rivals)
+    wins = [0.0] * total
+    for votes in range(1, right + 1):
+        # ways[k, n]: in how many ways k answers fall to the rivals and to none, with no rival
+        # above `votes` and n of them at it.
+        ways = np.zeros((total + 1, len(rivals) + 1))
+        ways[: silent + 1, 0] = [math.comb(silent, i) for i in range(silent + 1)]
+        for rival in rivals:
+            ways = _with_rival(ways, rival, votes)
+        # Split between those that are level, the right answer among them.
+        won = ways @ (1 / np.arange(1, len(rivals) + 2)) * math.comb(right, votes)
+        for k in range(votes, total + 1):
+            wins[k - 1] += won[k - votes]
+    return [win / math.comb(total, k) for k, win in enumerate(wins, start=1)]
+
+
+def _with_rival(ways: np.ndarray, rival: int, votes: int) -> np.ndarray:
+    """The ways with one more answer, which was given `rival` times."""
+    summed = np.zeros_like(ways)
+    for taken in range(min(rival, votes) + 1):
+        shifted = math.comb(rival, taken) * ways[: len(ways) - taken]
+        if taken < votes:
+            summed[taken:] += shifted
+        else:
+            summed[taken:, 1:] += shifted[:, :-1]
+    return summed
 
 
 @dataclass(frozen=True)
