@@ -321,6 +321,24 @@ def test_the_card_of_an_adapter_names_its_library(adapter: Path) -> None:
         assert file.metadata() == {"format": "pt"}
 
 
+def test_the_card_has_what_evaluate_measured_of_the_same_steps(run: Path, tmp_path: Path) -> None:
+    path = tmp_path / "evaluated"
+    shutil.copytree(run, path)
+    systems = {
+        name: {"greedy": {"problems": 200, "correct": correct}, "sampled": None}
+        for name, correct in (("base", 20), ("adapter", 120))
+    }
+    data = {"source": "openai/gsm8k", "split": "test"}
+    config = load_config("gemma2-2b-v5e8")
+    for steps, is_told in ((40, True), (39, False)):
+        evaluation = {"steps": steps, "data": data, "systems": systems, "comparison": None}
+        (path / "evaluation.json").write_text(json.dumps(evaluation))
+        card = render_card(Exported(path, config, 40, "merged", "bfloat16", "x", "Checked."))
+        assert ("on 200 problems of openai/gsm8k test" in card) is is_told
+        assert ("| Right, greedy | 10.0 % | 60.0 % | +50.0 pp |" in card) is is_told
+        assert "| Right, greedy | 25.0 % | 75.0 % | +50.0 pp |" in card
+
+
 def test_the_card_names_a_base_that_others_can_find(run: Path) -> None:
     config = load_config("gemma2-2b-v5e8")
     card = render_card(Exported(run, config, 40, "peft", "float32", "me/model", "Checked."))
