@@ -155,6 +155,7 @@ def test_measurements_are_logged_and_the_ends_are_sampled_too(straight_run):
     evaluations = straight_run.records("evaluations.jsonl")
     assert [r["step"] for r in evaluations] == [0, 2, 4, 5]
     assert [bool(r["sampled"]) for r in evaluations] == [True, False, False, True]
+    assert all(record.pop("seconds") > 0 for record in evaluations)
     result = json.loads((straight_run.path / "result.json").read_text())
     assert (result["before"], result["after"]) == (evaluations[0], evaluations[-1])
     assert [rise["name"] for rise in result["rises"]] == ["format", "logic", "accuracy"]
