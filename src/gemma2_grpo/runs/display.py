@@ -223,11 +223,11 @@ def _parts(record: Mapping[str, Any]) -> str:
 
 def _line(record: Mapping[str, Any], total: int) -> str:
     """A step for a log, within 100 columns."""
-    left = _duration(record["seconds_left"])
+    left = duration(record["seconds_left"])
     return f"step {record['step']}/{total}: {_parts(record)} left {left}"
 
 
-def _duration(seconds: float) -> str:
+def duration(seconds: float) -> str:
     minutes, seconds = divmod(int(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02d}:{seconds:02d}"
