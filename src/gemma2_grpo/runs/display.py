@@ -228,6 +228,7 @@ def _line(record: Mapping[str, Any], total: int) -> str:
 
 
 def duration(seconds: float) -> str:
+    """Hours, minutes and seconds."""
     minutes, seconds = divmod(int(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02d}:{seconds:02d}"

@@ -185,7 +185,8 @@ def _add_rows(
             for k in list(values[0])[1:]:  # That of 1 is the share of right ones.
                 _add_row(table, label.format(k), [value[k] for value in values], is_share)
         elif isinstance(values[0], Sequence):
-            table.add_row(f"  {label}", *(f"{low:.1%} to {high:.1%}" for low, high in values))
+            bounds = (f"{100 * low:.1f} to {100 * high:.1f}" for low, high in values)
+            table.add_row(f"  {label}", *bounds)
         else:
             _add_row(table, label, values, is_share)
 
@@ -202,10 +203,10 @@ def _add_steps(table: Table, systems: Sequence[Sequence[Mapping[str, Any]]]) -> 
     if not systems[0]:
         return
     table.add_row("")
-    table.add_row("[bold]right, greedy, by steps of the gold solution[/bold]")
+    table.add_row("[bold]greedy, by steps of the solution[/bold]")
     for rows in zip(*systems, strict=True):
         steps, problems = rows[0]["steps"], rows[0]["problems"]
-        label = f"{steps} step{'s' if steps > 1 else ''} ({problems} problems)"
+        label = f"right of {problems} with {steps} step{'s' if steps > 1 else ''}"
         _add_row(table, label, [row["accuracy"] for row in rows], True)
 
 

@@ -29,7 +29,8 @@ class EvaluationFolder(LockedFolder):
         super().__init__(path, kind="evaluation", option="--to", lock=".evaluation.lock")
         self.result = None if overwrite else read_json(path / RESULT)
         """What a finished evaluation said; None while it is not finished."""
-        self._begun = None if overwrite else self.result or read_json(path / _BEGUN)
+        self._begun = {} if overwrite else self.result or read_json(path / _BEGUN) or {}
+        self._earlier_seconds = 0.0
         self._since = time.perf_counter()
 
     def check_same(self, section: str, values: Mapping[str, Any]) -> None:
@@ -42,7 +43,7 @@ class EvaluationFolder(LockedFolder):
         Raises:
             ConfigError: naming the first that the evaluation was made with another value of.
         """
-        before = (self._begun or {}).get(section, values)
+        before = self._begun.get(section, values)
         for name, value in values.items():
             if before.get(name) != value:
                 raise ConfigError(
@@ -60,7 +61,7 @@ class EvaluationFolder(LockedFolder):
         Returns:
             Records of the whole batches that are there already.
         """
-        if self._begun is None:
+        if not self._begun:
             # In this order, so that what is there always belongs together.
             for name in (RESULT, _BEGUN, COMPLETIONS):
                 (self.path / name).unlink(missing_ok=True)
@@ -101,4 +102,4 @@ class EvaluationFolder(LockedFolder):
 
     def _note_seconds(self) -> None:
         seconds = self._earlier_seconds + time.perf_counter() - self._since
-        self._begun = {**(self._begun or {}), "seconds": seconds}
+        self._begun = {**self._begun, "seconds": seconds}
