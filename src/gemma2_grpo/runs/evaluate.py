@@ -153,19 +153,20 @@ def _weights(source: Source) -> dict[str, Any]:
 def _run(source: Source, asked: EvaluateConfig, folder: EvaluationFolder, display: Display) -> None:
     """Loads problems and weights, and evaluates what is not evaluated yet."""
     config = source.config
-    examples = load_held_out(config.data, asked.limit)
+    problems = load_held_out(config.data, asked.limit)
     display.note(f"loading {config.model.model}")
     keep_freed_memory()
     from gemma2_grpo.engine.compilation import use_program_cache
     from gemma2_grpo.engine.export import fingerprint
+    from gemma2_grpo.engine.fetch import find_model
+    from gemma2_grpo.engine.tokenizer import load_tokenizer
 
-    use_program_cache(config.run.compilation_cache, display.note)
-    opened = open_source(source)
-    tokenizer = opened.tokenizer
+    directory = find_model(config.model.model)
+    tokenizer = load_tokenizer(directory)
     examples, dropped = drop_long(
-        examples, lambda prompt: len(tokenizer.encode(prompt)), config.rollout.max_prompt_tokens
+        problems, lambda prompt: len(tokenizer.encode(prompt)), config.rollout.max_prompt_tokens
     )
-    weights = {**_weights(source), "base_sha256": fingerprint(opened.directory)}
+    weights = {**_weights(source), "base_sha256": fingerprint(directory)}
     data = {
         "source": config.data.dataset,
         "split": config.data.eval_split,
@@ -175,6 +176,8 @@ def _run(source: Source, asked: EvaluateConfig, folder: EvaluationFolder, displa
     }
     folder.check_same("weights", weights)
     folder.check_same("data", data)
+    use_program_cache(config.run.compilation_cache, display.note)
+    opened = open_source(source)
     facts = {
         "name": source.title,
         "model": config.model.model,
