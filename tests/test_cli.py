@@ -17,6 +17,7 @@ from gemma2_grpo import cli
 from gemma2_grpo.config import Config, EvaluateConfig, RewardConfig, UserError
 from gemma2_grpo.presets import load_config, load_sft_config
 
+ALL = ", ".join(cli.COMMANDS)
 Recorder = list[tuple[tuple[Any, ...], dict[str, Any]]]
 
 
@@ -45,7 +46,7 @@ def test_train_alone_is_the_tiny_preset(train_calls: Recorder) -> None:
     assert cli.main(["train"]) == 0
     arguments, keywords = train_calls[0]
     assert arguments == (load_config("tiny"), None, "tiny")
-    assert keywords == {"allow_config_change": False}
+    assert keywords == {"allow_config_change": False, "cluster": None}
 
 
 def test_options_override_the_preset(train_calls: Recorder) -> None:
@@ -64,7 +65,7 @@ def test_options_override_the_preset(train_calls: Recorder) -> None:
         run=dataclasses.replace(flagship.run, max_steps=10, tensorboard=False),
     )
     assert (run, name) == (Path("out"), "gemma2-2b-v5e8")
-    assert keywords == {"allow_config_change": True}
+    assert keywords == {"allow_config_change": True, "cluster": None}
 
 
 def test_config_may_be_a_file_and_may_come_last(train_calls: Recorder, tmp_path: Path) -> None:
@@ -115,9 +116,9 @@ def test_evaluate_passes_what_is_asked(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize(
     ("command", "message"),
     [
-        ("", "a command is missing; it is one of train, sft, score, evaluate"),
+        ("", f"a command is missing; it is one of {ALL}"),
         ("trian", "'trian' is no command; did you mean train?"),
-        ("--max-steps 3", "'--max-steps' is no command; it is one of train, sft, score, evaluate"),
+        ("--max-steps 3", f"'--max-steps' is no command; it is one of {ALL}"),
         ("sft", "CONFIG is missing; see gemma2-grpo sft --help"),
         ("sft sft-tiny --steps 0", "steps = 0 must be at least 1"),
         ("score", "FILE.jsonl is missing; see gemma2-grpo score --help"),

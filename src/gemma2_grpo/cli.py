@@ -27,6 +27,7 @@ from gemma2_grpo.config import (
     check_sft,
 )
 from gemma2_grpo.presets import from_mapping, read_toml
+from gemma2_grpo.runs.machines import Launcher
 
 if TYPE_CHECKING:
     from tyro._arguments import ArgumentDefinition
@@ -52,6 +53,12 @@ class Train:
     """Where the run is written. Giving the same directory again resumes it."""
     allow_config_change: FlagCreatePairsOff[bool] = False
     """Resume although the run was made with another configuration."""
+    coordinator: Annotated[str | None, arg(metavar="HOST:PORT|auto")] = None
+    """Of several processes: where process 0 is, or `auto` to ask the cluster (Cloud TPU pods)."""
+    num_processes: int | None = None
+    """How many processes train together; Slurm, Open MPI and GKE say so themselves."""
+    process_id: int | None = None
+    """Which of them this is, from 0."""
     config: Sections[Config] = field(default_factory=Config)
 
     def defaults(self) -> "Train":
@@ -60,11 +67,21 @@ class Train:
 
     def __call__(self) -> None:
         """Checks the whole configuration, then trains."""
+        from gemma2_grpo.runs.cluster import find_cluster
+
         config = check(self.config)
+        told = (self.coordinator, self.num_processes, self.process_id)
+        cluster = find_cluster(*told, os.environ)
         require_jax()
         from gemma2_grpo.runs.train import train
 
-        train(config, self.run, self.config_name, allow_config_change=self.allow_config_change)
+        train(
+            config,
+            self.run,
+            self.config_name,
+            allow_config_change=self.allow_config_change,
+            cluster=cluster,
+        )
 
 
 @dataclass(frozen=True)
@@ -139,19 +156,169 @@ class Evaluate:
         evaluate(self.source, config, self.to, as_json=self.json, overwrite=self.overwrite)
 
 
-Command = Train | Sft | Score | Evaluate
+@dataclass(frozen=True)
+class Launch:
+    """Print the recipe of a training run for a cluster. Nothing is started."""
+
+    config_name: Annotated[Positional[str], arg(metavar="[CONFIG]")] = "gemma2-2b-v5e8"
+    """Name of a preset, or path of a TOML file. The options below override its fields."""
+    print: Annotated[Launcher, arg(metavar="TOOL")] = tyro.MISSING
+    """Whose recipe: `xpk`, `jobset`, `slurm` or `skypilot`."""
+    accelerator: Annotated[str, arg(metavar="NAME")] = "v5e-8"
+    """A TPU slice such as `v5e-16`, or the GPUs of one host such as `H100:8`."""
+    hosts: Annotated[int | None, arg(metavar="INT")] = None
+    """How many hosts, where the accelerator does not say."""
+    image: Annotated[str | None, arg(metavar="IMAGE")] = None
+    """Container image with this package in it."""
+    storage: Annotated[str | None, arg(metavar="PLACE")] = None
+    """What outlives the hosts and holds the run: gs://BUCKET, a volume claim, a storage of xpk."""
+    cluster: Annotated[str | None, arg(metavar="NAME")] = None
+    """Name of the cluster, for xpk."""
+    name: Annotated[str | None, arg(metavar="NAME")] = None
+    """Name of the job; by default that of the configuration."""
+    run: Annotated[str | None, arg(metavar="DIR")] = None
+    """Run directory on the hosts; by default in the storage."""
+    config: Sections[Config] = field(default_factory=Config)
+
+    def defaults(self) -> "Launch":
+        """Returns the command as it would be if the values of the TOML file were the defaults."""
+        values = read_toml(self.config_name)
+        return Launch(print=self.print, config=from_mapping(Config, values, self.config_name))
+
+    def __call__(self) -> None:
+        """Prints the recipe."""
+        from gemma2_grpo.runs.launch import launch
+
+        recipe = launch(
+            self.config,
+            self.config_name,
+            self.print,
+            self.accelerator,
+            hosts=self.hosts,
+            name=self.name,
+            run=self.run,
+            image=self.image,
+            storage=self.storage,
+            cluster=self.cluster,
+        )
+        sys.stdout.write(recipe)
+
+
+@dataclass(frozen=True)
+class Ask:
+    """Ask a trained run or any Gemma 2 a question, and see its equations checked."""
+
+    source: Annotated[Positional[str], arg(metavar="RUN|MODEL")]
+    """Run directory, model directory, Hugging Face or Kaggle id, or `embedded`."""
+    question: Annotated[Positional[str | None], arg(metavar="[QUESTION]")] = None
+    """The question, in quotes. Without one, questions are asked for until an empty line."""
+    samples: int = 1
+    """1 gives the likeliest answer; more are sampled, and vote."""
+    compare: FlagCreatePairsOff[bool] = False
+    """Show the answer of the base model as well."""
+    temperature: float | None = None
+    """Of the samples; by default that of the run."""
+    max_completion_tokens: int | None = None
+    """By default that of the run."""
+    seed: int = 0
+    """Seed of the samples."""
+
+    def defaults(self) -> None:
+        """Returns nothing: there is no TOML file."""
+
+    def __call__(self) -> None:
+        """Prints the answers."""
+        require_jax()
+        from gemma2_grpo.runs.ask import ask
+
+        ask(
+            self.source,
+            self.question,
+            samples=self.samples,
+            compare=self.compare,
+            temperature=self.temperature,
+            max_completion_tokens=self.max_completion_tokens,
+            seed=self.seed,
+        )
+
+
+@dataclass(frozen=True)
+class Report:
+    """Write what a run did as one HTML file; training does so itself."""
+
+    run: Annotated[Positional[Path], arg(metavar="RUN")]
+    """Run directory, finished or not."""
+    to: Annotated[Path | None, arg(metavar="FILE")] = None
+    """The file; by default report.html in the run directory."""
+    png: FlagCreatePairsOff[bool] = False
+    """Write the plots as PNG too, into a folder `plots` beside it."""
+
+    def defaults(self) -> None:
+        """Returns nothing: there is no TOML file."""
+
+    def __call__(self) -> None:
+        """Writes the report."""
+        from gemma2_grpo.runs.report import write_report
+
+        print(write_report(self.run, self.to, plots=self.png))
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Find out whether a run fits its chips and its time, without any. Exit status 3: it does not.
+
+    Programs are compiled for the target by its own compiler where that is installed.
+    """
+
+    config_name: Annotated[Positional[str], arg(metavar="[CONFIG]")] = "gemma2-2b-v5e8"
+    """Name of a preset, or path of a TOML file. The options below override its fields."""
+    target: Annotated[str, arg(metavar="NAME")] = "v5e-8"
+    """v5e-1, v5e-4, v5e-8, v6e-8, v4-8, v5p-8, cpu; by estimate h100, a100, l4, t4."""
+    json: FlagCreatePairsOff[bool] = False
+    """Print one JSON object instead of tables."""
+    budget: Annotated[float, arg(metavar="HOURS")] = 9.0
+    """Hours that the run may take."""
+    mean_completion_tokens: int = 200
+    """What completions are taken to have on average, for the time."""
+    config: Sections[Config] = field(default_factory=Config)
+
+    def defaults(self) -> "Plan":
+        """Returns the command as it would be if the values of the TOML file were the defaults."""
+        return Plan(config=from_mapping(Config, read_toml(self.config_name), self.config_name))
+
+    def __call__(self) -> int:
+        """Prints the plan."""
+        config = check(self.config)
+        require_jax()
+        from gemma2_grpo.runs.plan import plan
+
+        return plan(
+            config,
+            self.config_name,
+            self.target,
+            as_json=self.json,
+            budget_hours=self.budget,
+            mean_completion_tokens=self.mean_completion_tokens,
+        )
+
+
+Command = Train | Sft | Score | Evaluate | Ask | Report | Plan | Launch
 COMMANDS: dict[str, type[Command]] = {
     "train": Train,
     "sft": Sft,
     "score": Score,
     "evaluate": Evaluate,
+    "ask": Ask,
+    "report": Report,
+    "plan": Plan,
+    "launch": Launch,
 }
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the command line and returns the exit status; users' mistakes are one line and 2."""
     try:
-        parse(sys.argv[1:] if arguments is None else arguments)()
+        status = parse(sys.argv[1:] if arguments is None else arguments)()
     except UserError as error:
         print("error:", " ".join(str(error).split()), file=sys.stderr)
         return 2
@@ -159,7 +326,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 130
     except BrokenPipeError:  # The reader, `head` perhaps, has seen enough.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    return 0
+        return 0
+    return status or 0
 
 
 def parse(arguments: Sequence[str]) -> Command:

@@ -189,6 +189,11 @@ class RunConfig:
     sample_every_steps: int = 25
     """Show one completion every so many steps; 0 never."""
     tensorboard: bool = True
+    """Write the metrics as TensorBoard events."""
+    wandb: str | None = None
+    """Project of Weights & Biases to log to; needs its package."""
+    trackio: str | None = None
+    """Project of trackio to log to; needs its package."""
     compilation_cache: bool = True
     """Keep compiled programs for the next launch, in the user's cache directory."""
 

@@ -56,6 +56,7 @@ def draw(
     limits: Any = LIMIT,
     key: int = 0,
     width: int = WIDTH,
+    on_tokens: decode.OnTokens | None = None,
 ) -> Completed:
     """Completes each prompt `group` times; padding after the end of a completion is zeroed."""
     sharding = batch_sharding(mesh, len(prompts))
@@ -70,6 +71,7 @@ def draw(
         max_tokens=LIMIT,
         sampling=sampling,
         mesh=mesh,
+        on_tokens=on_tokens,
     )
     is_real = np.arange(LIMIT) < done.lengths[:, None]
     return done._replace(
@@ -286,13 +288,13 @@ class TestGrid:
     def moves(self, monkeypatch: pytest.MonkeyPatch) -> Iterator[list[tuple[int, int, int]]]:
         """Prompts, rows a prompt and slots of each grid that rows are moved to."""
         seen: list[tuple[int, int, int]] = []
-        real = decode._regrid
+        real = decode.regrid
 
         def record(grid: Any, kept: Any, *, shape: Any, slots: int, mesh: Mesh) -> Any:
             seen.append((*shape, slots))
             return real(grid, kept, shape=shape, slots=slots, mesh=mesh)
 
-        monkeypatch.setattr(decode, "_regrid", record)
+        monkeypatch.setattr(decode, "regrid", record)
         return seen
 
     def test_shrinking_and_growing_change_nothing(
@@ -347,6 +349,20 @@ class TestGrid:
         self, shape: tuple[int, int], least: int, fsdp: int, smaller: tuple[int, int] | None
     ) -> None:
         assert decode._smaller(shape, least, fsdp) == smaller
+
+
+def test_tokens_can_be_seen_as_they_come(
+    policy: gemma.Gemma, prompts: list[list[int]], mesh: Mesh
+) -> None:
+    seen: list[np.ndarray] = []
+    streamed = draw(policy, prompts, WARM, mesh, group=2, on_tokens=lambda t: seen.append(t.copy()))
+    check_same(streamed, draw(policy, prompts, WARM, mesh, group=2), atol=0)
+    assert [rows.shape[1] for rows in seen] == [4, 8, 12]
+    for rows in seen:
+        is_real = np.arange(rows.shape[1]) < streamed.lengths[:, None]
+        np.testing.assert_array_equal(
+            np.where(is_real, rows, 0), streamed.tokens[:, : rows.shape[1]]
+        )
 
 
 def test_lengths_count_the_first_stop_token() -> None:

@@ -19,10 +19,17 @@ from safetensors.numpy import save_file
 from tunix.models.gemma import model as gemma
 
 from gemma2_grpo.config import Config, UserError
-from gemma2_grpo.engine.export import check_adapter, load_adapter, merge_lora, save_adapter
-from gemma2_grpo.engine.forward import Network, Weights, run_from_start, split_model, token_logps
+from gemma2_grpo.engine.export import check_adapter, load_adapter, save_adapter
+from gemma2_grpo.engine.forward import (
+    Network,
+    Weights,
+    run_from_start,
+    split_model,
+    token_logps,
+    weights_of,
+)
 from gemma2_grpo.engine.learner import Completions, Learner
-from gemma2_grpo.engine.lora import adapter_size, add_lora
+from gemma2_grpo.engine.lora import adapter_size, add_lora, merge_adapters
 from gemma2_grpo.engine.model import load_weights, make_mesh
 from gemma2_grpo.engine.update import UpdateMetrics
 from gemma2_grpo.task.data import Example
@@ -76,7 +83,24 @@ def buffers(model: nnx.Module) -> dict[str, list[int]]:
     }
 
 
-@pytest.mark.parametrize("shape", [(1, 1), (2, 4)])
+def bytes_of_each_device(state: nnx.State) -> dict[jax.Device, int]:
+    """Of everything but single numbers."""
+    held: dict[jax.Device, int] = {}
+    for leaf in jax.tree.leaves(state):
+        for part in leaf.addressable_shards if leaf.ndim else ():
+            held[part.device] = held.get(part.device, 0) + part.data.nbytes
+    return held
+
+
+@pytest.mark.parametrize(
+    "shape",
+    [
+        (1, 1),
+        (2, 4),
+        pytest.param((1, 4), marks=pytest.mark.slow),
+        pytest.param((8, 1), marks=pytest.mark.slow),
+    ],
+)
 def test_policy_and_reference_share_the_base(
     shape: tuple[int, int],
     tiny_directory: Path,
@@ -84,6 +108,7 @@ def test_policy_and_reference_share_the_base(
     changed: Callable[..., Config],
     tokenizer: Any,
 ) -> None:
+    """And each device holds its share of it, and of adapters and moments, and no more."""
     mesh = make_mesh(shape)
     base = load_weights(tiny_directory, "float32", mesh)
     policy = add_lora(base, config.model, mesh, seed=0)
@@ -99,6 +124,19 @@ def test_policy_and_reference_share_the_base(
         assert buffers(model) == expected
     lora = nnx.state(policy, nnx.LoRAParam)
     assert all(leaf.sharding.mesh == mesh for leaf in jax.tree.leaves(lora))
+
+    (fsdp, tp), rank = shape, 4
+    matrices = 496 * 32 + 2 * (64 * 32 + 2 * 32 * 32 + 64 * 32 + 3 * 32 * 64)
+    norms = (2 * 4 + 1) * 32
+    # Of each adapter the side of the hidden units lies along fsdp, the other one along tp.
+    adapters = 2 * 6 * rank * (32 // fsdp + 64 // tp)
+    everywhere = set(mesh.devices.ravel())
+    for state, held in (
+        (nnx.state(base), 4 * (matrices // (fsdp * tp) + norms // tp)),
+        (lora, 4 * adapters),
+        (nnx.state(cluster.actor_trainer.optimizer), 2 * 4 * adapters),
+    ):
+        assert bytes_of_each_device(state) == dict.fromkeys(everywhere, held)
 
 
 def test_the_base_is_left_as_it_was(base: gemma.Gemma, mesh: Mesh, config: Config) -> None:
@@ -231,6 +269,13 @@ def _gradient(network: Network, weights: Weights, tokens: jax.Array) -> nnx.Stat
     return jax.grad(loss)(weights.lora)
 
 
+def merged_copy(policy: gemma.Gemma, base: gemma.Gemma, scale: float) -> gemma.Gemma:
+    """A copy of the base with the policy's adapters added into its weights."""
+    merged = nnx.merge(*nnx.split(base), copy=True)
+    nnx.update(merged, merge_adapters(weights_of(policy), scale))
+    return merged
+
+
 class TestMerge:
     @pytest.fixture
     def tokens(self) -> np.ndarray:
@@ -248,7 +293,7 @@ class TestMerge:
         before = full_logits(base, tokens)
         logits = full_logits(policy, tokens)
         assert abs(logits - before).max() > 1
-        merged = merge_lora(policy, base, config.model)
+        merged = merged_copy(policy, base, config.model.lora_scale)
         np.testing.assert_allclose(full_logits(merged, tokens), logits, atol=5e-5, rtol=1e-5)
         np.testing.assert_array_equal(full_logits(base, tokens), before)
 
@@ -265,7 +310,7 @@ class TestMerge:
         fill_adapters(policy, 1, 0.1)
         logits = full_logits(policy, tokens)
         assert abs(logits - full_logits(fused_base, tokens)).max() > 1
-        merged = merge_lora(policy, fused_base, config.model)
+        merged = merged_copy(policy, fused_base, config.model.lora_scale)
         np.testing.assert_allclose(full_logits(merged, tokens), logits, atol=5e-5, rtol=1e-5)
 
     @pytest.mark.parametrize("kind", KINDS)
@@ -287,7 +332,7 @@ class TestMerge:
                 )
         logits = full_logits(policy, tokens)
         assert abs(logits - full_logits(base, tokens)).max() > 0.1
-        merged = merge_lora(policy, base, config.model)
+        merged = merged_copy(policy, base, config.model.lora_scale)
         np.testing.assert_allclose(full_logits(merged, tokens), logits, atol=5e-5, rtol=1e-5)
 
 

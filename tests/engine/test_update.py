@@ -281,7 +281,7 @@ class TestTextbook:
         assert metrics[0].clip_fraction == 0 and metrics[0].max_ratio == 1
         clips = config.grpo.num_iterations > 1 and learning_rate > 0.01
         assert (metrics[-1].clip_fraction > 0.05) == clips
-        references = learner.updater._reference_logps._cache_size()
+        references = learner.updater.programs.reference_logps._cache_size()
         assert (references > 0) == (config.grpo.beta > 0)
 
         self.check_metrics(metrics[0], textbook)

@@ -9,6 +9,7 @@ from rich.cells import cell_len
 from rich.console import Console
 
 from gemma2_grpo.runs.display import Display
+from gemma2_grpo.runs.live import curve
 from gemma2_grpo.runs.measure import Measurement, Sampled
 
 HOSTILE = [
@@ -25,8 +26,15 @@ RECORD = {
     "format": 1.0,
     "logic": 1.0,
     "accuracy": 1.0,
+    "correct": 0.98765,
     "kl": 0.123456,
+    "entropy": 1.23456,
+    "clip_fraction": 0.123456,
+    "grad_norm": 12.3456,
     "completion_tokens": 768.0,
+    "truncated": 0.123456,
+    "tokens_per_second": 12_345.6,
+    "peak_memory_fraction": 0.95,
     "seconds_left": 35_999.0,
     "total": 1.05,
 }
@@ -66,7 +74,8 @@ def show_everything(display: Display) -> None:
         with display.measuring("measuring 1319 held-out problems", 1319) as on_batch:
             on_batch(1319)
         display.held_out(599, MEASUREMENT)
-        on_record(RECORD)
+        fell = ["entropy fell to 9 % of its start at step 600"]
+        on_record(RECORD, fell, fell)
     display.before_and_after(record, record)
     rise = {"name": "format", "first": 0.0, "last": 1.0, "half_way_step": 600}
     display.rises([rise, rise | {"name": "accuracy", "half_way_step": None}])
@@ -105,12 +114,13 @@ def test_off_a_terminal_there_are_plain_lines(capsys: pytest.CaptureFixture[str]
     show_everything(Display())
     shown = capsys.readouterr().out
     assert "\x1b" not in shown and "\r" not in shown
-    assert max(map(cell_len, shown.splitlines())) <= 100
     lines = [line.rstrip() for line in shown.splitlines()]
     assert (
-        "step 600/600: reward 1.050 (format 1.00 logic 1.00 accuracy 1.00) kl 0.1235 tokens 768 "
-        "left 9:59:59"
+        "step 600/600: reward 1.050 (format 1.00 logic 1.00 accuracy 1.00); right 98.8% of sampled "
+        "answers; kl 0.1235 entropy 1.235 clipped 12.3% gradient 12.3; 768 tokens, 12.3% cut off, "
+        "12346 tokens/s; memory 95% of the fullest device, at most; 9:59:59 left"
     ) in lines
+    assert "  ! entropy fell to 9 % of its start at step 600" in lines
     assert "measuring 1319 held-out problems ..." in lines
     assert "step 599: held-out accuracy 53.1% (50.4% to 55.8%), format 100.0%" in lines
     assert "   format: 0.00 to 1.00, half-way at step 600" in lines
@@ -122,7 +132,7 @@ def test_off_a_terminal_a_step_is_one_line() -> None:
     with display.training(0, 600) as on_record:
         on_record(RECORD | {"kl": 12.3, "seconds_left": 359_999.0})
     assert shown.getvalue().count("\n") == 1
-    assert shown.getvalue().endswith(" left 99:59:59\n")
+    assert shown.getvalue().endswith("; 99:59:59 left\n")
 
 
 def test_off_a_terminal_supervised_training_is_some_twenty_lines() -> None:
@@ -142,15 +152,24 @@ def test_a_terminal_of_80_columns_is_wide_enough() -> None:
     lines = screen(shown.getvalue())
     assert max(map(cell_len, lines)) <= 80
     # Each bar is left on the screen once: nothing that wrapped was redrawn in the wrong place.
-    assert re.findall(r"━ (\d+/\d+) ", "\n".join(lines)) == ["100/100", "600/600"]
+    assert re.findall(r"\d+/\d+", "\n".join(lines)) == ["100/100", "600/600"]
     assert not any("…" in line for line in lines)
-    [bar] = [i for i, line in enumerate(lines) if "600/600" in line]
-    assert lines[bar + 1] == (
-        "reward 1.050 (format 1.00 logic 1.00 accuracy 1.00) kl 0.1235 tokens 768"
-    )
+    [start] = [i for i, line in enumerate(lines) if "600/600" in line]
+    panel = [" ".join(line.strip("│ ").split()) for line in lines[start : start + 8]]
+    assert re.fullmatch(r"step 600/600 ━+ 9:59:59 left", panel[0])
+    assert panel[1:] == [
+        "reward 1.050 (format 1.00 logic 1.00 accuracy 1.00) ▁▁",
+        "right 98.8% of sampled answers",
+        "policy kl 0.1235 entropy 1.235 clipped 12.3% gradient 12.3",
+        "length 768 tokens, 12.3% cut off, 12346 tokens/s",
+        "memory 95% of the fullest device, at most",
+        "held-out 53.1% (50.4% to 55.8%) at step 599",
+        "! entropy fell to 9 % of its start at step 600",
+    ]
     for line in PLAN.values():
         assert any(line in shown_line for shown_line in lines)
-    table = [line for line in lines if line.startswith("│ ") and "%" in line]
+    [head] = [i for i, line in enumerate(lines) if line.startswith("┃") and "before" in line]
+    table = [line for line in lines[head:] if line.startswith("│ ") and "%" in line]
     assert len(table) == 9
     assert any("pass@16, sampled" in line for line in table)
 
@@ -165,7 +184,7 @@ def test_what_a_model_writes_takes_no_effect(hostile: str, make: Any) -> None:
     display.plan({"data": hostile if chr(27) not in hostile else ""})
     text = shown.getvalue()
     # What is left once the codes of rich itself are gone: its styles, and those of the bar.
-    own = re.sub(r"\x1b\[(?:[0-9;]*m|2K|\?25[lh])", "", text)
+    own = re.sub(r"\x1b\[(?:[0-9;]*m|1A|2K|\?25[lh])", "", text)
     assert not re.search(r"[\x00\x07\x08\x9b\u202e]|\x1b", own)
     assert "\x1b[31m" not in text and "\x1b[1;31m" not in text and "\x1b]8" not in text
     visible = re.sub(r"[^\x20-\x7e\n]", "", hostile).replace("\n", " ")
@@ -189,3 +208,8 @@ def test_change_is_in_points() -> None:
     lines = {line.split("│")[1].strip(): line for line in shown.getvalue().splitlines()[4:-1]}
     assert lines["accuracy, greedy"].split()[-2] == "+25.0"
     assert lines["tokens"].split()[-2] == "-67.50"
+
+
+def test_a_curve_spans_its_own_range() -> None:
+    assert curve([0.0, 0.5, 1.0, 0.25]) == "▁▅█▃"
+    assert curve([0.3]) == "▁"

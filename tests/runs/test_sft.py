@@ -33,7 +33,7 @@ ROWS = [
     for i in range(40)
 ]
 SHIPPED = Path(str(resources.files("gemma2_grpo") / "assets" / "tiny-gemma2"))
-COPIED = ["config.json", "special_tokens_map.json", "tokenizer.json", "tokenizer_config.json"]
+COPIED = ["special_tokens_map.json", "tokenizer.json", "tokenizer_config.json"]
 Make = Callable[..., SftConfig]
 
 
@@ -130,9 +130,14 @@ def our_logits(folder: Path, ids: list[int]) -> np.ndarray:
 
 def test_a_whole_model_is_written(trained, tiny_model_dir):
     _, folder, _ = trained
-    assert sorted(path.name for path in folder.iterdir()) == sorted([*COPIED, "model.safetensors"])
+    names = [*COPIED, "config.json", "generation_config.json", "model.safetensors"]
+    assert sorted(path.name for path in folder.iterdir()) == sorted(names)
     for name in COPIED:
         assert (folder / name).read_bytes() == (tiny_model_dir / name).read_bytes()
+    config = json.loads((tiny_model_dir / "config.json").read_text())
+    assert json.loads((folder / "config.json").read_text()) == config | {"torch_dtype": "bfloat16"}
+    generation = json.loads((folder / "generation_config.json").read_text())
+    assert generation == {"bos_token_id": 2, "eos_token_id": [1, 107], "pad_token_id": 0}
     before = load_file(tiny_model_dir / "model.safetensors")
     after = load_file(folder / "model.safetensors")
     assert {name: x.shape for name, x in after.items()} == {n: x.shape for n, x in before.items()}
@@ -300,20 +305,25 @@ def test_a_model_without_weights_will_do_for_random_ones(make, tiny_model_dir, r
         sft(config, tmp_path / "to", display=Losses())
 
 
-def test_a_disk_that_fills_up_leaves_no_half_model(make, tmp_path, monkeypatch):
-    def full(*args: Any) -> None:
-        args[1].write_bytes(b"half")
+@pytest.mark.parametrize("is_new", [True, False])
+def test_a_disk_that_fills_up_leaves_no_half_model(is_new, make, tmp_path, monkeypatch):
+    def full(*args: Any, **_: Any) -> None:
+        (args[1] / "model.safetensors").write_bytes(b"half")
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(sft_module, "save_model", full)
     monkeypatch.setattr(sft_module, "train_supervised", lambda *_, **__: None)
-    to = tmp_path / "to"
+    to = tmp_path / "models" / "to"
+    if not is_new:
+        to.mkdir(parents=True)
+        (to / "notes").write_text("mine")
+    before = sorted(tmp_path.rglob("*"))
     with pytest.raises(UserError) as refusal:
         sft(make(), to, display=Losses())
     assert str(refusal.value) == (
-        f"{to}: the model could not be written ([Errno 28] No space left on device)"
+        f"{to}: could not be written (No space left on device); nothing is left of it"
     )
-    assert sorted(path.name for path in to.iterdir()) == COPIED
+    assert sorted(tmp_path.rglob("*")) == before
 
 
 @pytest.mark.slow

@@ -565,9 +565,9 @@ def test_data_that_are_not_enough_are_refused(refused, tmp_path):
         ("--kv-cache-tokens 103", "kv_cache_tokens = 103 does not hold max_prompt_tokens + "
          "max_completion_tokens = 104; raise it, or leave it out"),
         ("--mesh-shape 1 16", "mesh_shape = [1, 16] needs 16 devices but 8 (cpu) are present; "
-         "choose a mesh of at most 8"),
-        ("--mesh-shape 2 3", "mesh_shape[1] = 3 does not divide the 4 KV heads and 8 query heads; "
-         "use one of [1, 2, 4]"),
+         "meshes that fit: [1, 8], [2, 4], [4, 2], [8, 1]"),
+        ("--mesh-shape 2 3", "mesh_shape[1] = 3 does not divide the model's 4 KV heads; "
+         "meshes that fit: [2, 4], [4, 2], [8, 1]"),
         ("--model nowhere", "model 'nowhere': no such directory; use embedded, a directory of "
          "safetensors, a Hugging Face id such as google/gemma-2-2b-it, or "
          "kaggle:OWNER/MODEL/FRAMEWORK/VARIATION"),

@@ -32,7 +32,9 @@ def save_checkpoint(folder: Path, step: int, state: Any, keep: int) -> Path:
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir()
     try:
-        with ocp.StandardCheckpointer() as checkpointer:
+        with _checkpointer() as checkpointer:
+            if jax.process_count() > 1:  # Orbax takes arrays of one process for a mistake.
+                state = jax.device_get(state)
             checkpointer.save((temporary / _STATE).absolute(), state)
             # Without this, Orbax reports a full disk only when it is closed, if at all.
             checkpointer.wait_until_finished()
@@ -79,7 +81,7 @@ def restore_checkpoint(folder: Path, like: Any) -> tuple[int, Any] | None:
             _log.warning("checkpoint %s is damaged (%s); falling back", path, problem)
             continue
         target = jax.tree.map(ocp.utils.to_shape_dtype_struct, like)
-        with ocp.StandardCheckpointer() as checkpointer:
+        with _checkpointer() as checkpointer:
             return step, checkpointer.restore((path / _STATE).absolute(), target)
     if steps:
         raise OSError(f"{folder}: none of the checkpoints verifies; start a new run directory")
@@ -104,6 +106,18 @@ def restore_part(folder: Path, like: Mapping[str, Any]) -> tuple[int, Any]:
         with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
             return step, checkpointer.restore((path / _STATE).absolute(), args=wanted)
     raise OSError(f"{folder}: none of the checkpoints verifies")
+
+
+def _checkpointer() -> ocp.StandardCheckpointer:
+    """Writes and reads in this process alone, without waiting for others."""
+    if jax.process_count() == 1:
+        return ocp.StandardCheckpointer()
+    own = jax.process_index()
+    return ocp.StandardCheckpointer(
+        multiprocessing_options=ocp.options.MultiprocessingOptions(
+            primary_host=own, active_processes={own}, barrier_sync_key_prefix=f"process_{own}"
+        )
+    )
 
 
 def clean_temporaries(folder: Path) -> None:

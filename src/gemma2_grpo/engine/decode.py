@@ -1,6 +1,6 @@
 """Decoding a group of completions per prompt on a grid that shrinks as they finish."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -14,6 +14,7 @@ from gemma2_grpo.engine.forward import (
     Network,
     Prefix,
     Weights,
+    gathered_weights,
     hidden_states,
     output_logits,
     run_from_start,
@@ -26,6 +27,10 @@ _FIRST_SLOTS = 64
 # A grid is not made smaller than this, nor than a quarter of its first size: the weights are then
 # what decoding waits for, and every size is one more program.
 _LEAST_ROWS = 4
+# Tokens between two calls of `on_tokens`.
+_STREAMED_TOKENS = 4
+
+OnTokens = Callable[[np.ndarray], None]
 
 
 class Grid(NamedTuple):
@@ -80,6 +85,8 @@ def complete(
     max_tokens: int,
     sampling: Sampling,
     mesh: Mesh,
+    first_row: int = 0,
+    on_tokens: OnTokens | None = None,
 ) -> Completed:
     """Decodes until every row has stopped or is at its limit.
 
@@ -93,30 +100,56 @@ def complete(
         prompts: Token ids [B, P], right-padded.
         lengths: Tokens of each prompt [B].
         limits: The most tokens of each completion [B * G]; 0 for one that is not wanted.
-        key: Key of this call; row r has the key fold_in(key, r).
+        key: Key of this call; row r has the key fold_in(key, first_row + r).
         max_tokens: The most that any limit may be.
         sampling: How tokens are drawn.
         mesh: Mesh of the weights.
+        first_row: Number of the first row in a batch of which these are a part.
+        on_tokens: Takes all tokens so far [B * G, t], every few tokens; the device waits for it.
     """
     rows = np.arange(len(limits))
     tokens = np.full((len(rows), max_tokens), sampling.pad_id, np.int32)
     logps = np.zeros((len(rows), max_tokens), np.float32)
-    least = max(_LEAST_ROWS, len(limits) // 4)
+    least = least_rows(len(limits))
     slots, step = bucket(1, _FIRST_SLOTS, max_tokens), 0
-    grid = _start(network, weights, prompts, lengths, limits, key, slots=slots, mesh=mesh)
+    grid = start_grid(
+        *(network, weights, prompts, lengths, limits, key, np.int32(first_row)),
+        slots=slots,
+        mesh=mesh,
+    )
     while True:
-        grid, drawn = _decode(network, weights, grid, sampling=sampling, least=least, mesh=mesh)
+        until = np.int32(step + _STREAMED_TOKENS if on_tokens else max_tokens)
+        grid, drawn = fill_grid(
+            network, weights, grid, until, sampling=sampling, least=least, mesh=mesh
+        )
         now, stopped, drawn = jax.device_get((grid.step, grid.stopped, drawn))
         columns, step = slice(step, int(now)), int(now)
         tokens[rows, columns] = drawn.tokens[:, columns]
         logps[rows, columns] = drawn.logps[:, columns]
+        if on_tokens:
+            on_tokens(tokens[:, :step])
         if stopped.all() or step == max_tokens:
             break
         kept, shape = _fit(stopped.reshape(len(grid.lengths), -1), least, mesh.shape["fsdp"])
-        rows = rows[kept]
-        slots = bucket(step + 1, _FIRST_SLOTS, max_tokens)
-        grid = _regrid(grid, kept, shape=shape, slots=slots, mesh=mesh)
+        needed = bucket(step + 1, _FIRST_SLOTS, max_tokens)
+        if (len(kept), needed) == (len(rows), slots):  # It only paused, for `on_tokens`.
+            continue
+        rows, slots = rows[kept], needed
+        grid = regrid(grid, kept, shape=shape, slots=slots, mesh=mesh)
     return Completed(tokens, logps, _lengths(tokens, limits, sampling.stop_ids))
+
+
+def least_rows(rows: int) -> int:
+    """Rows of the smallest grid to which one of so many is made smaller."""
+    return max(_LEAST_ROWS, rows // 4)
+
+
+def cache_sizes(max_tokens: int) -> list[int]:
+    """Slots that the cache of completions of so many tokens has in turn."""
+    sizes = [bucket(1, _FIRST_SLOTS, max_tokens)]
+    while sizes[-1] < max_tokens:
+        sizes.append(bucket(sizes[-1] + 1, _FIRST_SLOTS, max_tokens))
+    return sizes
 
 
 def _lengths(tokens: np.ndarray, limits: np.ndarray, stop_ids: tuple[int, ...]) -> np.ndarray:
@@ -153,13 +186,14 @@ def _fit(stopped: np.ndarray, least: int, fsdp: int) -> tuple[np.ndarray, tuple[
 
 
 @partial(jax.jit, static_argnames=("network", "slots", "mesh"))
-def _start(
+def start_grid(
     network: Network,
     weights: Weights,
     prompts: jax.Array,
     lengths: jax.Array,
     limits: jax.Array,
     key: jax.Array,
+    first_row: jax.Array | int = 0,
     *,
     slots: int,
     mesh: Mesh,
@@ -177,7 +211,7 @@ def _start(
             last=jnp.repeat(last, rows // batch),
             stopped=limits == 0,
             limits=limits,
-            keys=jax.vmap(partial(jax.random.fold_in, key))(jnp.arange(rows)),
+            keys=jax.vmap(partial(jax.random.fold_in, key))(first_row + jnp.arange(rows)),
             lengths=lengths - 1,
             prefix=prefix,
             own=own,
@@ -187,10 +221,18 @@ def _start(
 
 
 @partial(jax.jit, static_argnames=("network", "sampling", "least", "mesh"), donate_argnames="grid")
-def _decode(
-    network: Network, weights: Weights, grid: Grid, *, sampling: Sampling, least: int, mesh: Mesh
+def fill_grid(
+    network: Network,
+    weights: Weights,
+    grid: Grid,
+    until: jax.Array | np.integer,
+    *,
+    sampling: Sampling,
+    least: int,
+    mesh: Mesh,
 ) -> tuple[Grid, Drawn]:
-    """Draws tokens until the cache is full or a smaller grid would do."""
+    """Draws tokens until so many are there, the cache is full or a smaller grid would do."""
+    weights = gathered_weights(network, weights)
     rows, slots = grid.own[network.layers[0]].keys.shape[:2]
     batch = len(grid.lengths)
     width = grid.prefix[network.layers[0]].keys.shape[1]
@@ -207,7 +249,7 @@ def _decode(
 
     def go_on(carry: tuple[Grid, Drawn]) -> jax.Array:
         grid, _ = carry
-        return (grid.step < slots) & ~fits_smaller(grid.stopped)
+        return (grid.step < jnp.minimum(slots, until)) & ~fits_smaller(grid.stopped)
 
     def draw(carry: tuple[Grid, Drawn]) -> tuple[Grid, Drawn]:
         grid, drawn = carry
@@ -238,7 +280,7 @@ def _decode(
 
 
 @partial(jax.jit, static_argnames=("shape", "slots", "mesh"))
-def _regrid(grid: Grid, kept: jax.Array, *, shape: tuple[int, int], slots: int, mesh: Mesh) -> Grid:
+def regrid(grid: Grid, kept: jax.Array, *, shape: tuple[int, int], slots: int, mesh: Mesh) -> Grid:
     """Moves rows to a grid of another shape, with a cache of so many slots."""
     rows, batch = len(grid.last), len(grid.lengths)
     prompts = kept[:: shape[1]] // (rows // batch)

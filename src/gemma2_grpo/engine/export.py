@@ -1,13 +1,11 @@
-"""Weights out: Hugging Face safetensors of a model, and the adapter file of a run."""
+"""The adapter file of a run, and what tells one base from another."""
 
 import hashlib
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import jax
-import ml_dtypes
 import numpy as np
 from flax import nnx
 from safetensors import SafetensorError, safe_open
@@ -15,70 +13,10 @@ from safetensors.numpy import save_file
 from tunix.models.gemma import model as gemma
 
 from gemma2_grpo.config import ModelConfig, UserError
-from gemma2_grpo.engine.forward import weights_of
-from gemma2_grpo.engine.lora import merge_adapters
 
 ADAPTER_FILE = "adapter.safetensors"
 # One entry of metadata: safetensors writes several in no fixed order.
 _DESCRIPTION = "gemma2_grpo"
-_NORMS = {
-    "pre_attention_norm": "input_layernorm",
-    "post_attn_norm": "post_attention_layernorm",
-    "pre_ffw_norm": "pre_feedforward_layernorm",
-    "post_ffw_norm": "post_feedforward_layernorm",
-}
-
-
-def save_model(model: gemma.Gemma, path: Path, dtype: str, query_scale: float = 1.0) -> None:
-    """Writes the base weights of a model as one HF safetensors file.
-
-    Args:
-        model: A Gemma 2 without adapters, or whose adapters are left out.
-        path: The file.
-        dtype: Type to store, `bfloat16` or `float32`.
-        query_scale: What `engine.model.query_scale` multiplied the queries by, undone here.
-    """
-    kind = np.dtype(ml_dtypes.bfloat16) if dtype == "bfloat16" else np.dtype(dtype)
-    tensors = {
-        name: np.ascontiguousarray(value.astype(kind))
-        for name, value in _hf_tensors(model, query_scale)
-    }
-    save_file(tensors, path, metadata={"format": "pt"})
-
-
-def _hf_tensors(model: gemma.Gemma, query_scale: float) -> Iterator[tuple[str, np.ndarray]]:
-    """Names and values as transformers has them; linear layers are [out, in] there."""
-
-    def host(variable: nnx.Variable) -> np.ndarray:
-        return np.asarray(jax.device_get(variable.get_value()), np.float32)
-
-    yield "model.embed_tokens.weight", host(model.embedder.input_embedding)
-    yield "model.norm.weight", host(model.final_norm.scale)
-    for i, layer in enumerate(model.layers):
-        prefix = f"model.layers.{i}"
-        for ours, theirs in _NORMS.items():
-            yield f"{prefix}.{theirs}.weight", host(getattr(layer, ours).scale)
-        for name in ("gate_proj", "up_proj", "down_proj"):
-            yield f"{prefix}.mlp.{name}.weight", host(getattr(layer.mlp, name).kernel).T
-        attention = layer.attn
-        if attention.use_qkv_einsum:
-            query, key, value = host(attention.qkv_einsum.w)
-        else:
-            query = host(attention.q_einsum.w)
-            key, value = host(attention.kv_einsum.w)
-        for name, weight in (("q", query / query_scale), ("k", key), ("v", value)):
-            heads_first = weight.transpose(0, 2, 1)  # [N, D, H] -> [N, H, D]
-            yield f"{prefix}.self_attn.{name}_proj.weight", heads_first.reshape(-1, weight.shape[1])
-        output = host(attention.attn_vec_einsum.w)  # [N, H, D]
-        yield f"{prefix}.self_attn.o_proj.weight", output.reshape(-1, output.shape[-1]).T
-
-
-def merge_lora(policy: gemma.Gemma, base: gemma.Gemma, config: ModelConfig) -> gemma.Gemma:
-    """A copy of the base with the policy's adapters added into its weights."""
-    # Else the copy would share its variables with the base, and change them too.
-    merged = nnx.merge(*nnx.split(base), copy=True)
-    nnx.update(merged, merge_adapters(weights_of(policy), config.lora_scale))
-    return merged
 
 
 def fingerprint(directory: Path) -> str:

@@ -62,29 +62,36 @@ def check_files(directory: Path, *, needs_weights: bool = True) -> None:
 
 def _check_weights(directory: Path) -> None:
     """Checks that there are safetensors, and every shard if there is an index of them."""
-    index = directory / "model.safetensors.index.json"
-    if index.is_file():
-        _check_shards(index)
-    elif not any(path.is_file() for path in directory.glob("*.safetensors")):
+    is_indexed = read_index(directory) is not None
+    if not is_indexed and not any(path.is_file() for path in directory.glob("*.safetensors")):
         if any(directory.glob("*.bin")):
             raise UserError(f"{directory}: only PyTorch .bin weights; convert to safetensors")
         raise UserError(f"{directory}: no *.safetensors file in it; pass a whole model with them")
 
 
-def _check_shards(index: Path) -> None:
-    """Checks that every shard is there that an index of sharded weights names."""
+def read_index(directory: Path) -> dict[str, str] | None:
+    """Reads which file has which tensor of sharded weights; None where there is no such index.
+
+    Raises:
+        UserError: for an index that is none, or a shard that it names and that is not there.
+    """
+    index = directory / "model.safetensors.index.json"
+    if not index.is_file():
+        return None
     try:
-        names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-        missing = [name for name in names if not (index.parent / name).is_file()]
+        where = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+        names = sorted(set(where.values()))
+        missing = [name for name in names if not (directory / name).is_file()]
     except (ValueError, LookupError, TypeError, AttributeError) as error:
         raise UserError(
             f"{index}: not a readable index of shards ({reason(error)}); download it again"
         ) from None
     if missing:
         raise UserError(
-            f"{index.parent}: {len(missing)} of {len(names)} shards are missing, such as "
+            f"{directory}: {len(missing)} of {len(names)} shards are missing, such as "
             f"{missing[0]}; download the model again"
         )
+    return where
 
 
 def _locate(name: str) -> Path:

@@ -14,10 +14,11 @@ from typing import Any, NamedTuple, cast
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.sharding import Mesh, PartitionSpec
 from tunix.models.gemma import model as gemma
 
 from gemma2_grpo.engine.attention import KeyValues, LayerCache, Visible, visible
-from gemma2_grpo.engine.layers import Remat, faster
+from gemma2_grpo.engine.layers import Remat, constrained, faster
 from gemma2_grpo.engine.loss import TokenLogps
 from gemma2_grpo.engine.packing import MicroBatch
 
@@ -43,6 +44,8 @@ class Network:
 
     graphdef: nnx.GraphDef
     architecture: gemma.ModelConfig
+    mesh: Mesh | None = None
+    """Over which activations are laid."""
 
     def merge(self, weights: Weights) -> gemma.Gemma:
         """Puts the model together for one call."""
@@ -64,10 +67,22 @@ def network_of(
     remat: Remat = "none",
     *,
     are_merged: bool = False,
+    is_sampling: bool = False,
+    mesh: Mesh | None = None,
 ) -> Network:
-    """The static half of a model; `remat` and `are_merged` are those of `layers.faster`."""
-    graphdef, _ = nnx.split(faster(model, remat, are_merged=are_merged))
-    return Network(graphdef, model.config)
+    """The static half of a model; the arguments are those of `layers.faster`.
+
+    Activations are laid over the mesh on which the weights lie, unless another one is given.
+    """
+    mesh = mesh or _mesh_of(model)
+    faster_model = faster(model, remat, are_merged=are_merged, is_sampling=is_sampling, mesh=mesh)
+    return Network(nnx.split(faster_model)[0], model.config, mesh)
+
+
+def _mesh_of(model: gemma.Gemma) -> Mesh | None:
+    sharding = getattr(model.embedder.input_embedding.get_value(), "sharding", None)
+    mesh = getattr(sharding, "mesh", None)
+    return mesh if isinstance(mesh, Mesh) else None
 
 
 def weights_of(model: gemma.Gemma) -> Weights:
@@ -79,6 +94,29 @@ def weights_of(model: gemma.Gemma) -> Weights:
 def split_model(model: gemma.Gemma) -> tuple[Network, Weights]:
     """Splits a model into its static half and its weights."""
     return network_of(model), weights_of(model)
+
+
+def gathered_weights(network: Network, weights: Weights) -> Weights:
+    """Weights brought together over fsdp, for a loop that runs one token a row in each turn.
+
+    What lies over fsdp is brought together whenever it is used. Of a few rows that takes ten times
+    longer than to use it, so a loop does it once, before. The barrier keeps the compiler from
+    moving it back into the loop.
+    """
+    mesh = network.mesh
+    if mesh is None or mesh.shape["fsdp"] == 1:
+        return weights
+
+    def gather(x: jax.Array, spec: PartitionSpec) -> jax.Array:
+        if "fsdp" not in spec:
+            return x
+        return constrained(x, tuple(None if axis == "fsdp" else axis for axis in spec), mesh)
+
+    lora = jax.tree.map(lambda x: x.astype(weights.embedding.dtype), weights.lora)
+    narrow = Weights(lora, weights.base)
+    return jax.lax.optimization_barrier(
+        jax.tree.map(gather, narrow, nnx.get_partition_spec(narrow))
+    )
 
 
 # The inner jit is needed as well as harmless: Tunix's remat cannot be traced where the model was
@@ -145,6 +183,13 @@ def output_logits(network: Network, weights: Weights, hidden: jax.Array) -> jax.
     return _cap(logits, network.architecture.final_logit_softcap)
 
 
+def _gathered_head(network: Network, embedding: jax.Array) -> jax.Array:
+    """The output head, brought together over fsdp once for all chunks."""
+    if network.mesh is None or network.mesh.shape["fsdp"] == 1:
+        return embedding
+    return jax.lax.optimization_barrier(constrained(embedding, ("tp", None), network.mesh))
+
+
 def _uncapped_logits(hidden: jax.Array, embedding: jax.Array) -> jax.Array:
     return jnp.einsum("...d,vd->...v", hidden, embedding, preferred_element_type=jnp.float32)
 
@@ -189,9 +234,10 @@ def token_logps(
         Float32 values [R, T].
     """
     softcap = network.architecture.final_logit_softcap
+    head = _gathered_head(network, weights.embedding)
 
     def distribution(hidden: jax.Array, targets: jax.Array) -> tuple[TokenLogps, _Softmax]:
-        capped = _cap(_uncapped_logits(hidden, weights.embedding), softcap)
+        capped = _cap(_uncapped_logits(hidden, head), softcap)
         scaled = capped / temperature
         top = scaled.max(axis=-1, keepdims=True)
         masses = jnp.exp(scaled - top)
@@ -216,10 +262,10 @@ def token_logps(
             mean = jnp.einsum(
                 "...v,vd->...d",
                 (masses * bend).astype(hidden.dtype),
-                weights.embedding,
+                head,
                 preferred_element_type=jnp.float32,
             )
-            slopes = weights.embedding[chunk[1]] * chosen_bend - mean / total
+            slopes = head[chunk[1]] * chosen_bend - mean / total
             return logps, (slopes / temperature).astype(hidden.dtype)
 
         return map_chunks(chunk_slopes, (hidden, targets), chunk_tokens)

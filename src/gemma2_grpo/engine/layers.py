@@ -13,6 +13,7 @@ from typing import Any, Literal, cast
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from tunix.models.gemma import model as gemma
 
 from gemma2_grpo.engine.attention import KeyValues, LayerCache, Visible, attend
@@ -24,6 +25,8 @@ class SharedPrefixAttention(gemma.Attention):
     """Tunix's attention for `LayerCache` and `Visible`."""
 
     are_merged: bool
+    mesh: Mesh | None
+    activations: gemma.ShardingConfig
 
     def block(self, x: Any, segment_pos: Any, cache: Any, attn_mask: Any) -> Any:
         """Runs one attention block; named and called as Tunix does.
@@ -57,7 +60,7 @@ class SharedPrefixAttention(gemma.Attention):
             _adapter(self.attn_vec_einsum, "w"),
             self.are_merged,
         )
-        return own, gemma.shard(output, cast(Any, self.shd_config.act_btd))
+        return own, constrained(output, self.activations.act_btd, self.mesh)
 
     def _project(self, x: jax.Array, positions: jax.Array) -> tuple[jax.Array, KeyValues]:
         """Rotated and scaled queries [R, T, N, H], rotated keys and values [R, T, K, H]."""
@@ -67,7 +70,7 @@ class SharedPrefixAttention(gemma.Attention):
             [queries] = self._heads(x, self.q_einsum)
             keys, values = self._heads(x, self.kv_einsum)
         queries, keys, values = (
-            gemma.shard(each, cast(Any, self.shd_config.act_btnh))
+            constrained(each, self.activations.act_btnh, self.mesh)
             for each in (queries, keys, values)
         )
         queries = gemma.apply_rope(queries, positions, head_dim=self.head_dim)
@@ -75,34 +78,93 @@ class SharedPrefixAttention(gemma.Attention):
         return queries * self.head_dim**-0.5, KeyValues(keys, values)
 
     def _heads(self, x: jax.Array, module: Any) -> list[jax.Array]:
-        """Projections of [R, T, D] by one weight [..., N, D, H], as a list of [R, T, N, H]."""
-        weight = module.w.get_value()
+        """Projections of [R, T, D] by one weight [..., N, D, H], as a list of [R, T, N, H].
+
+        Heads come first among the columns: they lie over tp, and columns in another order would
+        have to be brought together on every device.
+        """
+        weight, adapter = module.w.get_value(), _adapter(module, "w")
         heads, width, size = weight.shape[-3:]
-        flat = jnp.moveaxis(weight, -2, 0).reshape(width, -1)
-        output = adapted(x, flat, _adapter(module, "w"), self.are_merged)
-        output = output.reshape(*x.shape[:2], -1, heads, size)
-        return [output[:, :, i] for i in range(output.shape[2])]
+        parts = weight.reshape(-1, heads, width, size)
+        if adapter is not None:
+            a, b = adapter
+            b = b.reshape(len(b), len(parts), heads, size).swapaxes(1, 2).reshape(len(b), -1)
+            adapter = a, b
+        flat = parts.transpose(2, 1, 0, 3).reshape(width, -1)
+        output = adapted(x, flat, adapter, self.are_merged)
+        output = output.reshape(*x.shape[:2], heads, len(parts), size)
+        return [output[:, :, :, i] for i in range(len(parts))]
 
 
 class AdaptedFeedForward(gemma.FeedForward):
     """Tunix's feed-forward block."""
 
     are_merged: bool
+    mesh: Mesh | None
+    activations: gemma.ShardingConfig
 
     def block(self, x: Any) -> Any:
         """Runs one block on [R, T, D]; named and called as Tunix does."""
         gate, up = self._times(x, self.gate_proj), self._times(x, self.up_proj)
-        activations = gemma.shard(nnx.gelu(gate) * up, cast(Any, self.config.shd_config.act_btf))
-        return self._times(activations, self.down_proj)
+        axes = self.activations.act_btf
+        activations = constrained(nnx.gelu(gate) * up, axes, self.mesh)
+        output = self._times(activations, self.down_proj)
+        return constrained(output, self.activations.act_btd, self.mesh)
 
     def _times(self, x: jax.Array, module: Any) -> jax.Array:
         return adapted(x, module.kernel.get_value(), _adapter(module, "kernel"), self.are_merged)
 
 
-_FASTER = {gemma.Attention: SharedPrefixAttention, gemma.FeedForward: AdaptedFeedForward}
+class ShardedEmbedder(gemma.Embedder):
+    """Tunix's embedder."""
+
+    are_merged: bool
+    mesh: Mesh | None
+    activations: gemma.ShardingConfig
+
+    def encode(self, x: Any) -> Any:
+        """Embeds token ids [R, T] as [R, T, D]; named and called as Tunix does."""
+        rows = self.input_embedding.get_value()[x]
+        rows = rows * jnp.sqrt(rows.shape[-1]).astype(rows.dtype)
+        return constrained(rows, self.activations.act_btd, self.mesh)
 
 
-def faster(model: gemma.Gemma, remat: Remat, *, are_merged: bool) -> gemma.Gemma:
+_FASTER = {
+    gemma.Attention: SharedPrefixAttention,
+    gemma.Embedder: ShardedEmbedder,
+    gemma.FeedForward: AdaptedFeedForward,
+}
+
+
+def constrained(x: jax.Array, axes: tuple[str | None, ...], mesh: Mesh | None) -> jax.Array:
+    """Lays activations over a mesh; without one, they stay as they are.
+
+    Tunix's own does nothing where the default device is a CPU, so that programs for a CPU, and
+    those that are compiled there for another machine, would not be laid out; and it refuses sizes
+    that do not divide, such as a single row over two devices.
+
+    Args:
+        x: Activations.
+        axes: Axis of the mesh for each dimension, or None.
+        mesh: Mesh of the weights.
+    """
+    if mesh is None:
+        return x
+    spec = [
+        axis if axis and size % mesh.shape[axis] == 0 else None
+        for axis, size in zip(axes, x.shape, strict=True)
+    ]
+    return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, PartitionSpec(*spec)))
+
+
+def faster(
+    model: gemma.Gemma,
+    remat: Remat,
+    *,
+    are_merged: bool,
+    is_sampling: bool,
+    mesh: Mesh | None,
+) -> gemma.Gemma:
     """The same variables in a graph of the layers above.
 
     Args:
@@ -110,13 +172,18 @@ def faster(model: gemma.Gemma, remat: Remat, *, are_merged: bool) -> gemma.Gemma
         remat: What the backward pass recomputes instead of keeping.
         are_merged: The base weights that the graph will be run with contain the adapters
             already; these are then only there for their gradients.
+        is_sampling: The residual stream lies whole on every device of a tp group. Of one token
+            a row it is small, and to bring it together before each product takes longer than
+            the product.
+        mesh: Over which activations are laid.
     """
     copy = with_remat(model, remat)
+    shardings = gemma.ShardingConfig.get_default_sharding(is_sampling)
     for _, module in nnx.iter_graph(copy):
         if type(module) in _FASTER:
             # Past nnx, which would record the class as one more attribute.
             object.__setattr__(module, "__class__", _FASTER[type(module)])
-            module.are_merged = are_merged
+            module.are_merged, module.mesh, module.activations = are_merged, mesh, shardings
     return copy
 
 

@@ -18,6 +18,7 @@ from tunix.rl.rollout.base_rollout import RolloutConfig as TunixRolloutConfig
 from gemma2_grpo.config import Config
 from gemma2_grpo.engine.loss import Advantages, group_advantages, token_weights
 from gemma2_grpo.engine.packing import PromptBatch, choose_shapes, prompt_batches
+from gemma2_grpo.engine.processes import gather, gather_rows, share
 from gemma2_grpo.engine.rollout import GroupRollout, GroupRolloutConfig, engine_settings
 from gemma2_grpo.engine.tokenizer import Tokenizer
 from gemma2_grpo.engine.update import (
@@ -164,6 +165,7 @@ class Learner:
         *,
         greedy: bool = False,
         limits: Sequence[int] | None = None,
+        first_row: int = 0,
     ) -> Completions:
         """Completes each prompt `group` times, with randomness from `key` alone.
 
@@ -173,11 +175,13 @@ class Learner:
             key: Key of this call.
             greedy: Take the likeliest token.
             limits: The most tokens of each completion, where they differ.
+            first_row: Number of the first completion in a batch of which these are a part; with
+                the key, it decides the randomness.
         """
         mode = Mode.EVAL if greedy else Mode.TRAIN
         settings = cast(GroupRolloutConfig, self.cluster.get_rollout_config(mode))
         # Tunix hands an engine the same seed at every call; here each call has its own.
-        settings.seed, settings.limits = key, limits
+        settings.seed, settings.limits, settings.first_row = key, limits, first_row
         repeated = [prompt for prompt in prompts for _ in range(group)]
         output = self.cluster.generate(repeated, mode=mode)
         tokens = output.tokens
@@ -193,25 +197,29 @@ class Learner:
         return row if is_cut else np.append(row, self.tokenizer.eos_id()).astype(np.int32)
 
     def step(self, step: int, batch: Sequence[Example], score: Scores) -> StepResult:
-        """One batch of rollouts and its updates.
+        """One batch of rollouts and its updates, of which each process does its own part.
 
         Args:
             step: Number of the step from 0; with the seed, it decides all randomness.
-            batch: One example per prompt.
+            batch: One example per prompt, for all processes.
             score: Scores the completions.
         """
         group, seed = self.config.rollout.num_generations, self.config.run.seed
         started = time.perf_counter()
-        prompts = [render_prompt(example.question) for example in batch]
-        completions = self.generate(prompts, group, fold_key(seed, Stream.TRAIN, step))
+        own = share(len(batch))
+        rows = slice(own.start * group, own.stop * group)
+        prompts = [render_prompt(example.question) for example in batch[own]]
+        key = fold_key(seed, Stream.TRAIN, step)
+        completions = self.generate(prompts, group, key, first_row=rows.start)
         sampled = time.perf_counter()
         examples = [example for example in batch for _ in range(group)]
         # The reference runs on the device while the host scores.
         packed, references = [], None
         if self.config.grpo.beta:
-            packed = self.pack(prompts, completions, [True] * len(batch))
+            packed = self.pack(prompts, completions, [True] * len(prompts))
             references = self.updater.reference_logps(packed)
-        scores = score(examples, completions.texts)
+        scores = score(examples[rows], completions.texts)
+        everyones, scores = _from_all(completions, scores)
         values = scores["total"]
         if self.config.rewards.shuffle_rewards:
             values = np.random.default_rng([seed, Stream.CONTROL, step]).permutation(values)
@@ -220,13 +228,13 @@ class Learner:
             scale_by_std=self.config.grpo.loss_type != "drgrpo",
         )
         if not self.config.grpo.beta:
-            packed = self.pack(prompts, completions, ~advantages.is_uniform)
+            packed = self.pack(prompts, completions, ~advantages.is_uniform[own])
         scored = time.perf_counter()
         first_update = self.updater.made
-        updates = self.update(packed, references, completions, advantages)
+        updates = self.update(packed, references, everyones, advantages, rows)
         return StepResult(
             examples=examples,
-            completions=completions,
+            completions=everyones,
             scores=scores,
             advantages=advantages,
             updates=updates,
@@ -258,10 +266,19 @@ class Learner:
         references: Sequence[Sequence[jax.Array]] | None,
         completions: Completions,
         advantages: Advantages,
+        rows: slice = slice(None),
     ) -> list[UpdateMetrics]:
-        """The updates of one batch; none where no completion has a score or a gradient."""
+        """The updates of one batch; none where no completion has a score or a gradient.
+
+        Args:
+            packed: What `pack` gave, of this process's completions.
+            references: What the updater's `reference_logps` gave for it.
+            completions: Those of all processes, over which the loss is a mean.
+            advantages: Likewise of all.
+            rows: Which of them are this process's.
+        """
         is_scored = advantages.is_scored.ravel()
-        if not packed or not is_scored.any():
+        if not is_scored.any() or not any(gather(len(packed))):
             return []
         weights = token_weights(
             completions.lengths,
@@ -269,7 +286,7 @@ class Learner:
             self.config.grpo.loss_type,
             self.config.rollout.max_completion_tokens,
         )
-        values = advantages.values.ravel()
+        values, weights = advantages.values.ravel()[rows], weights[rows]
 
         def credit(owners: np.ndarray) -> Credit:
             is_token = owners >= 0
@@ -315,6 +332,28 @@ class Learner:
             nnx.replace_by_pure_dict(target, state[name])
             nnx.update(trainer.model if name == "lora" else trainer.optimizer, target)
         self._tell_engine()
+
+
+def _from_all(
+    completions: Completions, scores: Mapping[str, np.ndarray]
+) -> tuple[Completions, Mapping[str, np.ndarray]]:
+    """Completions and scores of all processes, in the order of the batch."""
+    if jax.process_count() == 1:
+        return completions, scores
+    rows = gather_rows(
+        {
+            "texts": completions.texts,
+            "tokens": [row.tolist() for row in completions.tokens],
+            "is_truncated": completions.is_truncated.tolist(),
+        }
+    )
+    gathered = Completions(
+        rows["texts"],
+        [np.array(row, np.int32) for row in rows["tokens"]],
+        np.array(rows["is_truncated"]),
+    )
+    columns = gather_rows({name: column.tolist() for name, column in scores.items()})
+    return gathered, {name: np.array(column) for name, column in columns.items()}
 
 
 def _place_scalars(optimizer: nnx.Optimizer, mesh: Mesh) -> None:

@@ -116,13 +116,13 @@ def merge_adapters(weights: Weights, scale: float) -> nnx.State:
         target = (*path[:-1], name.removesuffix("_lora_a"))
         b = adapters[(*path[:-1], name.removesuffix("a") + "b")]
         weight = flat[target].get_value()
-        delta = scale * _product(str(path[-2]), a.get_value(), b.get_value())
+        delta = scale * weight_change(str(path[-2]), a.get_value(), b.get_value())
         merged = weight.astype(jnp.float32) + delta.reshape(weight.shape)
         flat[target] = flat[target].replace(merged.astype(weight.dtype))
     return nnx.from_flat_state(list(flat.items()))
 
 
-def _product(module: str, a: jax.Array, b: jax.Array) -> jax.Array:
+def weight_change(module: str, a: jax.Array, b: jax.Array) -> jax.Array:
     """The weight change of one adapter, laid out like the weight it belongs to.
 
     Qwix keeps the rank last in A and first in B. Query, key and value weights have their heads

@@ -3,9 +3,9 @@
 import json
 import math
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -14,12 +14,17 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
-from safetensors import SafetensorError, safe_open
 from tunix.models.gemma import model as gemma
-from tunix.models.gemma import params_safetensors
 
 from gemma2_grpo.config import UserError
 from gemma2_grpo.engine.forward import Network, network_of
+from gemma2_grpo.engine.pretrained import (
+    Pretrained,
+    VariablePath,
+    check_host_memory,
+    check_tensors,
+    open_tensors,
+)
 
 MESH_AXES = ("fsdp", "tp")
 _SIZES = (
@@ -29,18 +34,55 @@ _SIZES = (
 
 
 def make_mesh(shape: tuple[int, int]) -> Mesh:
-    """Lays the first `fsdp x tp` devices out as a mesh with those axes.
+    """Lays the first `fsdp x tp` devices of this process out as a mesh with those axes.
 
     Raises:
         UserError: if there are fewer devices.
     """
-    needed, present = shape[0] * shape[1], jax.device_count()
+    needed, present = shape[0] * shape[1], jax.local_device_count()
     if needed > present:
         raise UserError(
             f"mesh_shape = {list(shape)} needs {needed} devices but {present} "
-            f"({jax.default_backend()}) are present; choose a mesh of at most {present}"
+            f"({jax.default_backend()}) are present; meshes that fit: {_meshes_that_fit(())}"
         )
-    return Mesh(np.asarray(jax.devices()[:needed]).reshape(shape), MESH_AXES)
+    return Mesh(np.asarray(jax.local_devices()[:needed]).reshape(shape), MESH_AXES)
+
+
+def check_mesh(architecture: gemma.ModelConfig, mesh: Mesh) -> None:
+    """Refuses a mesh over which a model's heads or weights do not divide.
+
+    Raises:
+        UserError: naming what does not divide, and the meshes over which all does.
+    """
+    sizes = [
+        (1, architecture.num_kv_heads, "KV heads"),
+        (1, architecture.num_heads, "query heads"),
+        (0, architecture.embed_dim, "hidden units"),
+        (1, architecture.embed_dim, "hidden units"),
+        (1, architecture.hidden_dim, "MLP units"),
+        (1, architecture.num_embed, "vocabulary entries"),
+    ]
+    for axis, size, name in sizes:
+        parts = mesh.shape[MESH_AXES[axis]]
+        if size % parts:
+            fitting = _meshes_that_fit([(axis, size) for axis, size, _ in sizes])
+            raise UserError(
+                f"mesh_shape[{axis}] = {parts} does not divide the model's {size} {name}; "
+                f"meshes that fit: {fitting}"
+            )
+
+
+def _meshes_that_fit(sizes: Sequence[tuple[int, int]]) -> str:
+    """Meshes of as many devices as can be used, given sizes that an axis must divide."""
+    present = jax.local_device_count()
+    shapes = [
+        (fsdp, tp)
+        for fsdp in range(1, present + 1)
+        for tp in range(1, present // fsdp + 1)
+        if all(size % (fsdp, tp)[axis] == 0 for axis, size in sizes)
+    ]
+    most = max(fsdp * tp for fsdp, tp in shapes)
+    return ", ".join(str(list(shape)) for shape in shapes if shape[0] * shape[1] == most)
 
 
 def mesh_shape_at_hand(wanted: tuple[int, int], architecture: gemma.ModelConfig) -> tuple[int, int]:
@@ -89,6 +131,7 @@ def read_architecture(directory: Path) -> gemma.ModelConfig:
         "rms_norm_eps": 1e-6,
         "hidden_activation": "gelu_pytorch_tanh",
         "attention_bias": False,
+        "tie_word_embeddings": True,
     }
     for name, only in fixed.items():
         if values.get(name, only) != only:
@@ -149,19 +192,38 @@ def query_scale(directory: Path) -> float:
 def load_weights(directory: Path, dtype: str, mesh: Mesh) -> gemma.Gemma:
     """Loads a directory of HF safetensors, in one file or many, onto the mesh.
 
-    Tensors are mapped from the files into host memory, cast there and then placed on their
-    shards, so that no chip ever holds the whole model.
+    Each device's shard is read from the mapped file, cast and placed by itself, one tensor after
+    the other, so that no device ever holds the whole model and the host holds one tensor at most.
+    A process reads the shards of its own devices only.
 
     Raises:
-        UserError: if files or tensors are missing or unreadable.
+        UserError: if files or tensors are missing or unreadable, or host memory is short.
     """
     architecture = read_architecture(directory)
-    check_heads(architecture, mesh)
-    _check_tensors(directory, architecture)
-    model = params_safetensors.create_model_from_safe_tensors(
-        str(directory), architecture, mesh, jnp.dtype(dtype)
-    )
-    return _prepare(model, query_scale(directory))
+    check_mesh(architecture, mesh)
+    graphdef, variables = _abstract(architecture, dtype, mesh)
+    with open_tensors(directory) as tensors:
+        check_tensors(directory, tensors, architecture)
+        check_host_memory(directory, tensors, [like.get_value() for _, like in variables])
+        source = Pretrained(tensors, architecture.head_dim, query_scale(directory))
+        flat = [
+            (path, like.replace(source.place(path, like.get_value()))) for path, like in variables
+        ]
+    return _with_float32_norms(nnx.merge(graphdef, nnx.from_flat_state(flat)))
+
+
+def _abstract(
+    architecture: gemma.ModelConfig, dtype: str, mesh: Mesh
+) -> tuple[nnx.GraphDef, list[tuple[VariablePath, nnx.Variable]]]:
+    """A model without weights: its static half, and variables of shape, type and sharding."""
+    graphdef, state = nnx.split(nnx.eval_shape(lambda: gemma.Gemma(architecture, rngs=nnx.Rngs(0))))
+    shardings = dict(nnx.to_flat_state(nnx.get_named_sharding(state, mesh)))
+
+    def describe(path: VariablePath, variable: nnx.Variable) -> nnx.Variable:
+        shape, sharding = variable.get_value().shape, shardings[path].get_value()
+        return variable.replace(jax.ShapeDtypeStruct(shape, jnp.dtype(dtype), sharding=sharding))
+
+    return graphdef, [(path, describe(path, x)) for path, x in nnx.to_flat_state(state)]
 
 
 def random_weights(
@@ -173,20 +235,16 @@ def random_weights(
     with a fixed deviation; here every matrix is drawn with the deviation 1/sqrt(fan-in), and the
     embedding, which is scaled by sqrt(width) on the way in, with 0.02.
     """
-    check_heads(architecture, mesh)
-    graphdef, abstract = nnx.split(
-        nnx.eval_shape(lambda: gemma.Gemma(architecture, rngs=nnx.Rngs(0)))
-    )
-    shardings = dict(nnx.to_flat_state(nnx.get_named_sharding(abstract, mesh)))
+    check_mesh(architecture, mesh)
+    graphdef, variables = _abstract(architecture, dtype, mesh)
 
-    def draw(index: int, path: tuple[Any, ...], variable: nnx.Variable) -> nnx.Variable:
-        shape, scale = variable.get_value().shape, _initial_scale(path, variable.get_value().shape)
-        key = jax.random.fold_in(jax.random.key(seed), index)
-        return variable.replace(_normal(shape, scale, dtype, shardings[path].get_value())(key))
+    def draw(index: int, path: VariablePath, variable: nnx.Variable) -> nnx.Variable:
+        like = variable.get_value()
+        program = _normal(like.shape, _initial_scale(path, like.shape), dtype, like.sharding)
+        return variable.replace(program(jax.random.fold_in(jax.random.key(seed), index)))
 
-    flat = nnx.to_flat_state(abstract)
-    drawn = [(path, draw(i, path, variable)) for i, (path, variable) in enumerate(flat)]
-    return _prepare(nnx.merge(graphdef, nnx.from_flat_state(drawn)), 1.0)
+    flat = [(path, draw(i, path, like)) for i, (path, like) in enumerate(variables)]
+    return _with_float32_norms(nnx.merge(graphdef, nnx.from_flat_state(flat)))
 
 
 @cache
@@ -199,7 +257,7 @@ def _normal(
     )
 
 
-def _initial_scale(path: tuple[Any, ...], shape: tuple[int, ...]) -> float:
+def _initial_scale(path: VariablePath, shape: tuple[int, ...]) -> float:
     if "scale" in path:  # RMSNorm multiplies by 1 + scale.
         return 0.0
     if "input_embedding" in path:
@@ -207,75 +265,6 @@ def _initial_scale(path: tuple[Any, ...], shape: tuple[int, ...]) -> float:
     if "attn_vec_einsum" in path:
         return float(np.prod(shape[:2])) ** -0.5
     return float(shape[-2]) ** -0.5
-
-
-def check_heads(architecture: gemma.ModelConfig, mesh: Mesh) -> None:
-    """Refuses a mesh over which the heads do not divide.
-
-    Raises:
-        UserError: naming the head counts and the tensor-parallel sizes that divide them.
-    """
-    tp, kv = mesh.shape["tp"], architecture.num_kv_heads
-    if kv % tp or architecture.num_heads % tp:
-        sizes = [n for n in range(1, kv + 1) if kv % n == 0 and architecture.num_heads % n == 0]
-        raise UserError(
-            f"mesh_shape[1] = {tp} does not divide the {kv} KV heads and "
-            f"{architecture.num_heads} query heads; use one of {sizes}"
-        )
-
-
-def _check_tensors(directory: Path, architecture: gemma.ModelConfig) -> None:
-    """Compares names, shapes and types of the tensors with what the architecture needs."""
-    present: dict[str, list[int]] = {}
-    for path in sorted(directory.glob("*.safetensors")):
-        try:
-            with safe_open(path, framework="numpy") as tensors:
-                slices = {name: tensors.get_slice(name) for name in list(tensors.keys())}
-                present |= {name: part.get_shape() for name, part in slices.items()}
-                kinds = {part.get_dtype() for part in slices.values()}
-        except (SafetensorError, OSError) as error:
-            raise UserError(f"{path}: not a readable safetensors file ({error})") from None
-        if len(kinds) > 1:  # Tunix's reader takes the type of the first tensor for all.
-            raise UserError(f"{path}: mixed tensor types {sorted(kinds)}; convert it to one type")
-    needed = _tensor_shapes(architecture)
-    missing = sorted(needed.keys() - present.keys())
-    if missing:
-        raise UserError(
-            f"{directory}: {len(missing)} tensors are missing, such as {missing[0]}; "
-            "a shard may not have been downloaded"
-        )
-    for name, shape in needed.items():
-        if present[name] != shape:
-            raise UserError(
-                f"{directory}: {name} has the shape {present[name]}, but config.json means {shape}"
-            )
-
-
-def _tensor_shapes(architecture: gemma.ModelConfig) -> dict[str, list[int]]:
-    """Tensors of the architecture as transformers names and lays them out."""
-    width, hidden = architecture.embed_dim, architecture.hidden_dim
-    queries = architecture.num_heads * architecture.head_dim
-    keys = architecture.num_kv_heads * architecture.head_dim
-    layer = {
-        "self_attn.q_proj": [queries, width],
-        "self_attn.k_proj": [keys, width],
-        "self_attn.v_proj": [keys, width],
-        "self_attn.o_proj": [width, queries],
-        "mlp.gate_proj": [hidden, width],
-        "mlp.up_proj": [hidden, width],
-        "mlp.down_proj": [width, hidden],
-        "input_layernorm": [width],
-        "post_attention_layernorm": [width],
-        "pre_feedforward_layernorm": [width],
-        "post_feedforward_layernorm": [width],
-    }
-    shapes = {
-        "model.embed_tokens.weight": [architecture.num_embed, width],
-        "model.norm.weight": [width],
-    }
-    for i in range(architecture.num_layers):
-        shapes |= {f"model.layers.{i}.{name}.weight": shape for name, shape in layer.items()}
-    return shapes
 
 
 class _Float32RMSNorm(gemma.RMSNorm):
@@ -293,20 +282,24 @@ class _Float32RMSNorm(gemma.RMSNorm):
         return (wide * inverse * scale).astype(x.dtype)
 
 
-def _prepare(model: gemma.Gemma, scale: float) -> gemma.Gemma:
+def _with_float32_norms(model: gemma.Gemma) -> gemma.Gemma:
     for _, module in nnx.iter_graph(model):
         if type(module) is gemma.RMSNorm:
             # Past nnx, which would record the class as one more attribute.
             object.__setattr__(module, "__class__", _Float32RMSNorm)
-        elif isinstance(module, gemma.Attention) and scale != 1.0:
-            name = "qkv_einsum" if module.use_qkv_einsum else "q_einsum"
-            weight = getattr(module, name).w
-            factor = jnp.array([scale, 1.0, 1.0]).reshape(3, 1, 1, 1) if "kv" in name else scale
-            weight.set_value((weight.get_value() * factor).astype(weight.get_value().dtype))
     return model
 
 
-def plain_network(architecture: gemma.ModelConfig) -> Network:
+def plain_network(
+    architecture: gemma.ModelConfig, mesh: Mesh | None = None, *, is_sampling: bool = False
+) -> Network:
     """The static half of a model without adapters, made without any weights."""
-    model = nnx.eval_shape(lambda: gemma.Gemma(architecture, rngs=nnx.Rngs(0)))
-    return network_of(_prepare(model, 1.0))
+    model = nnx.eval_shape(partial(plain_model, architecture, "float32"))
+    return network_of(model, is_sampling=is_sampling, mesh=mesh)
+
+
+def plain_model(architecture: gemma.ModelConfig, dtype: str) -> gemma.Gemma:
+    """A model with Tunix's own initial weights; to be traced for its shapes, not to be run."""
+    model = _with_float32_norms(gemma.Gemma(architecture, rngs=nnx.Rngs(0)))
+    nnx.update(model, jax.tree.map(lambda x: x.astype(dtype), nnx.state(model)))
+    return model

@@ -14,7 +14,7 @@ from tunix.models.gemma import model as gemma
 from tunix.rl.rollout import base_rollout
 
 from gemma2_grpo.config import Config
-from gemma2_grpo.engine.decode import complete
+from gemma2_grpo.engine.decode import OnTokens, complete
 from gemma2_grpo.engine.fetch import find_model
 from gemma2_grpo.engine.forward import Weights, network_of, weights_of
 from gemma2_grpo.engine.lora import merge_adapters
@@ -29,6 +29,10 @@ class GroupRolloutConfig(base_rollout.RolloutConfig):
 
     limits: Sequence[int] | None = None
     """The most tokens of each completion; by default `max_tokens_to_generate` for all."""
+    first_row: int = 0
+    """Number of the first completion where these are part of a larger batch."""
+    on_tokens: OnTokens | None = None
+    """Takes the tokens so far, every few tokens."""
 
 
 class GroupRollout(base_rollout.BaseRollout):
@@ -64,9 +68,9 @@ class GroupRollout(base_rollout.BaseRollout):
         self._mesh = mesh
         self._merged_scale = merged_scale
         self._network = (
-            network_of(rollout_actor)
+            network_of(rollout_actor, is_sampling=True)
             if merged_scale is None
-            else plain_network(rollout_actor.config)
+            else plain_network(rollout_actor.config, mesh, is_sampling=True)
         )
 
     def generate(
@@ -112,6 +116,8 @@ class GroupRollout(base_rollout.BaseRollout):
             max_tokens=limit,
             sampling=sampling,
             mesh=self._mesh,
+            first_row=getattr(rollout_config, "first_row", 0),
+            on_tokens=getattr(rollout_config, "on_tokens", None),
         )
         tokens = [row[:end] for row, end in zip(done.tokens, done.lengths, strict=True)]
         return base_rollout.RolloutOutput(

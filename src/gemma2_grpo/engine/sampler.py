@@ -1,6 +1,6 @@
 """Completing prompts with a model that is not trained: to measure it, or to ask it."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 import jax
@@ -49,7 +49,13 @@ class Sampler:
         )
 
     def generate(
-        self, prompts: Sequence[str], group: int, key: jax.Array, *, greedy: bool = False
+        self,
+        prompts: Sequence[str],
+        group: int,
+        key: jax.Array,
+        *,
+        greedy: bool = False,
+        on_text: Callable[[str], None] | None = None,
     ) -> Completions:
         """Completes each prompt `group` times, with randomness from `key` alone.
 
@@ -58,11 +64,18 @@ class Sampler:
             group: Completions of each.
             key: Key of this call.
             greedy: Take the likeliest token.
+            on_text: Takes the first completion as far as it has come, every few tokens.
         """
         settings = replace(self._settings, seed=key)
+        if on_text:
+            settings = replace(settings, on_tokens=lambda rows: on_text(self._text(rows[0])))
         if greedy:
             settings = replace(settings, temperature=0.0, top_p=None, top_k=None)
         output = self._engine.generate([p for p in prompts for _ in range(group)], settings)
         stops = self._tokenizer.stop_ids
         truncated = np.array([not len(row) or row[-1] not in stops for row in output.tokens])
         return Completions(output.text, output.tokens, truncated)
+
+    def _text(self, row: np.ndarray) -> str:
+        """Text of tokens, of which the last may be half a character."""
+        return self._tokenizer.decode(row).rstrip("\ufffd")

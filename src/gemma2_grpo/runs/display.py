@@ -1,61 +1,26 @@
 """What a run shows: what it will do, where it is, and whether it got better."""
 
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
-from unicodedata import category
 
-from rich.console import Console
+from rich.console import Console, Group
 from rich.markup import escape
 from rich.panel import Panel
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    TextColumn,
-    TimeElapsedColumn,
-    TimeRemainingColumn,
-)
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 from rich.text import Text
 
+from gemma2_grpo.runs.completion_view import render_completion, without_controls
+from gemma2_grpo.runs.live import TrainingPanel, in_words, step_line
 from gemma2_grpo.task.rewards import RISING
 
 if TYPE_CHECKING:  # Showing must not load JAX.
     from gemma2_grpo.runs.measure import Measurement
 
-
-class _StepProgress(Progress):
-    """A bar over the steps, and under it what the last step gave."""
-
-    def __init__(self, console: Console) -> None:
-        self._last: Mapping[str, Any] = {}  # First, because rich draws at once.
-        super().__init__(
-            BarColumn(bar_width=None),
-            MofNCompleteColumn(),
-            TextColumn("elapsed"),
-            TimeElapsedColumn(),
-            TextColumn("left"),
-            TimeRemainingColumn(),
-            console=console,
-            expand=True,
-        )
-
-    def begin(self, first: int, total: int) -> None:
-        """Starts at the steps that are done already."""
-        self._task = self.add_task("", total=total, completed=first)
-
-    def show(self, record: Mapping[str, Any]) -> None:
-        """Moves on by one step."""
-        self._last = record
-        self.advance(self._task)
-
-    def get_renderables(self) -> Iterator[Any]:
-        """The bar and the line under it."""
-        yield self.make_tasks_table(self.tasks)
-        if self._last:
-            yield Text(_parts(self._last))
+OnStep = Callable[..., None]
+"""Takes the record of a step, the alarms that are new with it, and all active ones, in words."""
 
 
 class Display:
@@ -66,24 +31,26 @@ class Display:
         # Off a terminal there is no width to keep to; a log should not be wrapped.
         width = None if sys.stdout.isatty() else 100
         self.console = console or Console(width=width, highlight=False)
-        self._is_training = False  # A terminal shows one live bar at a time.
+        self._panel: TrainingPanel | None = None
 
     def plan(self, facts: Mapping[str, str]) -> None:
         """Shows what the run will do."""
         table = Table.grid(padding=(0, 2))
         for name, value in facts.items():
-            table.add_row(f"[bold]{name}", _inert(value))
+            table.add_row(f"[bold]{name}", inert(value))
         self.console.print(table)
         self.console.print()
 
     def note(self, text: str) -> None:
         """Prints one line, which a path may make long."""
-        self.console.print(_inert(text), soft_wrap=True)
+        self.console.print(inert(text), soft_wrap=True)
 
     @contextmanager
     def measuring(self, label: str, total: int) -> Iterator[Any]:
         """Shows the progress of a measurement; yields what to call with each batch's size."""
-        if not self.console.is_terminal or self._is_training:
+        if (
+            not self.console.is_terminal or self._panel
+        ):  # A terminal has one live display at a time.
             self.console.print(f"{label} ...")
             yield lambda done: None
             return
@@ -113,33 +80,38 @@ class Display:
             )
 
     @contextmanager
-    def training(self, first: int, total: int) -> Iterator[Any]:
-        """Shows the progress of training; yields what to call with each step's record."""
+    def training(self, first: int, total: int) -> Iterator[OnStep]:
+        """Shows the progress of training; yields what takes each step's record and alarms."""
         if not self.console.is_terminal:
-            yield lambda record: self.console.print(_line(record, total), soft_wrap=True)
+            yield lambda record, new=(), active=(): self._print_step(record, new, total)
             return
-        with _StepProgress(console=self.console) as bar:
-            bar.begin(first, total)
-            self._is_training = True
+        with TrainingPanel(self.console, first, total) as panel:
+            self._panel = panel
             try:
-                yield bar.show
+                yield panel.show
             finally:
-                self._is_training = False
+                self._panel = None
+
+    def _print_step(self, record: Mapping[str, Any], new: Sequence[str], total: int) -> None:
+        self.console.print(step_line(record, total), soft_wrap=True)
+        for alarm in new:
+            self.console.print(f"  ! {inert(alarm)}", soft_wrap=True)
 
     def sample(
         self, step: int, question: str, completion: str, record: Mapping[str, float]
     ) -> None:
         """Shows one completion with its scores."""
         parts = "  ".join(f"{name} {record[name]:.2f}" for name in (*RISING, "total"))
-        body = f"[dim]{_inert(question)}[/dim]\n{_inert(completion)}"
+        body = Group(Text(without_controls(question), "dim"), *render_completion(completion))
         self.console.print(Panel(body, title=f"step {step}: {parts}", title_align="left"))
 
     def held_out(self, step: int, measurement: "Measurement") -> None:
         """Shows a measurement during training."""
-        low, high = measurement.interval
+        if self._panel:
+            self._panel.held_out(step, measurement)
         self.console.print(
-            f"step {step}: held-out accuracy {measurement.accuracy:.1%} "
-            f"({low:.1%} to {high:.1%}), format {measurement.format:.1%}"
+            f"step {step}: held-out accuracy {in_words(measurement)}, "
+            f"format {measurement.format:.1%}"
         )
 
     def result(self, result: Mapping[str, Any]) -> None:
@@ -188,10 +160,9 @@ _ROWS = (
 )
 
 
-def _inert(text: str) -> str:
+def inert(text: str) -> str:
     """Text that neither rich nor a terminal takes for instructions."""
-    controls = {c: "\ufffd" for c in text if category(c).startswith("C") and c not in "\n\t"}
-    return escape(text.translate(str.maketrans(controls)))
+    return escape(without_controls(text))
 
 
 def _value(record: Mapping[str, Any], path: tuple[str, ...]) -> float | None:
@@ -210,25 +181,3 @@ def _interval(record: Mapping[str, Any]) -> str:
 
 def _show(value: float, is_share: bool) -> str:
     return f"{value:.1%}" if is_share else f"{value:.2f}"
-
-
-def _parts(record: Mapping[str, Any]) -> str:
-    """What a step gave, within 80 columns."""
-    return (
-        f"reward {record['reward']:.3f} (format {record['format']:.2f} logic "
-        f"{record['logic']:.2f} accuracy {record['accuracy']:.2f}) kl {record['kl']:.4f} "
-        f"tokens {record['completion_tokens']:.0f}"
-    )
-
-
-def _line(record: Mapping[str, Any], total: int) -> str:
-    """A step for a log, within 100 columns."""
-    left = duration(record["seconds_left"])
-    return f"step {record['step']}/{total}: {_parts(record)} left {left}"
-
-
-def duration(seconds: float) -> str:
-    """Hours, minutes and seconds."""
-    minutes, seconds = divmod(int(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02d}:{seconds:02d}"

@@ -10,8 +10,8 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from gemma2_grpo.runs.display import duration
 from gemma2_grpo.runs.evaluation import ADAPTER, BASE
+from gemma2_grpo.runs.live import duration
 
 _PLAIN_LINES = 20
 

@@ -9,14 +9,20 @@ from typing import Any
 import numpy as np
 
 from gemma2_grpo.engine.compilation import ProgramCount
+from gemma2_grpo.engine.device_memory import MemoryMonitor
+from gemma2_grpo.engine.processes import from_first, gather, is_first
 from gemma2_grpo.runs.display import Display
+from gemma2_grpo.runs.health import Health
 from gemma2_grpo.runs.measure import measure
 from gemma2_grpo.runs.opening import ADAPTER
 from gemma2_grpo.runs.records import find_rises, step_record
 from gemma2_grpo.runs.run_directory import RunDirectory
 from gemma2_grpo.runs.session import Session
+from gemma2_grpo.runs.trackers import Track
 from gemma2_grpo.task.data import Example, batch_indices
 from gemma2_grpo.task.scoring import Scorer
+
+REPORT = "report.html"
 
 
 class Run:
@@ -29,6 +35,7 @@ class Run:
         scorer: Scorer,
         display: Display,
         programs: ProgramCount,
+        track: Track,
     ) -> None:
         """Takes an open session and the directory that its run is written to."""
         self._config = session.config
@@ -37,6 +44,9 @@ class Run:
         self._scorer = scorer
         self._display = display
         self._programs = programs
+        self._memory = MemoryMonitor()
+        self._track = track
+        self._health = Health()
         self._stop_signal: int | None = None
 
     def go(self) -> None:
@@ -45,9 +55,13 @@ class Run:
         self._display.plan(self._session.plan)
         first = self._session.finished_steps
         directory.forget_after(first)
+        for record in directory.records("metrics.jsonl"):
+            self._health.add(record)
         before = self._measured(0, config.run.eval_samples)
         self._train(first, config.run.max_steps)
         after = self._measured(config.run.max_steps, config.run.eval_samples)
+        if not is_first():
+            return
         self._session.save_adapter(directory.path / ADAPTER)
         result = {
             "before": before,
@@ -55,15 +69,27 @@ class Run:
             "rises": find_rises(list(directory.records("metrics.jsonl"))),
         }
         directory.finish(result)
+        self._report()
         self._display.result(result)
         self._display.note(str(self._programs))
-        self._display.note(f"run directory: {directory.path}")
+        self._display.note(f"report: {directory.path / REPORT}")
+
+    def _report(self) -> None:
+        """Writes the report anew; a run is worth more than its report."""
+        if not is_first():
+            return
+        from gemma2_grpo.runs.report import write_report
+
+        try:
+            write_report(self._directory.path)
+        except Exception as error:  # Whatever it is, training goes on.
+            self._display.note(f"the report cannot be written: {type(error).__name__}: {error}")
 
     def _measured(self, step: int, samples: int) -> dict[str, Any]:
         """The measurement after so many steps, which a resumed run may have already."""
         records = self._directory.records("evaluations.jsonl")
         earlier = (record for record in records if record["step"] == step)
-        return next(earlier, None) or self._measure(step, samples)
+        return from_first(next(earlier, None)) or self._measure(step, samples)
 
     def _measure(self, step: int, samples: int) -> dict[str, Any]:
         held_out = self._session.held_out
@@ -82,34 +108,42 @@ class Run:
         self._display.held_out(step, measurement)
         record = {"step": step, **measurement.as_record()}
         self._directory.append("evaluations.jsonl", record)
+        self._track("held_out", record)
+        self._health.add_evaluation(record)
         return record
 
     def _train(self, first: int, total: int) -> None:
         config = self._config
         with ExitStack() as stack:
             stack.enter_context(self._finishing_steps())
-            events = stack.enter_context(self._session.events(self._directory.path))
             started = time.perf_counter()
             show = stack.enter_context(self._display.training(first, total))
             every = config.run.eval_every_steps
             for step in range(first, total):
                 if step and every and step % every == 0:
                     self._measured(step, 0)
-                record = self._step(step) | self._programs.as_record()
+                record = self._step(step)
+                record |= self._programs.as_record() | self._memory.as_record()
                 done = step + 1
                 per_step = (time.perf_counter() - started) / (done - first)
                 record["seconds_left"] = per_step * (total - done)
                 self._directory.append("metrics.jsonl", record)
-                events(record)
-                show(record)
+                self._track("train", record)
+                new = self._health.add(record)
+                show(record, [a.what for a in new], [a.what for a in self._health.active])
+                if warning := self._memory.warning():
+                    self._display.note(warning)
                 if step == first:
                     self._display.note(str(self._programs))
                 is_due = done % config.run.checkpoint_every_steps == 0 or done == total
-                if is_due or self._stop_signal:
+                # A signal may have come to one of the processes only.
+                stop_signal = max(gather(self._stop_signal or 0))
+                if is_due or stop_signal:
                     self._session.save(done)
-                if self._stop_signal:
+                    self._report()
+                if stop_signal:
                     self._display.note(f"stopped after step {done}; run again to resume")
-                    raise SystemExit(128 + self._stop_signal)
+                    raise SystemExit(128 + stop_signal)
 
     def _step(self, step: int) -> dict[str, Any]:
         """Runs one step and logs its completions; returns its record."""

@@ -3,11 +3,12 @@
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from itertools import cycle, islice
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from gemma2_grpo.engine.learner import Completions, Learner, Scores, Stream, fold_key
+from gemma2_grpo.engine.processes import gather_rows, has_turn
 from gemma2_grpo.engine.sampler import Sampler
 from gemma2_grpo.task.data import Example
 from gemma2_grpo.task.prompts import render_prompt
@@ -85,17 +86,17 @@ def measure(
         on_batch: Called with the number of problems that are done.
         on_scored: Called with the greedy completions and their scores.
     """
-    texts, stats = _complete(learner, examples, 1, on_batch, greedy=True)
-    table = score(examples, texts)
-    on_scored(texts, table)
+    done = _complete(learner, examples, 1, score, on_batch, greedy=True)
+    table = done.scores
+    on_scored(done.texts, table)
     return Measurement(
         problems=len(examples),
         correct=int(table["correct"].sum()),
         official_correct=int(table["official_correct"].sum()),
         format=float((table["format"] == 1).mean()),
         true_equations=_share(table["true_equations"], table["equations"]),
-        mean_tokens=float(np.mean([length for length, _ in stats])),
-        truncated=float(np.mean([cut for _, cut in stats])),
+        mean_tokens=float(done.tokens.mean()),
+        truncated=float(done.is_truncated.mean()),
         sampled=_sampled(learner, examples, score, samples, on_batch) if samples else None,
     )
 
@@ -107,8 +108,7 @@ def _sampled(
     samples: int,
     on_batch: Callable[[int], None],
 ) -> Sampled:
-    texts, _ = _complete(learner, examples, samples, on_batch, greedy=False)
-    table = score([example for example in examples for _ in range(samples)], texts)
+    table = _complete(learner, examples, samples, score, on_batch, greedy=False).scores
     total = table["total"]
     correct = table["correct"].reshape(-1, samples).sum(axis=1).astype(int).tolist()
     return Sampled(
@@ -121,26 +121,51 @@ def _sampled(
     )
 
 
+class _Scored(NamedTuple):
+    """Completions in the order of their examples, from all processes."""
+
+    texts: list[str]
+    tokens: np.ndarray
+    is_truncated: np.ndarray
+    scores: Mapping[str, np.ndarray]
+
+
 def _complete(
     learner: Learner,
     examples: Sequence[Example],
     group: int,
+    score: Scores,
     on_batch: Callable[[int], None],
     *,
     greedy: bool,
-) -> tuple[list[str], list[tuple[int, bool]]]:
-    """Texts of `group` completions per example, and the length and truncation of each."""
+) -> _Scored:
+    """Completes each example `group` times; the processes take batches in turn and score them."""
+    rows: list[int] = []
     texts: list[str] = []
-    stats: list[tuple[int, bool]] = []
+    tokens: list[int] = []
+    is_truncated: list[bool] = []
     size = _batch_prompts(learner, group)
     for index, start in enumerate(range(0, len(examples), size)):
         kept = min(size, len(examples) - start)
-        seed = learner.config.run.seed
-        completions = complete_batch(learner, examples, index, size, group, seed, greedy=greedy)
-        texts += completions.texts
-        stats += _stats(completions)
+        if has_turn(index):
+            seed = learner.config.run.seed
+            completions = complete_batch(learner, examples, index, size, group, seed, greedy=greedy)
+            rows += range(start * group, (start + kept) * group)
+            texts += completions.texts
+            tokens += completions.lengths.tolist()
+            is_truncated += completions.is_truncated.tolist()
         on_batch(kept)
-    return texts, stats
+    # A user's reward need not cope with no completions at all.
+    scores = score([examples[row // group] for row in rows], texts) if rows else {}
+    done = gather_rows({"row": rows, "text": texts, "tokens": tokens, "cut": is_truncated})
+    columns = gather_rows({name: column.tolist() for name, column in scores.items()})
+    order = np.argsort(done["row"])
+    return _Scored(
+        [done["text"][i] for i in order],
+        np.array(done["tokens"])[order],
+        np.array(done["cut"])[order],
+        {name: np.array(column)[order] for name, column in columns.items()},
+    )
 
 
 def complete_batch(
@@ -173,10 +198,6 @@ def complete_batch(
     key = fold_key(seed, Stream.EVAL, group, index)
     done = model.generate(prompts, group, key, greedy=greedy)
     return Completions(done.texts[:kept], done.tokens[:kept], done.is_truncated[:kept])
-
-
-def _stats(completions: Completions) -> list[tuple[int, bool]]:
-    return list(zip(completions.lengths.tolist(), completions.is_truncated.tolist(), strict=True))
 
 
 def _batch_prompts(learner: Learner, group: int) -> int:

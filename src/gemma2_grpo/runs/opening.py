@@ -126,7 +126,7 @@ def open_source(source: Source) -> Opened:
     from gemma2_grpo.engine.export import fingerprint
     from gemma2_grpo.engine.fetch import find_model
     from gemma2_grpo.engine.model import (
-        check_heads,
+        check_mesh,
         load_weights,
         make_mesh,
         mesh_shape_at_hand,
@@ -140,7 +140,7 @@ def open_source(source: Source) -> Opened:
     model = replace(source.config.model, mesh_shape=shape)
     config = replace(source.config, model=model)
     mesh = make_mesh(shape)
-    check_heads(architecture, mesh)
+    check_mesh(architecture, mesh)
     tokenizer = load_tokenizer(directory)
     adapter = finished_adapter(source)
     base_sha256 = fingerprint(directory)

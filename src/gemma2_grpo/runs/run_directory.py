@@ -28,6 +28,8 @@ _FREE_FIELDS = (
     "keep_checkpoints",
     "sample_every_steps",
     "tensorboard",
+    "trackio",
+    "wandb",
 )
 _PACKAGES = ("gemma2-grpo-reasoning", "google-tunix", "qwix", "jax", "jaxlib", "flax", "optax")
 

@@ -1,7 +1,6 @@
 """Everything a run needs, opened in the order of its price: cheap checks first, weights last."""
 
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -33,7 +32,14 @@ from gemma2_grpo.engine.lora import (
     check_patterns,
     max_adapter_parameters,
 )
-from gemma2_grpo.engine.model import check_heads, load_weights, make_mesh, read_architecture
+from gemma2_grpo.engine.model import check_mesh, load_weights, make_mesh, read_architecture
+from gemma2_grpo.engine.processes import (
+    check_replicas,
+    check_same,
+    from_first,
+    is_first,
+    total,
+)
 from gemma2_grpo.engine.tokenizer import load_tokenizer
 from gemma2_grpo.runs.run_directory import RunDirectory, check_free_space
 from gemma2_grpo.task.data import Example, Splits, drop_long
@@ -58,14 +64,17 @@ class Session:
     checkpoints: Path
 
     def save(self, steps: int) -> None:
-        """Writes a checkpoint after so many finished steps.
+        """Writes a checkpoint after so many finished steps, in process 0, for all are alike.
 
         Raises:
             UserError: if it cannot be written; earlier ones are kept.
         """
-        keep = self.config.run.keep_checkpoints
+        state = self.learner.state()
+        check_replicas(state["lora"])
+        if not is_first():
+            return
         try:
-            save_checkpoint(self.checkpoints, steps, self.learner.state(), keep)
+            save_checkpoint(self.checkpoints, steps, state, self.config.run.keep_checkpoints)
         except OSError as error:
             raise UserError(
                 f"run directory {self.checkpoints.parent}: {error}; the checkpoints before it are "
@@ -83,24 +92,6 @@ class Session:
             save_adapter(self.learner.policy, folder, self.config.model, base)
         except (OSError, SafetensorError) as error:
             raise UserError(f"{folder}: the adapter cannot be written ({error})") from None
-
-    @contextmanager
-    def events(self, path: Path) -> Iterator[Callable[[Mapping[str, Any]], None]]:
-        """Yields what writes a step's record as TensorBoard events."""
-        if not self.config.run.tensorboard:
-            yield lambda record: None
-            return
-        from tensorboardX import SummaryWriter
-
-        # A resumed run does some steps again; what was written of them is taken back.
-        again = self.finished_steps + 1
-        with SummaryWriter(str(path / "tensorboard"), purge_step=again) as writer:
-
-            def write(record: Mapping[str, Any]) -> None:
-                for name, value in record.items():
-                    writer.add_scalar(f"train/{name}", value, record["step"])
-
-            yield write
 
 
 def open_session(config: Config, splits: Splits, directory: RunDirectory) -> Session:
@@ -124,8 +115,9 @@ def open_session(config: Config, splits: Splits, directory: RunDirectory) -> Ses
     base_sha256 = fingerprint(model_path)
     directory.check_same("data_sha256", splits.sha256)
     directory.check_same("base_sha256", base_sha256)
+    check_same({"base_sha256": base_sha256})
     architecture = read_architecture(model_path)
-    check_heads(architecture, mesh)
+    check_mesh(architecture, mesh)
     check_patterns(architecture, config.model.lora_modules)
     adapter = config.model.adapter
     if adapter:
@@ -138,7 +130,8 @@ def open_session(config: Config, splits: Splits, directory: RunDirectory) -> Ses
         )
     parameters = max_adapter_parameters(architecture, config.model.lora_rank)
     checkpoints = config.run.keep_checkpoints + 1
-    check_free_space(directory.path, parameters * _STATE_BYTES_PER_PARAMETER * checkpoints)
+    if is_first():
+        check_free_space(directory.path, parameters * _STATE_BYTES_PER_PARAMETER * checkpoints)
     reference = load_weights(model_path, config.model.dtype, mesh)
     policy = add_lora(reference, config.model, mesh, config.run.seed)
     if adapter:
@@ -169,10 +162,12 @@ def open_session(config: Config, splits: Splits, directory: RunDirectory) -> Ses
 
 
 def _restore(learner: Learner, checkpoints: Path) -> int:
-    """Puts the last good checkpoint back; returns its number of finished steps."""
-    clean_temporaries(checkpoints)
+    """Puts the last good checkpoint back, which process 0 reads; returns its finished steps."""
+    state, restored = learner.state(), None
     try:
-        restored = restore_checkpoint(checkpoints, learner.state())
+        if is_first():
+            clean_temporaries(checkpoints)
+            restored = restore_checkpoint(checkpoints, state)
     except OSError as error:
         raise UserError(str(error)) from None
     except ValueError as error:  # Orbax, of shapes.
@@ -181,10 +176,15 @@ def _restore(learner: Learner, checkpoints: Path) -> int:
             f"{checkpoints}: of adapters of another shape ({line}); lora_rank and lora_modules "
             "cannot change within a run"
         ) from None
-    finished, state = restored or (0, None)
-    if state is not None:
-        learner.set_state(state)
+    finished = from_first(restored[0] if restored else 0)
+    if finished:
+        # The others add nothing to what process 0 has read.
+        learner.set_state(total(restored[1] if restored else jax.tree.map(_zeros, state)))
     return finished
+
+
+def _zeros(array: jax.Array) -> jax.Array:
+    return jax.device_put(np.zeros(array.shape, array.dtype), array.sharding)
 
 
 def _describe_model(config: Config, model: nnx.Module) -> str:

@@ -1,20 +1,16 @@
 """`gemma2-grpo sft`: supervised training on worked solutions, written as a model directory."""
 
 import dataclasses
-import shutil
-import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
-from safetensors import SafetensorError
 from tunix.models.gemma import model as gemma
 
 from gemma2_grpo.config import OptimizerConfig, SftConfig, UserError
 from gemma2_grpo.engine.compilation import counting_programs, use_program_cache
-from gemma2_grpo.engine.export import merge_lora, save_model
 from gemma2_grpo.engine.fetch import find_model
+from gemma2_grpo.engine.hf_model import save_model, write_settings
 from gemma2_grpo.engine.lora import add_lora
 from gemma2_grpo.engine.model import (
     load_weights,
@@ -27,11 +23,13 @@ from gemma2_grpo.engine.supervised import Row, train_supervised
 from gemma2_grpo.engine.tokenizer import Tokenizer, load_tokenizer
 from gemma2_grpo.engine.update import make_optimizer
 from gemma2_grpo.runs.display import Display
+from gemma2_grpo.runs.staging import check_target, staged
 from gemma2_grpo.task.data import PROCEDURAL, batch_indices, load_splits
 from gemma2_grpo.task.problems import bare_equations, generate, sloppy
 from gemma2_grpo.task.prompts import render_prompt
 
-_COPIED = ("config.json", "generation_config.json", "tokenizer*", "special_tokens_map.json")
+# Of the weights it writes.
+_STORED = "bfloat16"
 _EQUATIONS_PER_ROW = 9
 
 DrawBatch = Callable[[int], list[Row]]
@@ -56,7 +54,9 @@ def sft(config: SftConfig, to: Path, *, display: Display | None = None) -> Path:
         UserError: for anything that the user can mend.
     """
     display = display or Display()
-    _check_target(to)
+    if any(to.glob("*.safetensors")):
+        raise UserError(f"{to}: holds a model already; choose another --to")
+    check_target(to)
     source = find_model(config.model.model, needs_weights=config.sft.init == "pretrained")
     tokenizer = load_tokenizer(source)
     phases = _phases(config, tokenizer)
@@ -71,11 +71,15 @@ def sft(config: SftConfig, to: Path, *, display: Display | None = None) -> Path:
     cache = use_program_cache(config.sft.compilation_cache, display.note)
     with counting_programs(cache) as programs:
         trained = _train(config, source, tokenizer, phases, display)
-    scale = 1.0 if config.sft.init == "random" else query_scale(source)
-    try:
-        _write_model(to, source, trained, scale)
-    except (OSError, SafetensorError) as error:
-        raise UserError(f"{to}: the model could not be written ({error})") from None
+    with staged(to) as folder:
+        write_settings(folder, source, _STORED)
+        save_model(
+            trained,
+            folder,
+            _STORED,
+            query_scale=1.0 if config.sft.init == "random" else query_scale(source),
+            lora_scale=config.model.lora_scale,
+        )
     display.note(str(programs))
     display.note(f"model directory: {to}")
     return to
@@ -84,7 +88,7 @@ def sft(config: SftConfig, to: Path, *, display: Display | None = None) -> Path:
 def _train(
     config: SftConfig, source: Path, tokenizer: Tokenizer, phases: list[Phase], display: Display
 ) -> gemma.Gemma:
-    """Returns the trained model, adapters merged into its base."""
+    """Returns the trained model, with its adapters where those were trained."""
     mesh = make_mesh(config.model.mesh_shape)
     if config.sft.init == "random":
         base = random_weights(read_architecture(source), config.model.dtype, mesh, config.sft.seed)
@@ -105,39 +109,7 @@ def _train(
                 remat=config.model.remat,
                 on_step=on_step,
             )
-    return model if config.sft.train_base else merge_lora(model, base, config.model)
-
-
-def _check_target(to: Path) -> None:
-    """Refuses a directory that cannot be written, or holds a model."""
-    try:
-        if any(to.glob("*.safetensors")):
-            raise UserError(f"{to}: holds a model already; choose another --to")
-        is_new = not to.exists()
-        to.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=to):
-            pass
-        if is_new:  # Until there is something to put into it.
-            to.rmdir()
-    except OSError as error:
-        raise UserError(
-            f"{to}: cannot be written ({error.strerror}); choose another --to"
-        ) from None
-
-
-def _write_model(to: Path, source: Path, model: Any, query_scale: float) -> None:
-    """Writes a model directory; the weights come last and whole, so that they stand for all."""
-    to.mkdir(parents=True, exist_ok=True)
-    for pattern in _COPIED:
-        for file in source.glob(pattern):
-            if file.resolve().parent != to.resolve():
-                shutil.copy(file, to)
-    temporary = to / ".model.safetensors.tmp"
-    try:
-        save_model(model, temporary, "bfloat16", query_scale)
-        temporary.replace(to / "model.safetensors")
-    finally:
-        temporary.unlink(missing_ok=True)
+    return model
 
 
 def _phases(config: SftConfig, tokenizer: Tokenizer) -> list[Phase]:

@@ -1,12 +1,18 @@
 """`gemma2-grpo train`: everything that can be refused without JAX, then the run."""
 
+import dataclasses
 import importlib.util
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 from gemma2_grpo.config import Config, UserError
+from gemma2_grpo.runs.cluster import Cluster
 from gemma2_grpo.runs.display import Display
+from gemma2_grpo.runs.follower import UnseenDirectory, silent_display
 from gemma2_grpo.runs.host_memory import keep_freed_memory
 from gemma2_grpo.runs.run_directory import RunDirectory
+from gemma2_grpo.runs.trackers import check_trackers, tracking
 from gemma2_grpo.task.data import load_splits
 from gemma2_grpo.task.scoring import Reward, Scorer, load_reward
 
@@ -21,6 +27,7 @@ def train(
     *,
     allow_config_change: bool = False,
     display: Display | None = None,
+    cluster: Cluster | None = None,
 ) -> Path:
     """Runs or resumes a training run; a finished one is only shown.
 
@@ -30,6 +37,7 @@ def train(
         config_name: Name or path the configuration was loaded from.
         allow_config_change: Resume a run that was made with another configuration.
         display: What shows the progress.
+        cluster: The processes of which this is one; None if it runs alone.
 
     Returns:
         The run directory.
@@ -37,32 +45,85 @@ def train(
     Raises:
         UserError: for anything that the user can mend.
     """
-    display = display or Display()
     path = run_dir or Path("runs") / Path(config_name).stem
-    directory = RunDirectory(path, config, allow_config_change=allow_config_change)
-    try:
-        result = directory.result
-        if result and result["after"]["step"] >= config.run.max_steps:
-            display.note(f"{path} is finished; its result:")
-            display.result(result)
-            return path
-        _check_engine(config.rollout.engine)
-        splits = load_splits(config.data)
-        reward, reward_sha256 = _load_reward(config, directory, display)
-        display.note(f"loading {config.model.model}")
-        keep_freed_memory()
-        from gemma2_grpo.engine.compilation import counting_programs, use_program_cache
-        from gemma2_grpo.runs.loop import Run
-        from gemma2_grpo.runs.session import open_session
-
-        cache = use_program_cache(config.run.compilation_cache, display.note)
-        with counting_programs(cache) as programs:
-            session = open_session(config, splits, directory)
-            directory.describe({**session.facts, "reward_sha256": reward_sha256})
-            Run(session, directory, Scorer(config.rewards, reward), display, programs).go()
-    finally:
-        directory.close()
+    with _joined(cluster, config) as is_writer:
+        if is_writer:
+            display = display or Display()
+            directory = RunDirectory(path, config, allow_config_change=allow_config_change)
+        else:
+            display, directory = silent_display(), UnseenDirectory(path)
+        try:
+            _run(config, directory, display, cluster)
+        finally:
+            directory.close()
     return path
+
+
+def _run(
+    config: Config, directory: RunDirectory, display: Display, cluster: Cluster | None
+) -> None:
+    result = directory.result
+    if cluster:
+        from gemma2_grpo.engine.processes import from_first
+
+        result = from_first(result)
+    if result and result["after"]["step"] >= config.run.max_steps:
+        display.note(f"{directory.path} is finished; its result:")
+        display.result(result)
+        return
+    _check_engine(config.rollout.engine)
+    check_trackers(config.run)
+    splits = load_splits(config.data)
+    reward, reward_sha256 = _load_reward(config, directory, display)
+    display.note(f"loading {config.model.model}")
+    keep_freed_memory()
+    from gemma2_grpo.engine.compilation import counting_programs, use_program_cache
+    from gemma2_grpo.engine.processes import check_same, is_first
+    from gemma2_grpo.runs.loop import Run
+    from gemma2_grpo.runs.session import open_session
+
+    check_same({"data_sha256": splits.sha256, "reward_sha256": reward_sha256})
+    cache = use_program_cache(config.run.compilation_cache, display.note)
+    trackers = tracking(config, directory.path) if is_first() else nullcontext(lambda *_: None)
+    with counting_programs(cache) as programs, trackers as track:
+        session = open_session(config, splits, directory)
+        directory.describe({**session.facts, "reward_sha256": reward_sha256})
+        Run(session, directory, Scorer(config.rewards, reward), display, programs, track).go()
+
+
+@contextmanager
+def _joined(cluster: Cluster | None, config: Config) -> Iterator[bool]:
+    """Joins the other processes, if there are any; yields whether this is the one that writes."""
+    if cluster is None:
+        yield True
+        return
+    keep_freed_memory()
+    from gemma2_grpo.engine.processes import check_same, is_first, joined
+
+    with joined(cluster.coordinator, cluster.num_processes, cluster.process_id) as count:
+        check_same(
+            {
+                name: value
+                for fields in dataclasses.asdict(config).values()
+                for name, value in fields.items()
+            }
+        )
+        _check_share(config, count)
+        yield is_first()
+
+
+def _check_share(config: Config, processes: int) -> None:
+    """Refuses a batch that does not divide over the processes, and engines that do not share it."""
+    prompts, engine = config.rollout.prompts_per_step, config.rollout.engine
+    if prompts % processes:
+        raise UserError(
+            f"prompts_per_step = {prompts} does not divide over {processes} processes; make it a "
+            f"multiple of {processes}"
+        )
+    if engine != "group" and processes > 1:
+        raise UserError(
+            f'engine = "{engine}" works in one process only; set engine = "group" for {processes}'
+        )
 
 
 def _check_engine(engine: str) -> None:

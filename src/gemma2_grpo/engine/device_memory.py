@@ -1,0 +1,56 @@
+"""How full the devices are, where their backend says so."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+
+_WARN_FRACTION = 0.9
+# Of XLA's allocators; a CPU has none.
+_NAMES = {"bytes_in_use", "peak_bytes_in_use", "bytes_limit"}
+
+
+class MemoryMonitor:
+    """Watches the memory of devices, and warns once when one is nearly full."""
+
+    def __init__(self, devices: Sequence[Any] | None = None) -> None:
+        """Takes devices; by default those of this process, since others do not say."""
+        self._devices = jax.local_devices() if devices is None else devices
+        self._has_warned = False
+
+    def as_record(self) -> dict[str, float]:
+        """Memory of the fullest device, as metrics.jsonl has it; empty where none says.
+
+        `memory_bytes` is in use now; `peak_memory_bytes` is the most since the process began, and
+        `peak_memory_fraction` its share of what the device gives to programs.
+        """
+        fullest = self._fullest()
+        if fullest is None:
+            return {}
+        return {
+            "memory_bytes": fullest["bytes_in_use"],
+            "peak_memory_bytes": fullest["peak_bytes_in_use"],
+            "peak_memory_fraction": _peak_fraction(fullest),
+        }
+
+    def warning(self) -> str | None:
+        """One line when a device first passes 90 % of its memory; None at all other times."""
+        fullest = self._fullest()
+        if self._has_warned or fullest is None or _peak_fraction(fullest) < _WARN_FRACTION:
+            return None
+        self._has_warned = True
+        limit = fullest["bytes_limit"] / 2**30
+        return (
+            f"device memory: {_peak_fraction(fullest):.0%} of {limit:.2f} GiB were in use at the "
+            "peak, so that longer completions may not fit; lower micro_batch_tokens for updates, "
+            "prompts_per_step for sampling"
+        )
+
+    def _fullest(self) -> dict[str, int] | None:
+        stats = [device.memory_stats() or {} for device in self._devices]
+        known = [each for each in stats if each.keys() >= _NAMES]
+        return max(known, key=_peak_fraction, default=None)
+
+
+def _peak_fraction(stats: dict[str, int]) -> float:
+    return stats["peak_bytes_in_use"] / stats["bytes_limit"]

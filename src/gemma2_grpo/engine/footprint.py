@@ -1,0 +1,164 @@
+"""What a compiled program takes of each chip, by the account of its compiler."""
+
+import math
+import re
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import numpy as np
+from flax import nnx
+from jax.sharding import Mesh
+
+from gemma2_grpo.config import UserError
+from gemma2_grpo.engine.aot import Lower, Programs
+from gemma2_grpo.engine.model import MESH_AXES, make_mesh
+from gemma2_grpo.engine.targets import Target
+
+_OUT_OF_MEMORY = re.compile(r"(?:required.*?\(|Used )([\d.]+)([KMG])")
+_UNITS = {"K": 1 << 10, "M": 1 << 20, "G": 1 << 30}
+_COLLECTIVE = re.compile(
+    r"^\s*(?:ROOT )?%?[\w.-]+ = (.+?) "
+    r"(all-gather|all-reduce|reduce-scatter|all-to-all|collective-permute)(?:-start)?\(",
+    re.MULTILINE,
+)
+_ARRAY = re.compile(r"([a-z]+\d+|pred)\[([\d,]*)\]")
+
+
+@dataclass(frozen=True)
+class Footprint:
+    """One program on one chip, in bytes."""
+
+    name: str
+    arguments: int
+    temporaries: int
+    peak: int
+    """The most at one time, arguments and results included."""
+    fits: bool
+    """False where the compiler refused it; then only `peak` means anything."""
+    collectives: Mapping[str, tuple[int, int]]
+    """By kind: how many the program has, and bytes of their results; loops are counted once."""
+    operations: float
+    """By the compiler's own count, over all chips; loops are counted once."""
+    compile_seconds: float
+
+
+def compile_program(name: str, lower: Lower) -> Footprint:
+    """Compiles a program ahead of time."""
+    started = time.perf_counter()
+    try:
+        compiled = lower().compile()
+    except jax.errors.JaxRuntimeError as error:
+        found = _OUT_OF_MEMORY.search(str(error))
+        if found is None:
+            raise
+        needed = int(float(found[1]) * _UNITS[found[2]])
+        return Footprint(name, 0, 0, needed, False, {}, 0.0, time.perf_counter() - started)
+    memory: Any = compiled.memory_analysis()
+    arguments, temporaries = memory.argument_size_in_bytes, memory.temp_size_in_bytes
+    whole = arguments + temporaries + memory.output_size_in_bytes - memory.alias_size_in_bytes
+    # A CPU's compiler reports no peak worth the name.
+    reported = getattr(memory, "peak_memory_in_bytes", 0)
+    cost: Any = compiled.cost_analysis() or {}
+    return Footprint(
+        name,
+        arguments,
+        temporaries,
+        reported if reported > temporaries else whole,
+        True,
+        collectives(compiled.as_text() or ""),
+        float(cost.get("flops", 0.0)),
+        time.perf_counter() - started,
+    )
+
+
+def collectives(text: str) -> dict[str, tuple[int, int]]:
+    """Number and bytes of the collectives in a compiled program, by kind."""
+    found: dict[str, tuple[int, int]] = {}
+    for result, kind in _COLLECTIVE.findall(text):
+        count, size = found.get(kind, (0, 0))
+        sizes = [_bytes(item, dimensions) for item, dimensions in _ARRAY.findall(result)]
+        # What starts one returns its operand as well as its result.
+        found[kind] = (count + 1, size + max(sizes, default=0))
+    return found
+
+
+def _bytes(item: str, dimensions: str) -> int:
+    bits = int(re.sub(r"\D", "", item) or 8)
+    return math.prod(int(size) for size in dimensions.split(",") if size) * bits // 8
+
+
+def target_mesh(target: Target, shape: tuple[int, int]) -> Mesh:
+    """A mesh of devices that need not be there.
+
+    Raises:
+        UserError: if the mesh is not one of all chips of the target, or the compiler does not
+            know the target.
+    """
+    if target.topology is None:
+        return make_mesh(shape)
+    from jax.experimental import topologies
+
+    try:
+        topology = topologies.get_topology_desc(
+            platform="tpu", topology_name=target.topology, **dict(target.compiler_options)
+        )
+    except Exception as error:  # The plugin raises nothing narrower.
+        line = str(error).strip().splitlines()[0]
+        raise UserError(
+            f"target = {target.name!r}: the TPU compiler cannot be used ({line}); "
+            "is another process using it?"
+        ) from None
+    return Mesh(np.asarray(topology.devices).reshape(shape), MESH_AXES)
+
+
+@dataclass(frozen=True)
+class Resident:
+    """What a run keeps on one chip for all of its time, in bytes."""
+
+    weights: int
+    adapters: int
+    moments: int
+
+    @property
+    def total(self) -> int:
+        """All of it."""
+        return self.weights + self.adapters + self.moments
+
+    def peak(self, program: Footprint) -> int:
+        """Of the run while a program runs, which counts some of the residents as arguments."""
+        weights, adapters, moments = _RESIDENTS[program.name]
+        counted = weights * self.weights + adapters * self.adapters + moments * self.moments
+        # Gradients that are being added up are the argument of some programs and wait for others.
+        waiting = self.adapters if program.name == "update prompts" else 0
+        return self.total - counted + program.peak + waiting
+
+
+_RESIDENTS = {
+    "prefill": (1, 1, 0),
+    "decode": (1, 1, 0),
+    "grow cache": (0, 0, 0),
+    "reference prompts": (1, 0, 0),
+    "reference": (1, 0, 0),
+    "merge": (1, 1, 0),
+    "update prompts": (1, 1, 0),
+    "update": (1, 1, 0),
+    "update prompts, back": (1, 1, 0),
+    "optimizer": (0, 1, 1),
+}
+"""Which of weights, adapters and moments are arguments of a program."""
+
+
+def resident(programs: Programs) -> Resident:
+    """Sizes on one chip, exactly, by the sharding of each variable."""
+    lora, base = programs.weights
+    moments = nnx.state(programs.optimizer, nnx.OptState)
+    return Resident(_local_bytes(base), _local_bytes(lora), _local_bytes(moments))
+
+
+def _local_bytes(tree: Any) -> int:
+    return sum(
+        math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in jax.tree.leaves(tree)
+    )

@@ -1,0 +1,111 @@
+"""Compares an exported model with the policy it was made from, by way of transformers."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+from tunix.models.gemma import model as gemma
+
+from gemma2_grpo.engine.forward import Network, Weights, output_logits, run_from_start, split_model
+from gemma2_grpo.engine.model import on_mesh
+from gemma2_grpo.engine.tokenizer import Tokenizer
+
+
+@dataclass(frozen=True)
+class Agreement:
+    """Of the logits of two models on the same tokens, both computed in float32."""
+
+    texts: int
+    tokens: int
+    largest: float
+    """Largest difference of any logit."""
+    mean: float
+    """Mean difference of the logits, signs left out."""
+    same_choice: float
+    """Share of tokens after which both find the same next token likeliest."""
+
+
+def compare_with_transformers(
+    policy: gemma.Gemma,
+    mesh: Mesh,
+    tokenizer: Tokenizer,
+    folder: Path,
+    texts: Sequence[str],
+    *,
+    base: Path | None = None,
+) -> Agreement:
+    """Runs an exported model on the CPU in transformers, and the policy here.
+
+    Args:
+        policy: What was exported, its base in float32.
+        mesh: Where it lies.
+        tokenizer: Of the policy.
+        folder: The export.
+        texts: What both read, special tokens included.
+        base: Directory of the base if the export is an adapter for PEFT.
+
+    Raises:
+        ValueError: if transformers splits a text into other tokens.
+    """
+    model = _load_with_transformers(folder, base)
+    rows = [tokenizer.encode(text) for text in texts]
+    _check_tokens(base or folder, texts, rows)
+    network, weights = split_model(policy)
+    longest = max(map(len, rows))
+    largest, total, same = 0.0, 0.0, 0
+    for row in rows:
+        # Padding comes last, where no real token sees it; so one program serves all rows.
+        padded = np.pad(row, (0, longest - len(row)), constant_values=tokenizer.pad)[None]
+        with on_mesh(mesh):
+            ours = np.asarray(_logits(network, weights, jnp.asarray(padded)))[0, : len(row)]
+        theirs = _transformers_logits(model, row)
+        difference = abs(ours - theirs)
+        largest = max(largest, float(difference.max()))
+        total += float(difference.mean(axis=1, dtype=np.float64).sum())
+        same += int((ours.argmax(axis=1) == theirs.argmax(axis=1)).sum())
+    tokens = sum(map(len, rows))
+    return Agreement(len(rows), tokens, largest, total / tokens, same / tokens)
+
+
+@partial(jax.jit, static_argnames="network")
+def _logits(network: Network, weights: Weights, tokens: jax.Array) -> jax.Array:
+    hidden, _ = run_from_start(network, weights, tokens)
+    return output_logits(network, weights, hidden)
+
+
+def _load_with_transformers(folder: Path, base: Path | None) -> Any:
+    """The exported model; with eager attention, because others leave out Gemma 2's soft cap."""
+    import torch
+    import transformers
+
+    transformers.utils.logging.disable_progress_bar()
+    model = transformers.AutoModelForCausalLM.from_pretrained(
+        base or folder, dtype=torch.float32, attn_implementation="eager"
+    )
+    if base:
+        from peft import PeftModel
+
+        model = PeftModel.from_pretrained(model, str(folder))
+    return model.eval()
+
+
+def _transformers_logits(model: Any, row: list[int]) -> np.ndarray:
+    import torch
+
+    with torch.no_grad():
+        return model(torch.tensor([row])).logits[0].numpy()
+
+
+def _check_tokens(directory: Path, texts: Sequence[str], rows: list[list[int]]) -> None:
+    import transformers
+
+    theirs = transformers.AutoTokenizer.from_pretrained(directory)
+    for text, row in zip(texts, rows, strict=True):
+        if theirs(text, add_special_tokens=False).input_ids != row:
+            raise ValueError(f"{directory}: transformers splits {text[:40]!r} into other tokens")

@@ -1,0 +1,154 @@
+"""Memory of a planned run: by the target's compiler, or by formulas."""
+
+import hashlib
+import json
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from platformdirs import user_cache_path
+
+from gemma2_grpo.config import Config
+
+if TYPE_CHECKING:
+    from gemma2_grpo.engine.footprint import Footprint
+    from gemma2_grpo.engine.targets import Target
+
+_PACKAGES = ("gemma2-grpo-reasoning", "jax", "libtpu", "google-tunix")
+Progress = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Memory of one chip."""
+
+    programs: list[dict[str, Any]]
+    parts: dict[str, int]
+    peak: int
+    peak_program: str
+    fits: bool
+
+
+def _cache_file(config: Config, target: str) -> Path:
+    """Where the memory of a configuration on a target is kept, for these versions."""
+    versions = []
+    for name in _PACKAGES:
+        try:
+            versions.append(metadata.version(name))
+        except metadata.PackageNotFoundError:
+            versions.append("")
+    sections = {
+        name: values for name, values in asdict(config).items() if name not in ("data", "run")
+    }
+    text = json.dumps([sections, target, versions], default=str, sort_keys=True)
+    name = hashlib.sha256(text.encode()).hexdigest()[:32]
+    return user_cache_path("gemma2-grpo") / "plans" / f"{name}.json"
+
+
+def kept_memory(config: Config, target: "Target", note: Progress) -> "Memory":
+    """What the compiler says, now or when it was asked before."""
+    file = _cache_file(config, target.name)
+    try:
+        return Memory(**json.loads(file.read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError):
+        found = _compiled_memory(config, target, note)
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(json.dumps(asdict(found)), encoding="utf-8")
+    except OSError as error:
+        note(f"the plan is not kept: {error.strerror}")
+    return found
+
+
+def find_architecture(config: Config) -> Any:
+    """Of the model's files, or of Google's models, which are known without any."""
+    from gemma2_grpo.engine.costs import known_architecture
+    from gemma2_grpo.engine.fetch import find_model
+    from gemma2_grpo.engine.model import read_architecture
+
+    known = known_architecture(config.model.model)
+    return known or read_architecture(find_model(config.model.model, needs_weights=False))
+
+
+def _compiled_memory(config: Config, target: "Target", note: Progress) -> Memory:
+    from gemma2_grpo.engine.aot import Programs
+    from gemma2_grpo.engine.footprint import compile_program, resident, target_mesh
+    from gemma2_grpo.engine.model import check_mesh, on_mesh
+
+    architecture = find_architecture(config)
+    mesh = target_mesh(target, config.model.mesh_shape)
+    check_mesh(architecture, mesh)
+    programs = Programs(architecture, config, mesh)
+    kept = resident(programs)
+    footprints = []
+    with on_mesh(mesh):
+        for name, lower in programs.all().items():
+            note(f"compiling {name}")
+            footprints.append(compile_program(name, lower))
+    peaks = {each.name: kept.peak(each) for each in footprints}
+    limit = target.memory_bytes
+    for_one = [
+        _row(each, peaks[each.name], limit is None or peaks[each.name] <= limit)
+        for each in footprints
+    ]
+    # A program that does not compile is the one that matters, whatever the others add up to.
+    worst = max(footprints, key=lambda each: (not each.fits, peaks[each.name]))
+    parts = _parts(config, architecture, kept, worst, peaks[worst.name])
+    return Memory(
+        for_one, parts, peaks[worst.name], worst.name, all(row["fits"] for row in for_one)
+    )
+
+
+def _row(program: "Footprint", run_peak: int, fits: bool) -> dict[str, Any]:
+    return asdict(program) | {"run_peak": run_peak, "fits": program.fits and fits}
+
+
+def _parts(
+    config: Config, architecture: Any, kept: Any, worst: "Footprint", peak: int
+) -> dict[str, int]:
+    """Where the memory goes while the most demanding program runs."""
+    from gemma2_grpo.engine.costs import estimate_memory, model_sizes
+
+    estimate = estimate_memory(model_sizes(architecture, config), architecture, config)
+    is_rollout = worst.name in ("prefill", "decode", "grow cache")
+    parts = {
+        "weights": kept.weights,
+        "adapters and optimizer": kept.adapters + kept.moments,
+        "key-value cache": int(estimate.cache) if is_rollout else 0,
+        "logits": 0 if is_rollout else int(estimate.logits),
+    }
+    parts["activations and the rest"] = max(0, peak - sum(parts.values()))
+    return {name: size for name, size in parts.items() if size}
+
+
+def estimated_memory(config: Config, target: "Target", note: Progress) -> Memory:
+    """What formulas say."""
+    from gemma2_grpo.engine.costs import estimate_memory, model_sizes
+
+    del note
+    architecture = find_architecture(config)
+    estimate = estimate_memory(model_sizes(architecture, config), architecture, config)
+    limit = target.memory_bytes
+    rows = [
+        {"name": name, "run_peak": int(peak), "fits": limit is None or peak <= limit}
+        for name, peak in (("decode", estimate.decode), ("update", estimate.update))
+    ]
+    parts = {
+        "weights": estimate.weights,
+        "adapters and optimizer": estimate.trained * 4 / 3,
+        **(
+            {"key-value cache": estimate.cache}
+            if estimate.decode > estimate.update
+            else {"logits": estimate.logits, "activations": estimate.activations}
+        ),
+    }
+    worst = max(rows, key=lambda row: row["run_peak"])
+    return Memory(
+        rows,
+        {name: int(size) for name, size in parts.items()},
+        int(worst["run_peak"]),
+        worst["name"],
+        all(row["fits"] for row in rows),
+    )

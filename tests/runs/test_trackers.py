@@ -1,0 +1,71 @@
+"""Metrics reach every tracker, without a network."""
+
+import importlib.util
+from pathlib import Path
+
+import pytest
+
+from gemma2_grpo.config import Config, RunConfig, UserError
+from gemma2_grpo.runs.trackers import check_trackers, tracking
+
+STEPS = [
+    ("held_out", {"step": 0, "accuracy": 0.25, "interval": [0.1, 0.4], "sampled": None}),
+    ("train", {"step": 1, "reward": 0.5, "kl": 0.0}),
+    ("train", {"step": 2, "reward": 0.75, "kl": 0.125}),
+]
+
+
+def track_all(path: Path, **fields: object) -> None:
+    config = Config(run=RunConfig(**{"tensorboard": False, **fields}))  # type: ignore[arg-type]
+    with tracking(config, path) as track:
+        for kind, record in STEPS:
+            track(kind, record)
+
+
+def test_tensorboard(tmp_path: Path) -> None:
+    track_all(tmp_path, tensorboard=True)
+    [events] = (tmp_path / "tensorboard").iterdir()
+    written = events.read_bytes()
+    for name in (b"train/reward", b"train/kl", b"held_out/accuracy"):
+        assert name in written
+    assert b"interval" not in written
+
+
+def test_nothing_is_written_unless_asked_for(tmp_path: Path) -> None:
+    track_all(tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.skipif(not importlib.util.find_spec("wandb"), reason="extra `trackers`")
+def test_wandb_offline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    track_all(tmp_path, wandb="words")
+    [file] = (tmp_path / "wandb").glob("offline-run-*/run-*.wandb")
+    written = file.read_bytes()
+    for piece in (b"train/reward", b"held_out/accuracy", b"0.125", b"learning_rate", b"words"):
+        assert piece in written
+
+
+@pytest.fixture
+def trackio_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("TRACKIO_DIR", str(tmp_path / "trackio"))
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    return tmp_path / "trackio"
+
+
+@pytest.mark.skipif(not importlib.util.find_spec("trackio"), reason="extra `trackers`")
+@pytest.mark.filterwarnings("ignore")
+def test_trackio_offline(trackio_folder: Path, tmp_path: Path) -> None:
+    track_all(tmp_path / "words", trackio="project")
+    written = b"".join(f.read_bytes() for f in trackio_folder.rglob("*") if f.is_file())
+    for name in (b"train/reward", b"held_out/accuracy", b"0.125"):
+        assert name in written
+
+
+@pytest.mark.parametrize("name", ["wandb", "trackio"])
+def test_a_missing_package_is_named(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(importlib.util, "find_spec", lambda _: None)
+    with pytest.raises(UserError, match=f"{name} = 'mine' needs the package {name}; pip install"):
+        check_trackers(RunConfig(**{name: "mine"}))
+    check_trackers(RunConfig())

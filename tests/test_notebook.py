@@ -1,0 +1,71 @@
+"""The notebook runs whole, on the embedded default, as it would on Kaggle."""
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+nbformat = pytest.importorskip("nbformat")
+nbclient = pytest.importorskip("nbclient")
+
+NOTEBOOK = Path(__file__).parents[1] / "notebooks" / "train_grpo.ipynb"
+# What Kaggle's machines bring along; the secret must be asked for by its name.
+SECRETS = """
+class UserSecretsClient:
+    def get_secret(self, label):
+        assert label == "HF_TOKEN"
+        return "hf_of_this_test"
+"""
+
+
+@pytest.fixture(scope="module")
+def notebook() -> Any:
+    return nbformat.read(NOTEBOOK, as_version=4)
+
+
+def test_it_is_short_and_committed_without_outputs(notebook: Any) -> None:
+    nbformat.validate(notebook)
+    assert len(notebook.cells) <= 15
+    for cell in notebook.cells:
+        if cell.cell_type == "code":
+            assert not cell.outputs and cell.execution_count is None
+            assert "def " not in cell.source and "class " not in cell.source
+
+
+def output_of(cell: Any) -> str:
+    texts = [output.get("text", "") for output in cell.outputs]
+    texts += [str(output.data.get("text/html", "")) for output in cell.outputs if "data" in output]
+    return "".join(texts)
+
+
+@pytest.mark.slow
+def test_it_runs_from_top_to_bottom(
+    notebook: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "border").mkdir()
+    (tmp_path / "border" / "kaggle_secrets.py").write_text(SECRETS)
+    paths = [str(tmp_path / "border"), os.environ.get("PYTHONPATH", "")]
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(filter(None, paths)))
+    monkeypatch.setenv("KAGGLE_KERNEL_RUN_TYPE", "Interactive")
+    monkeypatch.delenv("HF_TOKEN", raising=False)
+    cells = [*notebook.cells, nbformat.v4.new_code_cell("import os; print(os.environ['HF_TOKEN'])")]
+    executed = nbformat.v4.new_notebook(cells=cells, metadata=notebook.metadata)
+    nbclient.NotebookClient(
+        executed, timeout=900, resources={"metadata": {"path": str(tmp_path)}}
+    ).execute()
+    shown = [output_of(cell) for cell in executed.cells if cell.cell_type == "code"]
+    install, machine, _, before, training, report, after, exported, token = shown
+    assert install == ""
+    assert "Kaggle: " in machine and "configuration tiny: no TPU and no GPU" in machine
+    assert token == "hf_of_this_test\n"
+    assert all("hf_of_this_test" not in text for text in shown[:-1])
+    assert "<answer>" in before
+    assert "step 40/40" in training
+    assert "srcdoc" in report and "&lt;html" in report
+    assert "after 40 steps" in after
+    result = json.loads((tmp_path / "runs/tiny/result.json").read_text())
+    assert result["after"]["accuracy"] > 0.9 > 0.6 > result["before"]["accuracy"]
+    for name in ("config.json", "model.safetensors", "tokenizer.json", "README.md"):
+        assert (tmp_path / "model" / name).is_file(), exported
