@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from gemma2_grpo import cli
-from gemma2_grpo.config import Config, RewardConfig, UserError
+from gemma2_grpo.config import Config, EvaluateConfig, RewardConfig, UserError
 from gemma2_grpo.presets import load_config, load_sft_config
 
 ALL = ", ".join(cli.COMMANDS)
@@ -117,6 +117,17 @@ def test_score_passes_file_and_format(monkeypatch: pytest.MonkeyPatch) -> None:
     assert calls == [((Path("completions.jsonl"), True, RewardConfig()), {})]
 
 
+def test_evaluate_passes_what_is_asked(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: Recorder = []
+    _stub(monkeypatch, "evaluate:evaluate", lambda *args, **kwargs: calls.append((args, kwargs)))
+    command = "evaluate runs/tiny --samples 8 --limit 20 --data procedural --to out --json"
+    assert cli.main(command.split()) == 0
+    asked = EvaluateConfig(data="procedural", limit=20, samples=8)
+    assert calls == [
+        (("runs/tiny", asked, Path("out")), {"as_json": True, "overwrite": False}),
+    ]
+
+
 @pytest.mark.parametrize(
     ("command", "message"),
     [
@@ -128,6 +139,7 @@ def test_score_passes_file_and_format(monkeypatch: pytest.MonkeyPatch) -> None:
         ("export runs/tiny", "--to is missing; see gemma2-grpo export --help"),
         ("export r --to d --format gguf", "--format takes one of merged, peft, not 'gguf'"),
         ("score", "FILE.jsonl is missing; see gemma2-grpo score --help"),
+        ("evaluate", "RUN|MODEL is missing; see gemma2-grpo evaluate --help"),
         (
             "train --max_stepz 10",
             "'--max_stepz' is not understood by train; did you mean --max-steps?",
@@ -219,7 +231,9 @@ def test_an_old_python_is_refused() -> None:
     assert (done.returncode, done.stdout, done.stderr) == (2, "", message)
 
 
-@pytest.mark.parametrize("command", ["--help", "train --help", "train gemma2-2b-gpu -h"])
+@pytest.mark.parametrize(
+    "command", ["--help", "train --help", "train gemma2-2b-gpu -h", "evaluate -h"]
+)
 def test_help_is_quick_and_fits_the_screen(command: str) -> None:
     code = f"""
 import atexit, sys, time

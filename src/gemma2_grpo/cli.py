@@ -131,7 +131,7 @@ class Score:
 class Evaluate:
     """Measure a run or a model on held-out problems, with and without its adapter.
 
-    The same command again goes on where a stopped one was, and shows a finished one.
+    The same command again goes on where a stopped one was, or shows a finished one.
     """
 
     source: Annotated[Positional[str], arg(metavar="RUN|MODEL")]

@@ -255,13 +255,12 @@ class EvaluateConfig:
     """What is asked of a run or a model, and how. What is not set is as in the run."""
 
     data: str | None = None
-    """Problems: `procedural`, `openai/gsm8k`, `kaggle:HANDLE`, a directory with train and test
-    JSONL or Parquet files, or one JSONL file. Default: those of the run; for a model GSM8K."""
+    """Any source that `train --dataset` takes. Default: that of the run; for a model GSM8K."""
     split: Literal["test", "validation"] = "test"
     """`validation` is disjoint from what was trained on; choose settings on it."""
     limit: int | None = None
-    """Only the first so many problems. Default: the whole official test split; of procedural
-    and of validation problems, as many as training measures."""
+    """Only so many problems. Default: the whole test split, or as many procedural or validation
+    problems as training measures."""
     samples: int = 0
     """Sampled completions per problem besides the greedy one, for pass@k and maj@k."""
     temperature: float | None = None

@@ -1,78 +1,59 @@
-"""`gemma2-grpo evaluate`: a run or a model on held-out problems, with and without its adapter."""
+"""`gemma2-grpo evaluate`: base and adapter on the same held-out problems."""
 
 import json
+import re
+import sys
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from gemma2_grpo.config import Config, EvaluateConfig, check
+from gemma2_grpo.config import Config, EvaluateConfig
+from gemma2_grpo.runs.display import Display
 from gemma2_grpo.runs.evaluation import ADAPTER, BASE, summarize
-from gemma2_grpo.runs.evaluation_folder import EvaluationFolder
-from gemma2_grpo.runs.evaluation_view import print_evaluation
+from gemma2_grpo.runs.evaluation_display import Progress, show_evaluation
+from gemma2_grpo.runs.evaluation_folder import RESULT, EvaluationFolder
 from gemma2_grpo.runs.host_memory import keep_freed_memory
 from gemma2_grpo.runs.opening import (
-    EMBEDDED,
-    Opened,
     Source,
     find_source,
+    finished_adapter,
     open_source,
     trained_steps,
     with_adapter,
 )
 from gemma2_grpo.runs.run_directory import command_facts
-from gemma2_grpo.task.data import PROCEDURAL, Example, drop_long, hash_of, load_held_out
+from gemma2_grpo.task.data import Example, drop_long, hash_of, load_held_out
 from gemma2_grpo.task.scoring import Scorer
 
-if TYPE_CHECKING:
-    from gemma2_grpo.engine.sampler import Sampler
+if TYPE_CHECKING:  # A mistake is reported before JAX has loaded.
+    from gemma2_grpo.runs.opening import Opened
 
-_LEAST_PROMPT_TOKENS = 512
-
-
-@dataclass(frozen=True)
-class Batch:
-    """Some completions of one system, made at one time."""
-
-    system: str
-    samples: int
-    """Per problem; 0 is one greedy completion."""
-    index: int
-    """Among the batches of this system and kind."""
-    prompts: int
-    """Problems of a full batch."""
-    first: int
-    """Index of its first problem."""
-    problems: int
-
-    @property
-    def completions(self) -> int:
-        """How many it makes."""
-        return self.problems * max(self.samples, 1)
+# No prompt of GSM8K is longer; what fits costs no more for a higher limit.
+_MAX_PROMPT_TOKENS = 512
 
 
 def evaluate(
     name: str,
-    options: EvaluateConfig,
+    asked: EvaluateConfig,
     to: Path | None = None,
     *,
     as_json: bool = False,
     overwrite: bool = False,
     console: Console | None = None,
 ) -> dict[str, Any]:
-    """Evaluates, or goes on with an evaluation that was stopped, or shows a finished one.
+    """Evaluates a run or a model, or goes on with it; a finished evaluation is only shown.
 
     Args:
-        name: A run directory, a model directory, a hub id, or `embedded`.
-        options: What is asked, checked.
-        to: Where the results are written; by default the run, or evaluations/NAME of a model.
-        as_json: Print evaluation.json instead of a table.
-        overwrite: Begin anew.
-        console: Where the table goes.
+        name: What `find_source` takes.
+        asked: Checked settings.
+        to: Where the results are written; by default the run directory, for a model
+            `evaluations/` and its name.
+        as_json: Print evaluation.json on standard output, and all else on standard error.
+        overwrite: Begin anew where an evaluation is already.
+        console: What shows the progress.
 
     Returns:
         What evaluation.json holds.
@@ -80,67 +61,77 @@ def evaluate(
     Raises:
         UserError: for anything that the user can mend.
     """
-    console = console or Console(highlight=False)
-    source = find_source(name)
-    if options.adapter:
-        source = with_adapter(source, options.adapter)
-    source = replace(source, config=_configured(source, options))
-    folder = EvaluationFolder(_place(source, to), overwrite=overwrite)
+    display = Display(console or _console(as_json))
+    source = _as_asked(find_source(name), asked)
+    path = to or source.run or Path("evaluations") / _file_name(name)
+    folder = EvaluationFolder(path, overwrite=overwrite)
     try:
-        folder.check_same("settings", _settings(source.config, options))
-        result = folder.result or _evaluated(source, options, folder)
+        folder.check_same("settings", _settings(source.config, asked))
+        folder.check_same("weights", _weights(source))
+        if folder.result:
+            display.note(f"{path / RESULT} is finished:")
+        else:
+            _run(source, asked, folder, display)
+            if path == source.run:
+                from gemma2_grpo.runs.report import write_report
+
+                write_report(path)
+        show_evaluation(display.console, folder.result or {})
+        display.note(f"results: {path / RESULT}")
     finally:
         folder.close()
     if as_json:
-        print(json.dumps(result, indent=1))
-    else:
-        print_evaluation(result, folder.path, console)
-    return result
+        print(json.dumps(folder.result, indent=1))
+    return folder.result or {}
 
 
-def _configured(source: Source, options: EvaluateConfig) -> Config:
-    """The configuration of a source with what is asked in its place."""
+def _console(as_json: bool) -> Console:
+    stream = sys.stderr if as_json else sys.stdout
+    return Console(file=stream, width=None if stream.isatty() else 80, highlight=False)
+
+
+def _as_asked(source: Source, asked: EvaluateConfig) -> Source:
+    """The source with what the command line sets in place of what its run has."""
+    if asked.adapter:
+        source = with_adapter(source, asked.adapter)
     config = source.config
-    default = config.data.dataset
-    if source.run is None:
-        default = PROCEDURAL if source.name == EMBEDDED else "openai/gsm8k"
-    data = replace(config.data, dataset=options.data or default, eval_split=options.split)
-    wanted = {
-        "temperature": options.temperature,
-        "max_completion_tokens": options.max_completion_tokens,
-        "max_prompt_tokens": options.max_prompt_tokens
-        or max(config.rollout.max_prompt_tokens, _LEAST_PROMPT_TOKENS),
+    data = {"dataset": asked.data, "eval_split": asked.split}
+    rollout = {
+        "temperature": asked.temperature,
+        "max_prompt_tokens": asked.max_prompt_tokens
+        or max(_MAX_PROMPT_TOKENS, config.rollout.max_prompt_tokens),
+        "max_completion_tokens": asked.max_completion_tokens,
     }
-    # A cache of Tunix's engines, and micro-batches of updates, have no part in this.
-    rollout = replace(
-        config.rollout,
-        kv_cache_tokens=None,
-        **{key: value for key, value in wanted.items() if value is not None},
+    run = {"seed": asked.seed, "eval_batch_prompts": asked.batch_prompts}
+    return replace(
+        source,
+        config=replace(
+            config,
+            data=replace(config.data, **_set(data)),
+            rollout=replace(config.rollout, **_set(rollout)),
+            run=replace(config.run, **_set(run)),
+        ),
     )
-    longest = max(rollout.max_prompt_tokens, rollout.max_completion_tokens)
-    tokens = max(config.grpo.micro_batch_tokens, longest * config.model.mesh_shape[0])
-    run = replace(
-        config.run,
-        seed=config.run.seed if options.seed is None else options.seed,
-        eval_batch_prompts=options.batch_prompts or config.run.eval_batch_prompts,
-    )
-    grpo = replace(config.grpo, micro_batch_tokens=tokens)
-    return check(replace(config, data=data, rollout=rollout, run=run, grpo=grpo))
 
 
-def _place(source: Source, to: Path | None) -> Path:
-    plain = source.name.removeprefix("kaggle:").strip("/").replace("/", "--")
-    return to or source.run or Path("evaluations") / plain
+def _set(values: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in values.items() if value is not None}
 
 
-def _settings(config: Config, options: EvaluateConfig) -> dict[str, Any]:
-    """What decides the completions, besides problems and weights."""
+def _file_name(model: str) -> str:
+    """A name for a folder, out of a path, a Hugging Face id or a Kaggle handle."""
+    path = Path(model).expanduser()
+    return path.resolve().name if path.is_dir() else re.sub(r"[^\w.-]+", "-", model)
+
+
+def _settings(config: Config, asked: EvaluateConfig) -> dict[str, Any]:
+    """All that decides what is computed, under the names of the command line."""
     rollout = config.rollout
     return {
-        "dataset": config.data.dataset,
+        "data": config.data.dataset,
         "split": config.data.eval_split,
-        "limit": options.limit,
-        "samples": options.samples,
+        "limit": asked.limit,
+        "samples": asked.samples,
         "temperature": rollout.temperature,
         "top_p": rollout.top_p,
         "top_k": rollout.top_k,
@@ -149,13 +140,27 @@ def _settings(config: Config, options: EvaluateConfig) -> dict[str, Any]:
         "batch_prompts": config.run.eval_batch_prompts,
         "seed": config.run.seed,
         "dtype": config.model.dtype,
-        "adapter": options.adapter,
     }
 
 
-def _evaluated(source: Source, options: EvaluateConfig, folder: EvaluationFolder) -> dict[str, Any]:
+def _weights(source: Source) -> dict[str, Any]:
+    """What tells one policy from another, before any weights load."""
+    from gemma2_grpo.engine.export import fingerprint
+
+    adapter = finished_adapter(source)
+    return {
+        "model": source.config.model.model,
+        "steps": trained_steps(source),
+        "adapter_sha256": fingerprint(adapter) if adapter else None,
+    }
+
+
+def _run(source: Source, asked: EvaluateConfig, folder: EvaluationFolder, display: Display) -> None:
+    """Loads problems and weights, and evaluates what is not evaluated yet."""
     config = source.config
-    notes = Console(stderr=True, highlight=False)
+    problems = load_held_out(config.data, asked.limit)
+    display.note(f"loading {config.model.model}")
+    keep_freed_memory()
     from gemma2_grpo.engine.compilation import use_program_cache
     from gemma2_grpo.engine.export import fingerprint
     from gemma2_grpo.engine.fetch import find_model
@@ -164,10 +169,9 @@ def _evaluated(source: Source, options: EvaluateConfig, folder: EvaluationFolder
     directory = find_model(config.model.model)
     tokenizer = load_tokenizer(directory)
     examples, dropped = drop_long(
-        load_held_out(config.data, options.limit),
-        lambda text: len(tokenizer.encode(text)),
-        config.rollout.max_prompt_tokens,
+        problems, lambda prompt: len(tokenizer.encode(prompt)), config.rollout.max_prompt_tokens
     )
+    weights = {**_weights(source), "base_sha256": fingerprint(directory)}
     data = {
         "source": config.data.dataset,
         "split": config.data.eval_split,
@@ -175,132 +179,135 @@ def _evaluated(source: Source, options: EvaluateConfig, folder: EvaluationFolder
         "problems": len(examples),
         "dropped": dropped,
     }
-    weights = {"base_sha256": fingerprint(directory), "steps": trained_steps(source)}
-    folder.check_same("data", data)
     folder.check_same("weights", weights)
-    keep_freed_memory()
-    use_program_cache(config.run.compilation_cache, notes.print)
-    with notes.status(f"loading {config.model.model}"):
-        opened = open_source(source)
+    folder.check_same("data", data)
+    use_program_cache(config.run.compilation_cache, display.note)
+    opened = open_source(source)
     facts = {
         "name": source.title,
         "model": config.model.model,
         "steps": opened.steps,
         "data": data,
-        "settings": _settings(config, options),
+        "settings": _settings(config, asked),
         "weights": weights,
         **command_facts(),
     }
-    batches = list(plan_batches(opened, len(examples), options.samples))
-    done = folder.begin(facts, [batch.completions for batch in batches])
-    records = _complete_all(opened, examples, batches, done, folder, notes)
-    result = folder.finish(summarize(records, examples))
-    if source.run:
-        from gemma2_grpo.runs.report import write_report
-
-        write_report(source.run)
-    return result
+    Evaluation(opened, examples, asked.samples, folder, display).go(facts)
 
 
-def plan_batches(opened: Opened, problems: int, samples: int) -> Iterator[Batch]:
-    """All batches in their order: the base and then the adapter, greedy and then sampled."""
-    systems = [BASE] if opened.policy is None else [BASE, ADAPTER]
-    for system in systems:
-        for wanted in (0, samples) if samples else (0,):
-            size = max(1, opened.config.run.eval_batch_prompts // max(wanted, 1))
-            for index, first in enumerate(range(0, problems, size)):
-                yield Batch(system, wanted, index, size, first, min(size, problems - first))
+@dataclass(frozen=True)
+class Batch:
+    """Completions that are made, scored and written together."""
+
+    system: str
+    index: int
+    """Among the batches of its system and kind."""
+    size: int
+    """Prompts."""
+    first: int
+    """Its first problem."""
+    problems: int
+    samples: int
+    """Of each problem; 0 for the greedy completion."""
+
+    @property
+    def completions(self) -> int:
+        """How many it has."""
+        return self.problems * max(self.samples, 1)
 
 
-def _complete_all(
-    opened: Opened,
-    examples: Sequence[Example],
-    batches: Sequence[Batch],
-    done: Sequence[Mapping[str, Any]],
-    folder: EvaluationFolder,
-    notes: Console,
-) -> list[Mapping[str, Any]]:
-    """Completes what is not done yet; returns the records of all."""
-    records, score = list(done), Scorer(opened.config.rewards)
-    samplers: dict[str, Sampler] = {}
-    ahead = len(done)
-    with _progress(notes, sum(batch.completions for batch in batches), records) as show:
-        for batch in batches:
-            if ahead >= batch.completions:  # Of an earlier launch.
-                ahead -= batch.completions
-                continue
-            if batch.system not in samplers:
-                samplers.clear()
-                samplers[batch.system] = opened.sampler(adapted=batch.system == ADAPTER)
-            made = _complete(samplers[batch.system], batch, examples, opened.config, score)
-            folder.add(made)
-            records += made
-            show(batch, records)
-    return records
+def plan_batches(
+    systems: Sequence[str], problems: int, samples: int, batch_prompts: int
+) -> Iterator[Batch]:
+    """All batches: greedy ones first, the systems in turn on the same problems."""
+    for each in (0, samples) if samples else (0,):
+        size = max(1, batch_prompts // max(each, 1))
+        for index, first in enumerate(range(0, problems, size)):
+            for system in systems:
+                yield Batch(system, index, size, first, min(size, problems - first), each)
 
 
-def _complete(
-    sampler: "Sampler", batch: Batch, examples: Sequence[Example], config: Config, score: Scorer
-) -> list[dict[str, Any]]:
-    """The records of one batch."""
-    from gemma2_grpo.runs.measure import complete_batch
+class Evaluation:
+    """One evaluation, from where it stands to its result."""
 
-    group = max(batch.samples, 1)
-    completions = complete_batch(
-        sampler,
-        examples,
-        batch.index,
-        batch.prompts,
-        group,
-        config.run.seed,
-        greedy=not batch.samples,
-    )
-    of = [batch.first + row // group for row in range(batch.completions)]
-    scores = score([examples[i] for i in of], completions.texts)
-    return [
-        {
-            "system": batch.system,
-            "index": index,
-            "sample": row % group if batch.samples else None,
-            "question": examples[index].question,
-            "answer": examples[index].answer,
-            "completion": completions.texts[row],
-            "tokens": len(completions.tokens[row]),
-            "truncated": bool(completions.is_truncated[row]),
-            **{name: float(column[row]) for name, column in scores.items()},
-        }
-        for row, index in enumerate(of)
-    ]
+    def __init__(
+        self,
+        opened: "Opened",
+        examples: Sequence[Example],
+        samples: int,
+        folder: EvaluationFolder,
+        display: Display,
+    ) -> None:
+        """Takes what is evaluated on what, and the folder that it is written to."""
+        self._config = opened.config
+        self._examples = examples
+        self._folder = folder
+        self._display = display
+        # A user's own reward is not run: it may have gone, and nothing here is trained on it.
+        self._scorer = Scorer(opened.config.rewards)
+        systems = (BASE, ADAPTER) if opened.policy is not None else (BASE,)
+        self._samplers = {name: opened.sampler(adapted=name == ADAPTER) for name in systems}
+        batch_prompts = opened.config.run.eval_batch_prompts
+        self._batches = list(plan_batches(systems, len(examples), samples, batch_prompts))
 
+    def go(self, facts: Mapping[str, Any]) -> None:
+        """Completes what is left, and writes the statistics of everything."""
+        records = self._folder.begin(facts, [batch.completions for batch in self._batches])
+        self._tell_plan(facts, len(records))
+        total = sum(batch.completions for batch in self._batches)
+        done = 0
+        with Progress(self._display.console, total, records) as progress:
+            for batch in self._batches:
+                done += batch.completions
+                if done > len(records):
+                    new = self._complete(batch)
+                    self._folder.add(new)
+                    records += new
+                    progress.add(new)
+        self._folder.finish(summarize(records, self._examples))
 
-@contextmanager
-def _progress(notes: Console, total: int, records: Sequence[Mapping[str, Any]]) -> Iterator[Any]:
-    """Shows completions, the accuracy so far and the time left; yields what takes each batch."""
-
-    def describe(batch: Batch, records: Sequence[Mapping[str, Any]]) -> str:
-        kind = [
-            record["correct"]
-            for record in records
-            if record["system"] == batch.system
-            and (record["sample"] is None) != bool(batch.samples)
-        ]
-        how = "sampled" if batch.samples else "greedy"
-        return f"{batch.system}, {how}: {sum(kind) / len(kind):.1%} right so far"
-
-    if not notes.is_terminal:
-        shown = -1
-
-        def show(batch: Batch, records: Sequence[Mapping[str, Any]]) -> None:
-            nonlocal shown
-            if len(records) * 10 // total > shown:
-                shown = len(records) * 10 // total
-                notes.print(f"{len(records)}/{total} completions; {describe(batch, records)}")
-
-        yield show
-        return
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
-    with Progress(*columns, TimeRemainingColumn(), console=notes, transient=True) as bar:
-        task = bar.add_task("completing", total=total, completed=len(records))
-        yield lambda batch, records: bar.update(
-            task, completed=len(records), description=describe(batch, records)
+    def _tell_plan(self, facts: Mapping[str, Any], done: int) -> None:
+        data, settings = facts["data"], facts["settings"]
+        steps = f", adapter of {facts['steps']} steps" if facts["steps"] else ""
+        sampled = f", {settings['samples']} sampled at temperature {settings['temperature']:g}"
+        self._display.plan(
+            {
+                "model": f"{facts['model']}{steps if len(self._samplers) > 1 else ''}",
+                "problems": f"{data['problems']} of {data['source']}, {data['split']}; "
+                f"{data['dropped']} too long, dropped",
+                "each": f"1 greedy completion{sampled if settings['samples'] else ''}",
+                **({"resuming": f"{done} completions are there"} if done else {}),
+            }
         )
+
+    def _complete(self, batch: Batch) -> list[dict[str, Any]]:
+        """The records of a batch."""
+        from gemma2_grpo.runs.measure import complete_batch
+
+        group = max(batch.samples, 1)
+        completions = complete_batch(
+            self._samplers[batch.system],
+            self._examples,
+            batch.index,
+            batch.size,
+            group,
+            self._config.run.seed,
+            greedy=not batch.samples,
+        )
+        indices = [batch.first + i // group for i in range(batch.completions)]
+        asked = [self._examples[index] for index in indices]
+        scores = self._scorer(asked, completions.texts)
+        return [
+            {
+                "system": batch.system,
+                "index": index,
+                "sample": i % group if batch.samples else None,
+                "question": example.question,
+                "answer": example.answer,
+                "completion": completions.texts[i],
+                "tokens": len(completions.tokens[i]),
+                "truncated": bool(completions.is_truncated[i]),
+                **{name: float(column[i]) for name, column in scores.items()},
+            }
+            for i, (index, example) in enumerate(zip(indices, asked, strict=True))
+        ]

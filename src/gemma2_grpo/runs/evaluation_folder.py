@@ -4,6 +4,7 @@ import json
 import os
 import time
 from collections.abc import Mapping, Sequence
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +29,8 @@ class EvaluationFolder(LockedFolder):
         super().__init__(path, kind="evaluation", option="--to", lock=".evaluation.lock")
         self.result = None if overwrite else read_json(path / RESULT)
         """What a finished evaluation said; None while it is not finished."""
-        self._begun = None if overwrite else self.result or read_json(path / _BEGUN)
+        self._begun = {} if overwrite else self.result or read_json(path / _BEGUN) or {}
+        self._earlier_seconds = 0.0
         self._since = time.perf_counter()
 
     def check_same(self, section: str, values: Mapping[str, Any]) -> None:
@@ -41,7 +43,7 @@ class EvaluationFolder(LockedFolder):
         Raises:
             ConfigError: naming the first that the evaluation was made with another value of.
         """
-        before = (self._begun or {}).get(section, values)
+        before = self._begun.get(section, values)
         for name, value in values.items():
             if before.get(name) != value:
                 raise ConfigError(
@@ -59,7 +61,7 @@ class EvaluationFolder(LockedFolder):
         Returns:
             Records of the whole batches that are there already.
         """
-        if self._begun is None:
+        if not self._begun:
             # In this order, so that what is there always belongs together.
             for name in (RESULT, _BEGUN, COMPLETIONS):
                 (self.path / name).unlink(missing_ok=True)
@@ -72,17 +74,13 @@ class EvaluationFolder(LockedFolder):
     def _whole_batches(self, batches: Sequence[int]) -> list[dict[str, Any]]:
         """Reads the records of whole batches, and cuts off what a killed process left of one."""
         path = self.path / COMPLETIONS
-        records = list(self.records(COMPLETIONS))
-        kept = 0
-        for size in batches:
-            if kept + size > len(records):
-                break
-            kept += size
-        if path.exists():
-            with path.open("rb") as lines:
-                length = sum(len(line) for _, line in zip(range(kept), lines, strict=False))
-            os.truncate(path, length)
-        return records[:kept]
+        if not path.exists():
+            return []
+        lines = [line for line in path.read_bytes().splitlines(keepends=True) if line[-1:] == b"\n"]
+        ends = [end for end in accumulate(batches) if end <= len(lines)]
+        kept = lines[: ends[-1] if ends else 0]
+        os.truncate(path, sum(map(len, kept)))
+        return [json.loads(line) for line in kept]
 
     def add(self, records: Sequence[Mapping[str, Any]]) -> None:
         """Appends the records of a batch, all of them or none.
@@ -97,11 +95,11 @@ class EvaluationFolder(LockedFolder):
     def finish(self, statistics: Mapping[str, Any]) -> dict[str, Any]:
         """Writes evaluation.json, which marks the evaluation as finished, and returns it."""
         self._note_seconds()
-        self.result = {**(self._begun or {}), **statistics}
+        self.result = {**self._begun, **statistics}
         self.write(RESULT, json.dumps(self.result, indent=1))
         (self.path / _BEGUN).unlink()
         return self.result
 
     def _note_seconds(self) -> None:
         seconds = self._earlier_seconds + time.perf_counter() - self._since
-        self._begun = {**(self._begun or {}), "seconds": seconds}
+        self._begun = {**self._begun, "seconds": seconds}
