@@ -12,7 +12,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from gemma2_grpo import __version__
 from gemma2_grpo.config import Config
 from gemma2_grpo.engine.fetch import EMBEDDED, hub_id
-from gemma2_grpo.runs import report_facts
+from gemma2_grpo.runs import report_facts, report_results
 from gemma2_grpo.runs.health import number
 from gemma2_grpo.runs.outcome import Outcome, by_evaluation, during_run, headline
 from gemma2_grpo.runs.run_files import RunFiles, read_run
@@ -102,7 +102,7 @@ def _tables(*outcomes: Outcome | None) -> list[dict[str, Any]]:
     for outcome, title in zip(outcomes, titles, strict=True):
         if outcome is None:
             continue
-        table = report_facts.outcome_table(outcome, "")
+        table = report_results.outcome_table(outcome, "")
         results = [result for result, _ in table.results]
         problems = f"{results[-1].problems:,} {outcome.problems}" if results else outcome.problems
         intervals = [
