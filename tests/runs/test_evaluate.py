@@ -180,7 +180,7 @@ def test_greedy_answers_are_those_that_the_run_measured(
 
 
 def test_the_report_of_the_run_shows_it(finished: Path) -> None:
-    assert "gemma2-grpo evaluate" in (finished / "report.html").read_text()
+    assert "By gemma2-grpo evaluate, after 5 steps" in (finished / "report.html").read_text()
 
 
 # --- Stopped and gone on with ---

@@ -25,7 +25,7 @@ def steps(count: int, **changes: Any) -> list[dict[str, Any]]:
 
 
 def alarms(records: list[dict[str, Any]]) -> list[tuple[str, str, int]]:
-    return [(alarm.signal, alarm.level, alarm.step) for alarm in find_alarms(records)]
+    return [(alarm.signal.name, alarm.level, alarm.step) for alarm in find_alarms(records)]
 
 
 def test_a_quiet_run_has_none() -> None:
@@ -119,7 +119,7 @@ def test_alarms_are_new_once_and_active_while_they_last() -> None:
     health = Health()
     new = [bool(health.add(record)) for record in steps(10, truncated=0.1)]
     assert sum(new) == 1
-    assert [alarm.signal for alarm in health.active] == ["truncated"]
+    assert [alarm.signal.name for alarm in health.active] == ["truncated"]
     for record in steps(20):
         health.add({**record, "step": record["step"] + 10})
     assert health.active == [] and len(health.alarms) == 1

@@ -2,9 +2,9 @@
 
 import dataclasses
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 import tomli_w
@@ -12,7 +12,7 @@ import tomli_w
 from gemma2_grpo.config import UserError
 from gemma2_grpo.presets import load_config
 from gemma2_grpo.runs import report_facts as facts
-from gemma2_grpo.runs.curves import Curve, charts_of_run, charts_of_runs, smooth, thin_out
+from gemma2_grpo.runs.curves import charts_of_run, charts_of_runs, running_mean, thin_out
 from gemma2_grpo.runs.outcome import by_evaluation, during_run, headline
 from gemma2_grpo.runs.report import render, write_report
 from gemma2_grpo.runs.report_compare import write_comparison
@@ -21,67 +21,20 @@ from gemma2_grpo.runs.samples import choose, mark
 from gemma2_grpo.task.prompts import render_solution
 from gemma2_grpo.task.rewards import score_completion
 
-RIGHT, WRONG = render_solution(["1 + 2 = 3"], "3"), render_solution(["1 + 2 = 4"], "4")
+from .written_run import write_evaluation, write_lines, write_run
+
 Write = Callable[..., Path]
-
-
-def answers(correct: list[bool], **place: Any) -> list[dict[str, Any]]:
-    return [
-        {
-            **place,
-            "question": f"Question {i}: what is 1 + 2?",
-            "answer": "3",
-            "completion": RIGHT if is_correct else WRONG,
-            "correct": float(is_correct),
-            "total": float(is_correct),
-        }
-        for i, is_correct in enumerate(correct)
-    ]
-
-
-def jsonl(records: list[dict[str, Any]]) -> str:
-    return "".join(json.dumps(record) + "\n" for record in records)
 
 
 @pytest.fixture
 def write(tmp_path: Path) -> Write:
     """Writes a run whose greedy answers before and after are given."""
-
-    def write_run(
-        before: list[bool],
-        after: list[bool] | None = None,
-        *,
-        name: str = "run",
-        shuffle: bool = False,
-        steps: int = 10,
-        **metrics: Any,
-    ) -> Path:
-        path = tmp_path / name
-        path.mkdir()
-        flag = str(shuffle).lower()
-        (path / "config.toml").write_text(
-            f"[run]\nmax_steps = {steps}\nseed = {len(name)}\n[rewards]\nshuffle_rewards = {flag}\n"
-        )
-        measured = [(0, before)] + ([(steps, after)] if after is not None else [])
-        evaluations, completions = [], []
-        for step, correct in measured:
-            counts = {"problems": len(correct), "correct": sum(correct)}
-            evaluations.append({"step": step, **counts, "official_correct": sum(correct)})
-            completions += answers(correct, step=step, kind="held_out")
-        (path / "evaluations.jsonl").write_text(jsonl(evaluations))
-        (path / "completions.jsonl").write_text(jsonl(completions))
-        record = {"reward": 0.5, "rollout_seconds": 2.0, "update_seconds": 1.0, **metrics}
-        (path / "metrics.jsonl").write_text(
-            jsonl([{"step": step, **record} for step in range(1, steps + 1)])
-        )
-        return path
-
-    return write_run
+    return lambda *correct, name="run", **how: write_run(tmp_path / name, *correct, **how)
 
 
 def said(path: Path) -> str:
     run = read_run(path)
-    return headline(during_run(run), run).replace("\u00a0", " ")
+    return headline(during_run(run), is_control=run.is_control).replace("\u00a0", " ")
 
 
 # --- Did it get better? ---
@@ -135,49 +88,25 @@ def test_without_completions_intervals_decide(write: Write) -> None:
 
 def test_counts_that_cannot_be_are_left_out(write: Write) -> None:
     path = write([True, False])
-    (path / "evaluations.jsonl").write_text(jsonl([{"step": 0, "problems": 2, "correct": 3}]))
+    write_lines(path / "evaluations.jsonl", [{"step": 0, "problems": 2, "correct": 3}])
     assert said(path) == "Nothing has been measured yet, so that nothing can be said."
     assert "Nothing has been measured yet" in render(read_run(path))
 
 
-def evaluate(path: Path, base: list[bool], adapter: list[bool]) -> None:
-    systems = {"base": base, "adapter": adapter}
-
-    def system(correct: list[bool]) -> dict[str, Any]:
-        counts = {"problems": len(correct), "correct": sum(correct)}
-        sampled = {"samples": 4, "pass_at_1": 0.5, "pass_at_k": {"1": 0.5, "4": 0.75}}
-        steps = [{"steps": 2, "problems": 4, "correct": 1}, {"steps": 3}]
-        return {"greedy": {**counts, "by_solution_steps": steps}, "sampled": sampled}
-
-    (path / "evaluation.json").write_text(
-        json.dumps(
-            {
-                "steps": 10,
-                "data": {"source": "gsm8k", "split": "test", "sha256": "c0ffee"},
-                "command": ["gemma2-grpo", "evaluate", "run"],
-                "started": "2026-01-02T03:04:05Z",
-                "systems": {name: system(correct) for name, correct in systems.items()},
-            }
-        )
-    )
-    rows = [
-        {**row, "index": i, "sample": None}
-        for name, correct in systems.items()
-        for i, row in enumerate(answers(correct, system=name))
-    ]
-    (path / "evaluation_completions.jsonl").write_text(jsonl(rows))
-
-
 def test_an_evaluation_comes_first(write: Write) -> None:
     path = write([True] * 4, [True] * 4)
-    evaluate(path, [False] * 9, [True] * 9)
+    write_evaluation(path, [False] * 9, [True] * 9)
     run = read_run(path)
     outcome = by_evaluation(run)
     assert outcome and outcome.paired and outcome.before
-    assert (outcome.paired.fixed, outcome.before.values["pass_at_k"]) == (9, 0.75)
+    assert (outcome.paired.fixed, outcome.paired.broken) == (9, 0)
     page = render(run).replace("\u00a0", " ")
     assert "<h1>Accuracy rose from 0.0 % to 100.0 % on 9 test problems of gsm8k; 9 fixed" in page
-    assert "25.0 %, 5 to 70" in page, "one of four problems of two steps"
+    assert outcome.after and outcome.after.values["sampled.pass_at_k"] == 1
+    assert ">Right in one of 2 samples</th>" in page and ">100.0 %</td>" in page
+    # Five problems with two steps, four with three; by Wilson's interval.
+    assert ">2 steps</th>" in page and ">100.0 %, 57 to 100</td>" in page
+    assert ">3 steps</th>" in page and ">100.0 %, 51 to 100</td>" in page
     assert "Evaluated 2026-01-02 03:04:05 UTC" in page and "c0ffee" in page
     assert page.index("By gemma2-grpo evaluate") < page.index("measured by the run")
 
@@ -190,11 +119,11 @@ def test_what_flipped_is_shown_first(write: Write) -> None:
     outcome = during_run(read_run(path))
     assert outcome
     groups = choose(outcome.pairs)
-    assert [(g.kind, g.total, len(g.shown), len(g.folded)) for g in groups] == [
-        ("fixed", 4, 3, 1),
-        ("broken", 4, 3, 1),
-        ("wrong", 4, 1, 3),
-        ("right", 4, 1, 3),
+    assert [(g.title[:5], g.total, len(g.shown), len(g.folded)) for g in groups] == [
+        ("Fixed", 4, 3, 1),
+        ("Broke", 4, 3, 1),
+        ("Wrong", 4, 1, 3),
+        ("Right", 4, 1, 3),
     ]
     assert [pair.question.question[:10] for pair in groups[0].shown] == [
         "Question 0",
@@ -205,28 +134,24 @@ def test_what_flipped_is_shown_first(write: Write) -> None:
 
 def test_equations_are_marked_where_they_stand() -> None:
     text = render_solution(["2 + 2 = 4 eggs", "4 + 1 = 6 = 3 + 3"], "6")
-    marked = mark(text)
-    assert "".join(piece.text for piece in marked.pieces) == text
-    assert [(p.text, p.kind) for p in marked.pieces if p.kind in ("true", "false")] == [
+    pieces = mark(text)
+    assert "".join(piece.text for piece in pieces) == text
+    marked = [(p.text, p.kind) for p in pieces if p.kind in ("true", "false")]
+    assert marked == [
         ("2 + 2 = 4", "true"),
         ("4 + 1 = 6", "false"),
         (" = 3 + 3", "true"),
     ]
     scored = score_completion(text, "6").equations
-    assert (marked.true, marked.false) == (
-        sum(e.is_true for e in scored),
-        sum(not e.is_true for e in scored),
-    )
+    assert [kind == "true" for _, kind in marked] == [e.is_true for e in scored]
 
 
 @pytest.mark.parametrize(
     "text", ["", "x" * 20_000, "\n" * 20_000, "<reasoning>" * 500, "1 = 1 " * 3000, "3 + 4 = 8"]
 )
 def test_marks_of_any_text_keep_its_beginning(text: str) -> None:
-    marked = mark(text)
-    shown = "".join(piece.text for piece in marked.pieces)
+    shown = "".join(piece.text for piece in mark(text))
     assert text.startswith(shown) and len(shown) <= 3_000 and shown.count("\n") <= 50
-    assert marked.hidden_chars == len(text) - len(shown)
 
 
 # --- Curves ---
@@ -235,23 +160,22 @@ def test_marks_of_any_text_keep_its_beginning(text: str) -> None:
 def test_long_curves_keep_their_spikes() -> None:
     values = [0.0] * 100_000
     values[54_321], values[777] = 9.0, -5.0
-    curve = Curve("", range(100_000), values)
-    steps, kept = thin_out(curve)
-    assert len(kept) <= 300 and (max(kept), min(kept)) == (9.0, -5.0)
-    assert steps[kept.index(9.0)] == 54_321
-    assert len(smooth(curve)[0]) <= 302
+    steps, kept = thin_out(range(1, 100_001), values)
+    assert len(kept) <= 302 and (max(kept), min(kept)) == (9.0, -5.0)
+    assert steps[kept.argmax()] == 54_322
+    assert (steps[0], steps[-1]) == (1, 100_000)
 
 
 def test_running_means_are_centred_and_shorter_at_the_ends() -> None:
     values = [float(i % 2) for i in range(40)]
-    steps, means = smooth(Curve("", range(40), values))
-    assert steps.tolist() == list(range(40))
+    means = running_mean(values)
+    assert len(means) == 40
     assert means[0] == pytest.approx((0 + 1 + 0) / 3)
     assert means[20] == pytest.approx((0 + 1 + 0 + 1 + 0) / 5)
 
 
 def test_charts_leave_out_what_was_not_recorded(write: Write) -> None:
-    run = read_run(write([True], [True], kl=0.1, entropy=None))
+    run = read_run(write([True], [True], metrics={"reward": 0.5, "kl": 0.1, "entropy": None}))
     assert [chart.name for chart in charts_of_run(run)] == ["reward", "accuracy", "kl"]
     accuracy = charts_of_run(run)[1]
     assert accuracy.curves[0].values == [1.0, 1.0]
@@ -259,7 +183,7 @@ def test_charts_leave_out_what_was_not_recorded(write: Write) -> None:
 
 
 def test_a_long_run_is_a_small_page(write: Write) -> None:
-    path = write([False] * 300, [True] * 300, steps=20_000, kl=0.1, entropy=1.0, grad_norm=0.2)
+    path = write([False] * 300, [True] * 300, steps=20_000)
     assert write_report(path).stat().st_size < 400_000
 
 
@@ -267,13 +191,15 @@ def test_a_long_run_is_a_small_page(write: Write) -> None:
 
 
 def test_times_add_up_over_steps_and_measurements(write: Write) -> None:
-    path = write([True], [True], steps=4, compile_seconds=3.0, tokens_per_second=50.0)
+    path = write([True], [True], steps=4)
     lines = (path / "evaluations.jsonl").read_text().splitlines()
-    (path / "evaluations.jsonl").write_text(
-        jsonl([{**json.loads(line), "seconds": 6.0} for line in lines])
+    write_lines(
+        path / "evaluations.jsonl", [{**json.loads(line), "seconds": 6.0} for line in lines]
     )
     run = read_run(path)
-    assert [(p.name, p.seconds, p.share_text) for p in facts.phases(run)] == [
+    times = render(run).split('id="time"')[1]
+    rows = re.findall(r"<th>(.*?)</th><td class=.number.>(.*?)</td><td .*?>(.*?)<", times)
+    assert rows == [
         ("Rollout", "8.0", "33\u00a0%"),
         ("Reward", "0.0", "0\u00a0%"),
         ("Update", "4.0", "17\u00a0%"),
@@ -289,7 +215,7 @@ def test_compiling_counts_every_launch(write: Write) -> None:
     seconds = [3.0, 5.0, 2.0, 2.5]
     records = [{"step": i + 1, "compile_seconds": s} for i, s in enumerate(seconds)]
     records[1]["peak_memory_bytes"] = 5_000_000_000
-    (path / "metrics.jsonl").write_text(jsonl(records))
+    write_lines(path / "metrics.jsonl", records)
     assert facts.speed(read_run(path)) == (
         "7.5 s of all this, and of loading, went into compiling. Peak memory was 5.00 GB."
     )
@@ -352,8 +278,8 @@ def test_a_crash_at_step_0(tmp_path: Path) -> None:
 
 
 def test_two_runs_side_by_side(write: Write) -> None:
-    first = write([False] * 9, [False] * 9, name="$a$ <b>", shuffle=True, kl=0.1)
-    second = write([False] * 9, [True] * 9, name="better", kl=0.2)
+    first = write([False] * 9, [False] * 9, name="$a$ <b>", shuffle=True)
+    second = write([False] * 9, [True] * 9, name="better", metrics={"kl": 0.2})
     file = write_comparison((first, second), plots=True)
     assert file == first / "compare.html"
     page = file.read_text().replace("\u00a0", " ")
@@ -367,7 +293,7 @@ def test_two_runs_side_by_side(write: Write) -> None:
     assert (first / "plots" / "compare_kl.png").is_file()
     runs = [read_run(path) for path in (first, second)]
     [kl] = [chart for chart in charts_of_runs(runs, ["a", "b"]) if chart.name == "kl"]
-    assert [(curve.label, curve.values[0]) for curve in kl.curves] == [("a", 0.1), ("b", 0.2)]
+    assert [(curve.label, curve.values[0]) for curve in kl.curves] == [("a", 0.01), ("b", 0.2)]
 
 
 def test_equal_or_unlike_runs_are_not_ranked(write: Write) -> None:

@@ -191,6 +191,21 @@ def test_what_a_run_shows(straight_run):
     assert f"report: {straight_run.path / 'report.html'}\n" in shown
 
 
+def test_the_report_says_what_was_measured_and_misses_nothing(straight_run):
+    page = (straight_run.path / "report.html").read_text().replace("\u00a0", " ")
+    result = json.loads((straight_run.path / "result.json").read_text())
+    for when in ("before", "after"):
+        assert f"<strong>{100 * result[when]['accuracy']:.1f} %</strong>" in page
+    run = json.loads((straight_run.path / "run.json").read_text())
+    assert run["data_sha256"] in page and run["base_sha256"] in page
+    assert "· finished, 5 of 5 steps</p>" in page and 'class="notice"' not in page
+    for name in ("Reward by component", "Accuracy", "KL", "Entropy", "Clip fraction", "Length"):
+        assert f"<h3>{name}" in page
+    for name in ("Cut off", "Groups", "Gradient norm", "Time of a step", "Speed of the rollout"):
+        assert f"<h3>{name}" in page
+    assert len(page) < 3_000_000
+
+
 def test_short_data_cycles_by_epochs(straight_run):
     """Stock Tunix ends in silence when its data do."""
     rows = [r for r in straight_run.records("completions.jsonl") if r["kind"] == "train"]

@@ -1,12 +1,11 @@
 """Draws charts: as SVG that takes its colours from the page it stands in, and as PNG."""
 
 import io
-import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from xml.etree import ElementTree
 
-from gemma2_grpo.runs.curves import Chart, Curve, smooth, thin_out
+from gemma2_grpo.runs.curves import Chart, Curve, running_mean, thin_out
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -45,29 +44,36 @@ _SETTINGS: dict[Any, Any] = {
     "svg.fonttype": "none",  # Text stays text: to be read aloud, searched and scaled.
     "text.parse_math": False,  # The name of a run may have a "$".
     "font.size": _TEXT_SIZE,
-    "axes.linewidth": 0.8,
-    "path.simplify": True,
+    "lines.linewidth": 1.7,
     "lines.solid_capstyle": "round",
+    "axes.linewidth": 0.8,
+    "axes.edgecolor": COLOURS["faint"],
+    **{f"axes.spines.{side}": False for side in ("left", "right", "top")},
+    "axes.grid": True,
+    "axes.grid.axis": "y",
+    "axes.axisbelow": True,
+    "grid.color": COLOURS["faint"],
+    "xtick.color": COLOURS["grey"],
+    "xtick.major.size": 0,
+    "xtick.major.pad": 5,
+    "ytick.color": COLOURS["grey"],
+    "ytick.major.size": 0,
+    "ytick.major.pad": 5,
 }
 _SVG = "{http://www.w3.org/2000/svg}"
 _LINK = "{http://www.w3.org/1999/xlink}href"
 
 
-def draw_svg(chart: Chart, classes: dict[str, str]) -> str:
-    """Draws a chart as an SVG element to stand in HTML, without title and styles.
-
-    Args:
-        chart: What to draw.
-        classes: Names of classes by their declarations in CSS. It is added to; the page must have
-            them in its style sheet.
-    """
+def draw_svg(chart: Chart) -> str:
+    """Draws a chart as an SVG element to stand in HTML, without title and styles."""
     from matplotlib import rc_context
 
+    nothing = dict.fromkeys(("Date", "Creator", "Format", "Type"))
     with rc_context({**_SETTINGS, "svg.hashsalt": chart.name}):
-        figure = _draw(chart, 0)
         file = io.BytesIO()
-        figure.savefig(file, format="svg", metadata={"Date": None}, transparent=True)
-    return _for_html(file.getvalue(), chart.description, classes)
+        figure = _draw(chart, 0)
+        figure.savefig(file, format="svg", metadata=nothing, transparent=True)
+    return _for_html(file.getvalue(), chart.description)
 
 
 def save_png(chart: Chart, path: Path) -> None:
@@ -83,8 +89,8 @@ def _draw(chart: Chart, title_height: int) -> "Figure":
 
     height = _HEIGHT + title_height
     figure = Figure(figsize=(_WIDTH / 72, height / 72))
-    labels = [len(_end_label(chart, curve)) for curve in chart.curves]
-    left, right = _LEFT / _WIDTH, 1 - max(46, 10 + _CHAR_WIDTH * max(labels)) / _WIDTH
+    label = max(len(_end_label(chart, curve)) for curve in chart.curves)
+    left, right = _LEFT / _WIDTH, 1 - max(46, 10 + _CHAR_WIDTH * label) / _WIDTH
     bottom, top = _BOTTOM / height, 1 - (_TOP + title_height) / height
     axes = figure.add_axes((left, bottom, right - left, top - bottom))
     for curve in chart.curves:
@@ -103,15 +109,15 @@ def _draw_curve(axes: "Axes", curve: Curve) -> None:
     name, dashes = _LOOKS[curve.look % len(_LOOKS)]
     colour = COLOURS[name]
     if curve.intervals:
-        look: dict[str, Any] = {"color": colour, "clip_on": False}
-        for step, (low, high) in zip(curve.steps, curve.intervals, strict=True):
-            axes.plot([step, step], [low, high], linewidth=3.5, alpha=0.35, **look)
-        axes.plot(curve.steps, curve.values, linewidth=1.7, linestyle=dashes, **look)
-        axes.plot(curve.steps, curve.values, ".", markersize=8, **look)
+        for step, interval in zip(curve.steps, curve.intervals, strict=True):
+            axes.plot([step, step], interval, lw=3.5, alpha=0.35, color=colour, clip_on=False)
+        look = {"linestyle": dashes, "marker": ".", "markersize": 8}
+        axes.plot(curve.steps, curve.values, color=colour, clip_on=False, **look)
         return
-    axes.plot(*thin_out(curve), color=colour, linewidth=0.9, alpha=0.4)
+    axes.plot(*thin_out(curve.steps, curve.values), color=colour, lw=0.9, alpha=0.4)
+    means = thin_out(curve.steps, running_mean(curve.values))
     marker = "." if len(curve.values) == 1 else None
-    axes.plot(*smooth(curve), color=colour, linewidth=1.7, linestyle=dashes, marker=marker)
+    axes.plot(*means, color=colour, linestyle=dashes, marker=marker)
 
 
 def _set_range(axes: "Axes", chart: Chart) -> None:
@@ -125,42 +131,38 @@ def _set_range(axes: "Axes", chart: Chart) -> None:
     else:
         axes.set_ylim(low * 1.06, low + (high - low) * 1.06)
     steps = [step for curve in chart.curves for step in curve.steps]
-    first = min(steps)
-    axes.set_xlim(first, max(*steps, first + 1))
+    axes.set_xlim(min(steps), max(*steps, min(steps) + 1))
 
 
 def _draw_axes(axes: "Axes", chart: Chart) -> None:
-    from matplotlib.ticker import FuncFormatter, MaxNLocator
+    from matplotlib.ticker import MaxNLocator
 
     axes.xaxis.set_major_locator(MaxNLocator(5, integer=True, steps=[1, 2, 5, 10]))
     axes.yaxis.set_major_locator(MaxNLocator(4, steps=[1, 2, 2.5, 5, 10]))
-    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: _tick(value, chart)))
-    axes.tick_params(length=0, colors=COLOURS["grey"], pad=5)
-    axes.grid(axis="y", color=COLOURS["faint"], linewidth=0.8)
-    axes.set_axisbelow(True)
-    for side, spine in axes.spines.items():
-        spine.set_visible(side == "bottom")
-        spine.set_color(COLOURS["faint"])
+    axes.yaxis.set_major_formatter(lambda value, _: _tick(value, chart))
+    _write(axes, "step", (axes.get_xlim()[1], axes.get_ylim()[0]), (13, -5), "grey", va="top")
     low, high = axes.get_ylim()
     if chart.limit is not None and low <= chart.limit <= high:
-        axes.axhline(chart.limit, color=COLOURS["orange"], linewidth=0.9, linestyle=(0, (1, 2)))
-        place = {"xytext": (0, 3), "textcoords": "offset points", "annotation_clip": False}
+        axes.axhline(chart.limit, color=COLOURS["orange"], lw=0.9, linestyle=(0, (1, 2)))
         corner = (axes.get_xlim()[0], chart.limit)
-        axes.annotate("alarm", corner, color=COLOURS["orange"], size=_TEXT_SIZE - 1, **place)
-    axes.annotate(
-        "step",
-        (1, 0),
-        xycoords="axes fraction",
-        xytext=(13, -5),
-        textcoords="offset points",
-        color=COLOURS["grey"],
-        va="top",
-    )
+        _write(axes, "alarm", corner, (0, 3), "orange", size=_TEXT_SIZE - 1)
 
 
 def _tick(value: float, chart: Chart) -> str:
     shown = 100 * value if chart.is_share else value
     return f"{shown:,.0f}" if abs(shown) >= 100 else f"{shown:.3g}"
+
+
+def _write(
+    axes: "Axes",
+    text: str,
+    place: tuple[float, float],
+    offset_points: tuple[float, float],
+    colour: str,
+    **look: Any,
+) -> None:
+    look |= {"textcoords": "offset points", "annotation_clip": False, "color": COLOURS[colour]}
+    axes.annotate(text, place, offset_points, **look)
 
 
 def _end_label(chart: Chart, curve: Curve) -> str:
@@ -170,26 +172,19 @@ def _end_label(chart: Chart, curve: Curve) -> str:
 
 
 def _last(curve: Curve) -> float:
-    return curve.values[-1] if curve.intervals else float(smooth(curve)[1][-1])
+    return curve.values[-1] if curve.intervals else float(running_mean(curve.values)[-1])
 
 
 def _label_ends(axes: "Axes", chart: Chart) -> None:
     """Names the curves at their ends, with their last value, moved apart where they would meet."""
     low, high = axes.get_ylim()
     gap = (high - low) * _LINE_HEIGHT / (_HEIGHT - _BOTTOM - _TOP)
-    ends = sorted(((_last(curve), curve) for curve in chart.curves), key=lambda end: end[0])
+    curves = sorted(chart.curves, key=_last)
     # The lowest stays clear of the word "step".
-    places = _apart([value for value, _ in ends], gap, low + gap / 2, high)
-    for place, (_, curve) in zip(places, ends, strict=True):
-        axes.annotate(
-            _end_label(chart, curve),
-            (axes.get_xlim()[1], place),
-            xytext=(6, 0),
-            textcoords="offset points",
-            va="center_baseline",
-            color=COLOURS[_LOOKS[curve.look % len(_LOOKS)][0]],
-            annotation_clip=False,
-        )
+    places = _apart([_last(curve) for curve in curves], gap, low + gap / 2, high)
+    for place, curve in zip(places, curves, strict=True):
+        end, colour = (axes.get_xlim()[1], place), _LOOKS[curve.look % len(_LOOKS)][0]
+        _write(axes, _end_label(chart, curve), end, (6, 0), colour, va="center_baseline")
 
 
 def _apart(values: list[float], gap: float, low: float, high: float) -> list[float]:
@@ -205,40 +200,24 @@ def _apart(values: list[float], gap: float, low: float, high: float) -> list[flo
     return places
 
 
-def _for_html(svg: bytes, description: str, classes: dict[str, str]) -> str:
-    """Takes out what HTML does not need, and turns styles into classes.
+def _for_html(svg: bytes, description: str) -> str:
+    """Turns styles into attributes, and takes out what HTML does not need.
 
-    A strict content policy forbids `style` attributes, and only a style sheet knows whether the
-    page is light or dark.
+    A strict content policy forbids `style`, and only the page knows whether it is light or dark.
     """
     root = ElementTree.fromstring(svg)  # noqa: S314 (what Matplotlib has just written)
-    for metadata in root.findall(f"{_SVG}metadata"):
-        root.remove(metadata)
-    used = set(re.findall(rb"#([\w.-]+)", svg))
+    colours = {colour: f"var(--{name})" for name, colour in COLOURS.items()}
+    root.remove(root[0])  # Styles of all elements.
     for element in root.iter():
         element.tag = element.tag.removeprefix(_SVG)
-        if element.get("id", "").encode() not in used:
-            element.attrib.pop("id", None)
+        if element.tag == "g":
+            element.attrib.pop("id", None)  # Other charts of the page have the same.
         if _LINK in element.attrib:
             element.set("href", element.attrib.pop(_LINK))
-        style = element.attrib.pop("style", None)
-        if style and element.tag != "style":
-            element.set("class", _class_of(style, classes))
-    for defs in root.findall("defs"):
-        if defs.find("style") is not None:
-            root.remove(defs)
-    root.attrib = {
-        "viewBox": root.attrib["viewBox"],
-        "role": "img",
-        "aria-label": description,
-        "class": "chart",
-    }
+        for declaration in filter(None, element.attrib.pop("style", "").split("; ")):
+            name, value = declaration.split(": ")
+            if name != "font-family":
+                element.set(name, colours.get(value, value))
+    size = root.attrib["viewBox"]
+    root.attrib = {"viewBox": size, "role": "img", "aria-label": description, "class": "chart"}
     return ElementTree.tostring(root, encoding="unicode")
-
-
-def _class_of(style: str, classes: dict[str, str]) -> str:
-    """The class with the declarations of a style, its colours as variables of the page."""
-    for name, colour in COLOURS.items():
-        style = style.replace(colour, f"var(--{name})")
-    style = re.sub(r"; font-family: [^;]*", "", style)
-    return classes.setdefault(style, f"m{len(classes)}")

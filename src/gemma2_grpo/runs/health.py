@@ -2,14 +2,16 @@
 
 import math
 import statistics
-from collections import deque
-from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from collections import defaultdict, deque
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from typing import Any, Literal
+
+from gemma2_grpo.runs.run_files import numbers
 
 # Single steps are noisy: what is compared with a threshold is a mean over so many.
 WINDOW_STEPS = 5
-_MEDIAN_STEPS = 100
+_RECENT_STEPS = 100
 _FEWEST_NORMS = 10
 _CORRELATION_STEPS = 50
 _FOLLOWS = 0.5
@@ -22,7 +24,7 @@ class Signal:
     name: str
     warning: float
     critical: float
-    """Infinite, or below anything, where there is no such level."""
+    """Infinite where there is no such level."""
     what: str
     """Says `{value}` and `{threshold}`."""
     hint: str
@@ -32,30 +34,9 @@ class Signal:
 
     def level(self, value: float) -> Literal["warning", "critical"] | None:
         """How bad a value is; None is fine."""
-        if self.is_floor:
-            value, warning, critical = -value, -self.warning, -self.critical
-            return "critical" if value > critical else "warning" if value > warning else None
-        is_critical, is_warning = value >= self.critical, value >= self.warning
-        return "critical" if is_critical else "warning" if is_warning else None
-
-
-@dataclass(frozen=True)
-class Alarm:
-    """A signal that went, or still is, beyond its threshold."""
-
-    signal: str
-    level: Literal["warning", "critical"]
-    step: int
-    """The first at this level."""
-    last_step: int
-    """The last at which there was cause for any alarm."""
-    steps: int
-    """How many gave cause."""
-    value: float
-    """The worst so far."""
-    threshold: float
-    what: str
-    hint: str
+        if value < self.critical if self.is_floor else value >= self.critical:
+            return "critical"
+        return "warning" if (value < self.warning) == self.is_floor else None
 
 
 ENTROPY = Signal(
@@ -129,35 +110,26 @@ LEFT_OUT = Signal(
 )
 
 
-class _Series:
-    """The beginning and the end of a metric's values."""
+@dataclass
+class Alarm:
+    """A signal that went, or still is, beyond its threshold."""
 
-    def __init__(self) -> None:
-        self._first: list[float] = []
-        self._last: deque[float] = deque(maxlen=2 * WINDOW_STEPS)
-
-    def append(self, value: float) -> None:
-        if len(self._first) < WINDOW_STEPS:
-            self._first.append(value)
-        self._last.append(value)
-
-    @property
-    def start(self) -> float:
-        return math.fsum(self._first) / max(len(self._first), 1)
-
-    @property
-    def mean(self) -> float | None:
-        """Of the last steps; None while they are too few."""
-        last = list(self._last)[-WINDOW_STEPS:]
-        return math.fsum(last) / WINDOW_STEPS if len(last) == WINDOW_STEPS else None
+    signal: Signal
+    level: Literal["warning", "critical"]
+    step: int
+    """The first at this level."""
+    value: float
+    """The worst so far."""
+    last_step: int = 0
+    """The last at which there was cause for any alarm."""
+    steps: int = 0
+    """How many gave cause."""
 
     @property
-    def is_rising(self) -> bool:
-        """Whether the last steps are above those before them, or above the first if none were."""
-        last = list(self._last)
-        before, now = last[:-WINDOW_STEPS], last[-WINDOW_STEPS:]
-        level, base = statistics.fmean(now), statistics.fmean(before) if before else now[0]
-        return level > base and not math.isclose(level, base)
+    def what(self) -> str:
+        """What happened, in words."""
+        threshold = getattr(self.signal, self.level)
+        return self.signal.what.format(value=self.value, threshold=threshold)
 
 
 class Health:
@@ -165,10 +137,9 @@ class Health:
 
     def __init__(self) -> None:
         self._alarms: dict[str, Alarm] = {}
-        names = "entropy kl uniform_groups clip_fraction truncated completion_tokens reward"
-        self._series = {name: _Series() for name in names.split()}
-        self._norms: deque[float] = deque(maxlen=_MEDIAN_STEPS)
-        self._pairs: deque[tuple[float, float]] = deque(maxlen=_CORRELATION_STEPS)
+        self._first: dict[str, list[float]] = defaultdict(list)
+        self._recent: dict[str, deque[float]] = defaultdict(lambda: deque(maxlen=_RECENT_STEPS))
+        self._lengths_and_rewards: deque[tuple[float, float]] = deque(maxlen=_CORRELATION_STEPS)
         self._step = 0
 
     @property
@@ -187,12 +158,25 @@ class Health:
         Returns:
             The alarms that are new with it, or have become critical.
         """
-        self._step = int(number(record, "step") or self._step + 1)
-        for name, series in self._series.items():
-            value = number(record, name)
-            if value is not None:
-                series.append(value)
-        readings = [*self._levels(record), *self._growth(record), *self._spikes(record)]
+        step = numbers(record)
+        self._step = int(step.get("step", self._step + 1))
+        for name, value in step.items():
+            self._recent[name].append(value)
+            if len(self._first[name]) < WINDOW_STEPS:
+                self._first[name].append(value)
+        if "completion_tokens" in step and "reward" in step:
+            self._lengths_and_rewards.append((step["completion_tokens"], step["reward"]))
+        readings = {
+            UNIFORM_GROUPS: self._mean("uniform_groups"),
+            TRUNCATED: self._mean("truncated"),
+            KL: self._mean("kl") if self._is_rising("kl") else None,
+            # One update per batch cannot be clipped.
+            CLIP_FRACTION: self._mean("clip_fraction") if step.get("updates", 0) > 1 else None,
+            ENTROPY: self._growth("entropy"),
+            LENGTH: self._growth("completion_tokens") if self._reward_follows_length() else None,
+            GRAD_NORM: self._spike(step.get("grad_norm", 0.0)),
+            LEFT_OUT: step.get("updates_left_out"),
+        }
         return self._raise(readings)
 
     def add_evaluation(self, record: Mapping[str, Any]) -> list[Alarm]:
@@ -201,98 +185,60 @@ class Health:
         Returns:
             The alarms that are new with it, or have become critical.
         """
+        measured, train = numbers(record), self._mean("reward")
         # Sampled like the training reward, where that was measured.
-        sampled = record.get("sampled")
-        held_out = number(sampled if isinstance(sampled, Mapping) else record, "reward")
-        train = self._series["reward"].mean
-        if held_out is None or train is None or not number(record, "step"):
+        held_out = measured.get("sampled.reward", measured.get("reward"))
+        if held_out is None or train is None or not measured.get("step"):
             return []
-        return self._raise([(OVERFITTING, train - held_out)])
+        return self._raise({OVERFITTING: train - held_out})
 
-    def _levels(self, record: Mapping[str, Any]) -> Iterator[tuple[Signal, float]]:
-        """Means over the last steps, where there are enough."""
-        for signal in (UNIFORM_GROUPS, TRUNCATED, KL, CLIP_FRACTION):
-            series = self._series[signal.name]
-            is_due = (
-                series.is_rising
-                if signal is KL and series.mean is not None
-                # One update per batch cannot be clipped.
-                else signal is not CLIP_FRACTION or (number(record, "updates") or 0) > 1
-            )
-            if series.mean is not None and is_due:
-                yield signal, series.mean
+    def _mean(self, name: str) -> float | None:
+        """Of the last steps; None while they are too few."""
+        last = list(self._recent[name])[-WINDOW_STEPS:]
+        return statistics.fmean(last) if len(last) == WINDOW_STEPS else None
 
-    def _growth(self, record: Mapping[str, Any]) -> Iterator[tuple[Signal, float]]:
-        """Means over the last steps as a part of those over the first."""
-        entropy, length = self._series["entropy"], self._series["completion_tokens"]
-        if entropy.mean is not None and entropy.start > 0:
-            yield ENTROPY, entropy.mean / entropy.start
-        pair = number(record, "completion_tokens"), number(record, "reward")
-        if pair[0] is not None and pair[1] is not None:
-            self._pairs.append((pair[0], pair[1]))
-        if length.mean is not None and length.start > 0 and self._reward_follows_length():
-            yield LENGTH, length.mean / length.start
+    def _is_rising(self, name: str) -> bool:
+        """Whether the last steps are above those before them, or above the first if none were."""
+        last = list(self._recent[name])[-2 * WINDOW_STEPS :]
+        level = self._mean(name)
+        if level is None:
+            return False
+        base = statistics.fmean(last[:-WINDOW_STEPS] or last[:1])
+        return level > base and not math.isclose(level, base)
+
+    def _growth(self, name: str) -> float | None:
+        """The mean over the last steps as a part of that over the first."""
+        mean, start = self._mean(name), math.fsum(self._first[name]) / WINDOW_STEPS
+        return mean / start if mean is not None and start > 0 else None
 
     def _reward_follows_length(self) -> bool:
         try:
-            return statistics.correlation(*zip(*self._pairs, strict=True)) >= _FOLLOWS
-        except (statistics.StatisticsError, TypeError):  # Too few, or all alike.
+            lengths, rewards = zip(*self._lengths_and_rewards, strict=True)
+            return statistics.correlation(lengths, rewards) >= _FOLLOWS
+        except (statistics.StatisticsError, ValueError):  # Too few, or all alike.
             return False
 
-    def _spikes(self, record: Mapping[str, Any]) -> Iterator[tuple[Signal, float]]:
-        """What one step is enough for."""
-        norm, left_out = number(record, "grad_norm"), number(record, "updates_left_out")
-        if norm:  # Without one, no group had anything to teach.
-            if len(self._norms) >= _FEWEST_NORMS:
-                yield GRAD_NORM, norm / statistics.median(self._norms)
-            self._norms.append(norm)
-        if left_out:
-            yield LEFT_OUT, left_out
+    def _spike(self, norm: float) -> float | None:
+        """The gradient norm by its median; without a norm, no group had anything to teach."""
+        before = [value for value in list(self._recent["grad_norm"])[:-1] if value]
+        return norm / statistics.median(before) if norm and len(before) >= _FEWEST_NORMS else None
 
-    def _raise(self, readings: Iterable[tuple[Signal, float]]) -> list[Alarm]:
+    def _raise(self, readings: Mapping[Signal, float | None]) -> list[Alarm]:
         news = []
-        for signal, value in readings:
-            level = signal.level(value)
-            if level is None:
+        for signal, value in readings.items():
+            level = signal.level(value) if value is not None else None
+            if value is None or level is None:
                 continue
-            before = self._alarms.get(signal.name)
-            alarm = self._alarms[signal.name] = self._alarm(signal, level, value, before)
-            if before is None or before.level != alarm.level:
+            alarm = self._alarms.get(signal.name)
+            if alarm is None or (alarm.level, level) == ("warning", "critical"):
+                steps = alarm.steps if alarm else 0
+                alarm = Alarm(signal, level, self._step, value, steps=steps)
+                self._alarms[signal.name] = alarm
                 news.append(alarm)
+            alarm.value = (min if signal.is_floor else max)(alarm.value, value)
+            alarm.last_step = self._step
+            alarm.steps += 1
         return news
-
-    def _alarm(
-        self,
-        signal: Signal,
-        level: Literal["warning", "critical"],
-        value: float,
-        before: Alarm | None,
-    ) -> Alarm:
-        """The alarm as it is with one more cause."""
-        if before is not None:
-            value = min(before.value, value) if signal.is_floor else max(before.value, value)
-        threshold = signal.critical if level == "critical" else signal.warning
-        alarm = Alarm(
-            signal=signal.name,
-            level=level,
-            step=self._step,
-            last_step=self._step,
-            steps=before.steps + 1 if before else 1,
-            value=value,
-            threshold=threshold,
-            what=signal.what.format(value=value, threshold=threshold),
-            hint=signal.hint,
-        )
-        if before is None or (before.level, level) == ("warning", "critical"):
-            return alarm
-        kept = signal.critical if before.level == "critical" else signal.warning
-        return replace(
-            alarm,
-            level=before.level,
-            step=before.step,
-            threshold=kept,
-            what=signal.what.format(value=value, threshold=kept),
-        )
 
 
 def find_alarms(
@@ -305,20 +251,9 @@ def find_alarms(
         evaluations: Of evaluations.jsonl; each is taken after the step that it was made after.
     """
     health = Health()
-    waiting = deque(sorted(evaluations, key=lambda record: number(record, "step") or 0))
-    for record in records:
-        while waiting and (number(waiting[0], "step") or 0) < (number(record, "step") or 0):
-            health.add_evaluation(waiting.popleft())
-        health.add(record)
-    for evaluation in waiting:
-        health.add_evaluation(evaluation)
+    # A measurement after a step sorts behind it.
+    events = [(record.get("step", 0), health.add, record) for record in records]
+    events += [(record.get("step", 0), health.add_evaluation, record) for record in evaluations]
+    for _, take, record in sorted(events, key=lambda event: event[0]):
+        take(record)
     return health.alarms
-
-
-def number(record: Mapping[str, Any], name: str) -> float | None:
-    """A finite number of a record; None if it is absent, or something else."""
-    value = record.get(name)
-    try:
-        return float(value) if isinstance(value, int | float) and math.isfinite(value) else None
-    except OverflowError:  # An integer of hundreds of digits.
-        return None

@@ -12,9 +12,8 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from gemma2_grpo import __version__
 from gemma2_grpo.config import Config
 from gemma2_grpo.engine.fetch import EMBEDDED, hub_id
-from gemma2_grpo.runs import report_facts, report_results
-from gemma2_grpo.runs.health import number
-from gemma2_grpo.runs.outcome import Outcome, by_evaluation, during_run, headline
+from gemma2_grpo.runs import report_facts
+from gemma2_grpo.runs.outcome import Outcome, by_evaluation, during_run, headline, measure_rows
 from gemma2_grpo.runs.run_files import RunFiles, read_run
 from gemma2_grpo.task.problems import generate
 from gemma2_grpo.task.prompts import INSTRUCTION
@@ -59,7 +58,7 @@ def render_card(exported: Exported) -> str:
         is_gemma=base != EMBEDDED,
         base=hub_id(base) or Path(base).name,
         dtype=exported.dtype,
-        headline=headline(evaluated or held_out, run),
+        headline=headline(evaluated or held_out, is_control=run.is_control),
         name=exported.name,
         instruction=_quoted_lines(INSTRUCTION),
         question=_quoted(generate("test", 1, 0)[0].question),
@@ -77,7 +76,7 @@ def render_card(exported: Exported) -> str:
 def _as_of(run: RunFiles, steps: int) -> RunFiles:
     """Leaves out what was measured of other steps than the first and the exported ones."""
     evaluation = run.evaluation
-    if evaluation is not None and number(evaluation, "steps") != steps:
+    if evaluation is not None and evaluation.steps != steps:
         evaluation = None
     measured = [record for record in run.evaluations if record["step"] in (0, steps)]
     return replace(run, evaluations=measured, evaluation=evaluation)
@@ -102,9 +101,7 @@ def _tables(*outcomes: Outcome | None) -> list[dict[str, Any]]:
     for outcome, title in zip(outcomes, titles, strict=True):
         if outcome is None:
             continue
-        table = report_results.outcome_table(outcome, "")
-        results = [result for result, _ in table.results]
-        problems = f"{results[-1].problems:,} {outcome.problems}" if results else outcome.problems
+        results = outcome.results
         intervals = [
             f"{result.label.lower()} {100 * low:.0f} to {100 * high:.0f} %"
             for result in results
@@ -112,9 +109,9 @@ def _tables(*outcomes: Outcome | None) -> list[dict[str, Any]]:
         ]
         tables.append(
             {
-                "title": f"{title}, on {problems}",
-                "heads": table.heads,
-                "rows": table.rows,
+                "title": f"{title}, on {results[-1].problems:,} {outcome.problems}",
+                "heads": outcome.heads,
+                "rows": measure_rows(results, with_change=True),
                 "intervals": ", ".join(intervals),
             }
         )

@@ -2,10 +2,10 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import zip_longest
 from typing import Any
 
-from gemma2_grpo.runs.health import number
-from gemma2_grpo.runs.run_files import Answer, RunFiles
+from gemma2_grpo.runs.run_files import Answer, Numbers, RunFiles, System, is_counted, numbers
 from gemma2_grpo.task.statistics import Paired, compare_paired, wilson_interval
 
 # What is called a difference is less likely than this without one.
@@ -19,12 +19,12 @@ MEASURES = (
     ("true_equations", "True equations", True),
     ("truncated", "Cut off", True),
     ("mean_tokens", "Tokens per completion", False),
-    ("pass_at_1", "Right, sampled", True),
-    ("pass_at_k", "Right in one of {k} samples", True),
-    ("maj_at_k", "Right by vote of {k} samples", True),
-    ("sampled_format", "Perfect format, sampled", True),
-    ("sampled_true_equations", "True equations, sampled", True),
-    ("sampled_reward", "Mean reward, sampled", False),
+    ("sampled.pass_at_1", "Right, sampled", True),
+    ("sampled.pass_at_k", "Right in one of {k} samples", True),
+    ("sampled.maj_at_k", "Right by vote of {k} samples", True),
+    ("sampled.format", "Perfect format, sampled", True),
+    ("sampled.true_equations", "True equations, sampled", True),
+    ("sampled.reward", "Mean reward, sampled", False),
 )
 
 
@@ -33,23 +33,25 @@ class Result:
     """Of one model on one set of problems."""
 
     label: str
-    problems: int
-    correct: int
-    values: Mapping[str, float]
-    """By the names of MEASURES, where they were measured."""
-    samples: int | None = None
-    by_steps: Sequence[Mapping[str, Any]] = ()
-    """Accuracy by the number of steps that a solution takes."""
+    values: Numbers
+    """Those of MEASURES that were measured, `problems`, `correct` and `sampled.samples`."""
+    by_steps: Sequence[Numbers] = ()
+    """`problems` and `correct` by the number of `steps` that a solution takes."""
+
+    @property
+    def problems(self) -> int:
+        """How many were asked."""
+        return int(self.values["problems"])
 
     @property
     def accuracy(self) -> float:
         """Greedy pass@1."""
-        return self.correct / self.problems
+        return self.values["accuracy"]
 
     @property
     def interval(self) -> tuple[float, float]:
         """95 % Wilson interval of the accuracy."""
-        return wilson_interval(self.correct, self.problems)
+        return wilson_interval(int(self.values["correct"]), self.problems)
 
 
 @dataclass(frozen=True)
@@ -69,10 +71,10 @@ class Pair:
     @property
     def kind(self) -> str:
         """`fixed`, `broken`, `wrong` (still) or `right` (still)."""
-        if self.before is None or self.after is None:
-            return "right" if self.question.is_correct else "wrong"
-        kinds = {(False, True): "fixed", (True, False): "broken", (True, True): "right"}
-        return kinds.get((self.before.is_correct, self.after.is_correct), "wrong")
+        before, after = self.before or self.question, self.after or self.question
+        if before.is_correct == after.is_correct:
+            return "right" if after.is_correct else "wrong"
+        return "fixed" if after.is_correct else "broken"
 
 
 @dataclass(frozen=True)
@@ -85,6 +87,17 @@ class Outcome:
     after: Result | None
     paired: Paired | None
     pairs: Sequence[Pair]
+
+    @property
+    def results(self) -> list[Result]:
+        """Those that there are."""
+        return [result for result in (self.before, self.after) if result]
+
+    @property
+    def heads(self) -> list[str]:
+        """Names of the columns of a table."""
+        labels = [result.label for result in self.results]
+        return [*labels, "change"] if len(labels) == 2 else labels
 
     @property
     def is_different(self) -> bool:
@@ -100,176 +113,158 @@ class Outcome:
 
 def during_run(run: RunFiles) -> Outcome | None:
     """The run's own first and last measurement; None if there is none."""
-    records = [record for record in run.evaluations if number(record, "problems")]
-    if not records:
+    if not run.evaluations:
         return None
-    first, last = records[0], records[-1]
-    before = _held_out_result(first, "Before") if first["step"] == 0 else None
-    after = _held_out_result(last, f"After {last['step']} steps") if last["step"] else None
-    if before is None and after is None:
-        return None
+    first, last = run.evaluations[0], run.evaluations[-1]
+    before = _result("Before", first) if first["step"] == 0 else None
+    after = _result(f"After {last['step']:.0f} steps", last) if last["step"] else None
     old, new = (run.held_out.get(int(record["step"]), []) for record in (first, last))
-    pairs = _pair(old if before else [], new if after else [])
-    return _outcome("held-out problems", before, after, pairs, None)
+    pairs = pair_up(old if before else [], new if after else [])
+    return Outcome("held-out problems", before, after, count_flips(pairs), pairs)
 
 
 def by_evaluation(run: RunFiles) -> Outcome | None:
     """What `evaluate` measured; None if it has not been run."""
-    evaluation = run.evaluation or {}
-    systems = part_of(evaluation, "systems")
+    evaluation = run.evaluation
+    if evaluation is None:
+        return None
     base, adapter = (
-        _system_result(part_of(systems, name), label)
+        _system_result(label, evaluation.systems.get(name))
         for name, label in (("base", "Base model"), ("adapter", "With adapter"))
     )
     if base is None and adapter is None:
         return None
-    data = part_of(evaluation, "data")
     old, new = (run.evaluated.get(name, {}) for name in ("base", "adapter"))
-    indices = sorted({*old, *new})
-    pairs = [Pair(old.get(i), new.get(i)) for i in indices]
-    split = f"{data['split']} " if data.get("split") else ""
-    name = f"{split}problems" + (f" of {data['source']}" if data.get("source") else "")
-    return _outcome(name, base, adapter, pairs, part_of(evaluation, "comparison"))
+    pairs = [Pair(old.get(i), new.get(i)) for i in sorted({*old, *new})]
+    split, source = evaluation.data.get("split"), evaluation.data.get("source")
+    problems = f"{f'{split} ' if split else ''}problems{f' of {source}' if source else ''}"
+    return Outcome(problems, base, adapter, evaluation.comparison or count_flips(pairs), pairs)
 
 
-def _outcome(
-    problems: str,
-    before: Result | None,
-    after: Result | None,
-    pairs: Sequence[Pair],
-    counted: Mapping[str, Any] | None,
-) -> Outcome:
-    """Counts the pairs, unless that was done where they were made."""
-    names = ("both_right", "both_wrong", "fixed", "broken")
-    counts = [number(counted or {}, name) for name in names]
-    paired = flips(pairs)
-    if all(count is not None for count in counts):
-        paired = Paired(*(int(count or 0) for count in counts))
-    return Outcome(problems, before, after, paired, pairs)
+def pair_up(before: Sequence[Answer], after: Sequence[Answer]) -> list[Pair]:
+    """Answers to the same questions side by side; none if the questions differ.
+
+    Args:
+        before: Of all questions, or empty where they are not known.
+        after: Likewise.
+    """
+    questions = [[answer.question for answer in answers] for answers in (before, after) if answers]
+    if len(questions) == 2 and questions[0] != questions[1]:
+        return []
+    return [Pair(*answers) for answers in zip_longest(before, after)]
 
 
-def flips(pairs: Sequence[Pair]) -> Paired | None:
+def count_flips(pairs: Sequence[Pair]) -> Paired | None:
     """Counts how answers differ; None if there are none, or any is missing."""
-    both = [(pair.before, pair.after) for pair in pairs]
-    whole = [(old.is_correct, new.is_correct) for old, new in both if old and new]
+    whole = [(p.before.is_correct, p.after.is_correct) for p in pairs if p.before and p.after]
     if not whole or len(whole) < len(pairs):
         return None
     return compare_paired(*zip(*whole, strict=True))
 
 
-def _pair(old: Sequence[Answer], new: Sequence[Answer]) -> list[Pair]:
-    """Puts the answers to the same questions side by side."""
-    if not old or not new:
-        return [Pair(answer if old else None, answer if new else None) for answer in old or new]
-    if [answer.question for answer in old] != [answer.question for answer in new]:
-        return []
-    return [Pair(*answers) for answers in zip(old, new, strict=True)]
-
-
-def _held_out_result(record: Mapping[str, Any], label: str) -> Result | None:
-    sampled = part_of(record, "sampled")
-    values = {
-        "format": number(record, "format"),
-        "true_equations": number(record, "true_equations"),
-        "truncated": number(record, "truncated"),
-        "mean_tokens": number(record, "mean_tokens"),
-        "pass_at_1": number(sampled, "pass_at_1"),
-        "pass_at_k": number(sampled, "pass_at_k"),
-        "sampled_format": number(sampled, "format"),
-        "sampled_true_equations": number(sampled, "true_equations"),
-        "sampled_reward": number(sampled, "reward"),
-    }
-    return _result(record, label, values, sampled)
-
-
-def _system_result(system: Mapping[str, Any], label: str) -> Result | None:
-    greedy, sampled = part_of(system, "greedy"), part_of(system, "sampled")
-    values = {
-        "format": number(greedy, "format"),
-        "true_equations": number(greedy, "true_equations"),
-        "truncated": number(greedy, "truncated"),
-        "mean_tokens": number(greedy, "mean_tokens"),
-        "pass_at_1": number(sampled, "pass_at_1"),
-        "pass_at_k": _at_most_samples(sampled, "pass_at_k"),
-        "maj_at_k": _at_most_samples(sampled, "maj_at_k"),
-        "sampled_format": number(sampled, "format"),
-        "sampled_true_equations": number(sampled, "true_equations"),
-        "sampled_reward": number(sampled, "reward"),
-    }
-    return _result(greedy, label, values, sampled)
-
-
-def _at_most_samples(sampled: Mapping[str, Any], name: str) -> float | None:
-    """The value with k = all samples."""
-    return number(part_of(sampled, name), str(int(number(sampled, "samples") or 0)))
+def _system_result(label: str, system: System | None) -> Result | None:
+    if system is None:
+        return None
+    record = {**system.greedy.model_dump(), "sampled": system.sampled or {}}
+    return _result(label, record, system.greedy.by_solution_steps)
 
 
 def _result(
-    record: Mapping[str, Any],
-    label: str,
-    values: Mapping[str, float | None],
-    sampled: Mapping[str, Any],
+    label: str, record: Mapping[str, Any], by_steps: Sequence[Mapping[str, Any]] = ()
 ) -> Result | None:
     """Puts a result together; None if the record does not say how many were right of how many."""
-    problems, correct = number(record, "problems"), number(record, "correct")
-    if problems is None or correct is None or not 0 <= correct <= problems or problems < 1:
+    values = numbers(record)
+    if not is_counted(values):
         return None
-    official = number(record, "official_correct")
-    samples = number(sampled, "samples")
-    known = {
-        "accuracy": correct / problems,
-        "official_accuracy": None if official is None else official / problems,
-        **values,
-    }
-    by_steps = record.get("by_solution_steps")
-    return Result(
-        label=label,
-        problems=int(problems),
-        correct=int(correct),
-        values={name: value for name, value in known.items() if value is not None},
-        samples=None if samples is None else int(samples),
-        by_steps=[row for row in by_steps if isinstance(row, dict)]
-        if isinstance(by_steps, list)
-        else (),
-    )
+    for name in ("sampled.pass_at_k", "sampled.maj_at_k"):
+        of_all = f"{name}.{values.get('sampled.samples', 0):.0f}"
+        if of_all in values:
+            values[name] = values[of_all]
+    values["accuracy"] = values["correct"] / values["problems"]
+    if "official_correct" in values:
+        values["official_accuracy"] = values["official_correct"] / values["problems"]
+    return Result(label, values, [row for row in map(numbers, by_steps) if is_counted(row)])
 
 
-def part_of(record: Mapping[str, Any], name: str) -> Mapping[str, Any]:
-    """A part of a record; empty where there is none."""
-    value = record.get(name)
-    return value if isinstance(value, dict) else {}
+def headline(outcome: Outcome | None, *, is_control: bool) -> str:
+    """Says in one sentence whether the model got better, and no more than can be said."""
+    control = "Control run with shuffled rewards, which can teach nothing. " if is_control else ""
+    return control + _what_changed(outcome)
+
+
+def _what_changed(outcome: Outcome | None) -> str:
+    if outcome is None:
+        return "Nothing has been measured yet, so that nothing can be said."
+    before, after = outcome.before, outcome.after
+    if before is None or after is None:
+        [result] = outcome.results
+        when = "before training" if after is None else result.label.lower()
+        return (
+            f"{percent(result.accuracy)} of {result.problems:,} {outcome.problems} are "
+            f"right {when}; there is nothing yet to compare that with."
+        )
+    change = f"from {percent(before.accuracy)} to {percent(after.accuracy)}"
+    change += f" on {after.problems:,} {outcome.problems}"
+    if outcome.paired:
+        change += f"; {outcome.paired.fixed:,} fixed, {outcome.paired.broken:,} broken"
+    if not outcome.is_different:
+        return f"No difference can be told apart from chance: accuracy went {change}."
+    return f"Accuracy {'rose' if after.accuracy > before.accuracy else 'fell'} {change}."
+
+
+def measure_rows(results: Sequence[Result], *, with_change: bool = False) -> list[list[str]]:
+    """A row of text for each of MEASURES that any result has.
+
+    Args:
+        results: One for each column.
+        with_change: Add what the second has more than the first, if there are two.
+    """
+    k = max((result.values.get("sampled.samples", 0) for result in results), default=0)
+    rows = []
+    for name, label, is_share in MEASURES:
+        values = [result.values.get(name) for result in results]
+        if any(value is not None for value in values):
+            row = [label.format(k=f"{k:.0f}"), *(_cell(value, is_share) for value in values)]
+            if with_change and len(values) == 2:
+                row.append(_change(values[0], values[1], is_share))
+            rows.append(row)
+    return rows
+
+
+def _cell(value: float | None, is_share: bool) -> str:
+    if value is None:
+        return "–"
+    return percent(value) if is_share else f"{value:.2f}"
+
+
+def _change(before: float | None, after: float | None, is_share: bool) -> str:
+    if before is None or after is None:
+        return ""
+    decimals, factor, unit = (1, 100, "\u00a0pp") if is_share else (2, 1, "")
+    change = round(factor * (after - before), decimals)
+    sign = "+" if change > 0 else "\u2212" if change < 0 else ""
+    return f"{sign}{abs(change):.{decimals}f}{unit}"
+
+
+def step_rows(results: Sequence[Result]) -> list[list[str]]:
+    """Rows of text: accuracy by the number of steps of a solution, with its interval."""
+    tables = [{row.get("steps", 0): row for row in result.by_steps} for result in results]
+    rows = []
+    for steps in sorted({step for table in tables for step in table}):
+        found = [table.get(steps) for table in tables]
+        problems = max(row["problems"] for row in found if row)
+        name = f"{steps:.0f} step{'s' if steps != 1 else ''}"
+        rows.append([name, f"{problems:,.0f}", *(_step_cell(row) for row in found)])
+    return rows
+
+
+def _step_cell(row: Numbers | None) -> str:
+    if row is None:
+        return "–"
+    low, high = wilson_interval(int(row["correct"]), int(row["problems"]))
+    return f"{percent(row['correct'] / row['problems'])}, {100 * low:.0f} to {100 * high:.0f}"
 
 
 def percent(share: float, decimals: int = 1) -> str:
     """A share for people to read."""
     return f"{100 * share:.{decimals}f}\u00a0%"
-
-
-def headline(outcome: Outcome | None, run: RunFiles) -> str:
-    """Says in one sentence whether the model got better, and no more than can be said."""
-    control = (
-        "Control run with shuffled rewards, which can teach nothing. " if run.is_control else ""
-    )
-    if outcome is None:
-        return f"{control}Nothing has been measured yet, so that nothing can be said."
-    before, after = outcome.before, outcome.after
-    if before is None or after is None:
-        result = before or after
-        assert result is not None
-        when = "before training" if after is None else result.label.lower()
-        return (
-            f"{control}{percent(result.accuracy)} of {result.problems:,} {outcome.problems} are "
-            f"right {when}; there is nothing yet to compare that with."
-        )
-    flips = ""
-    if outcome.paired:
-        flips = f"; {outcome.paired.fixed:,} fixed, {outcome.paired.broken:,} broken"
-    shares = f"{percent(before.accuracy)} to {percent(after.accuracy)}"
-    where = f"on {after.problems:,} {outcome.problems}"
-    if not outcome.is_different:
-        return (
-            f"{control}No difference can be told apart from chance: accuracy went from {shares} "
-            f"{where}{flips}."
-        )
-    verb = "rose" if after.accuracy > before.accuracy else "fell"
-    return f"{control}Accuracy {verb} from {shares} {where}{flips}."

@@ -1,18 +1,18 @@
-"""What a report says in tables: results, times, and how to do a run again."""
+"""What a report says of a run besides its results: where time went, and how to do it again."""
 
 import dataclasses
 import json
 import re
 import shlex
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from itertools import pairwise
 from typing import Any
 
 from gemma2_grpo.config import ConfigError
 from gemma2_grpo.presets import load_config, preset_names
-from gemma2_grpo.runs.health import number
-from gemma2_grpo.runs.outcome import part_of, percent
-from gemma2_grpo.runs.run_files import RunFiles
+from gemma2_grpo.runs.outcome import percent
+from gemma2_grpo.runs.run_files import Numbers, RunFiles
+from gemma2_grpo.task.rewards import COMPONENTS
 
 # Of other people's machines, which are nobody's business, and keys.
 _PRIVATE = (
@@ -22,145 +22,129 @@ _PRIVATE = (
 _MAX_VALUE_CHARS = 300
 _MAX_CONFIG_CHARS = 20_000
 
+# --- The run ---
 
-@dataclass(frozen=True)
-class Phase:
-    """What a part of a run took."""
 
-    name: str
-    seconds: str
-    share: float | None
-    """Of the whole, in [0, 1]."""
-    is_total: bool = False
+def status(run: RunFiles) -> str:
+    """How far it is."""
+    steps = int(run.metrics[-1]["step"]) if run.metrics else 0
+    planned = run.setting("run", "max_steps")
+    is_known = isinstance(planned, int)
+    is_finished = run.has_result and steps >= (planned if is_known else 0)
+    of = f" of {planned:,}" if is_known else ""
+    return f"{'finished' if is_finished else 'not finished'}, {steps:,}{of} steps"
 
-    @property
-    def share_text(self) -> str:
-        """For people."""
-        return "" if self.share is None else percent(self.share, 0)
+
+def setup(run: RunFiles) -> list[tuple[str, str]]:
+    """The run in a few words, for the head of the page."""
+
+    def text(section: str, name: str) -> str:
+        return _text(run.setting(section, name))
+
+    devices = run.facts.devices
+    facts = [
+        ("Model", f"{text('model', 'model')}, LoRA rank {text('model', 'lora_rank')}"),
+        ("Problems", text("data", "dataset")),
+        (
+            "A step",
+            f"{text('rollout', 'prompts_per_step')} prompts × "
+            f"{text('rollout', 'num_generations')} completions",
+        ),
+        ("Learning rate", text("optimizer", "learning_rate")),
+        ("KL weight (beta)", text("grpo", "beta")),
+        ("Devices", f"{len(devices)} × {_text(devices[0])}" if devices else ""),
+    ]
+    return [(name, text) for name, text in facts if text and run.config]
+
+
+def weights(run: RunFiles) -> str:
+    """The weights of the components of the reward, in words."""
+    values = [(spoken(name), run.setting("rewards", f"{name}_weight")) for name in COMPONENTS]
+    known = [f"{name} × {value:.2f}" for name, value in values if isinstance(value, float)]
+    return f", before their weights ({', '.join(known)})" if known else ""
+
+
+def spoken(component: str) -> str:
+    """A short name of a component of the reward."""
+    return component.replace("self_correction", "correction")
+
+
+def losses(run: RunFiles) -> list[str]:
+    """What was left out, if anything was."""
+    counts = (
+        (_sum(run.metrics, "unscored"), "completions had no reward and were left out"),
+        (_sum(run.metrics, "updates_left_out"), "updates were not finite and were left out"),
+    )
+    return [f"{count:,.0f} {what}." for count, what in counts if count]
 
 
 # --- Times ---
 
 
-def phases(run: RunFiles) -> list[Phase]:
-    """Where the time of the finished steps and of measurements went."""
-    records = run.metrics
-    if not records:
-        return []
-    names = (("rollout", "Rollout"), ("reward", "Reward"), ("update", "Update"))
-    parts = [(label, _sum(records, f"{name}_seconds")) for name, label in names]
+def phases(run: RunFiles) -> list[tuple[str, float]]:
+    """Seconds of the finished steps and of measurements, by what they went into."""
+    names = ("rollout", "reward", "update")
+    parts = [(name.capitalize(), _sum(run.metrics, f"{name}_seconds")) for name in names]
     measuring = _sum(run.evaluations, "seconds")
-    if measuring:
-        parts.append(("Measuring on held-out problems", measuring))
-    total = sum(seconds for _, seconds in parts)
-    rows = [Phase(label, f"{s:,.1f}", s / total if total else 0.0) for label, s in parts]
-    rows.append(Phase("Together", f"{total:,.1f}", None, is_total=True))
-    return rows
-
-
-def _sum(records: Sequence[Mapping[str, Any]], name: str) -> float:
-    return sum(number(record, name) or 0.0 for record in records)
+    return [*parts, ("Measuring on held-out problems", measuring)] if measuring else parts
 
 
 def speed(run: RunFiles) -> str:
     """Compiling, tokens a second and memory, in sentences."""
-    records = run.metrics
     texts = []
-    compiling = _compile_seconds(records)
+    # Each launch counts from 0 again.
+    counts = [r["compile_seconds"] for r in run.metrics if "compile_seconds" in r]
+    compiling = sum(b - a if b >= a else b for a, b in pairwise([0.0, *counts]))
     if compiling:
         texts.append(f"{compiling:,.1f} s of all this, and of loading, went into compiling.")
-    tokens = sum(
-        (number(r, "tokens_per_second") or 0) * (number(r, "rollout_seconds") or 0) for r in records
-    )
-    seconds = _sum(records, "rollout_seconds")
+    tokens = sum(r.get("tokens_per_second", 0) * r.get("rollout_seconds", 0) for r in run.metrics)
+    seconds = _sum(run.metrics, "rollout_seconds")
     if seconds:
         texts.append(f"{tokens / seconds:,.0f} tokens a second were sampled, {tokens:,.0f} in all.")
-    return " ".join([*texts, _memory(records)])
+    peak = max((record.get("peak_memory_bytes", 0) for record in run.metrics), default=0)
+    part = max((record.get("peak_memory_fraction", 0) for record in run.metrics), default=0)
+    of_device = f", {percent(part, 0)} of a device" if part else ""
+    memory = f"was {peak / 1e9:.2f} GB{of_device}" if peak else "was not recorded"
+    return " ".join([*texts, f"Peak memory {memory}."])
 
 
-def _memory(records: Sequence[Mapping[str, Any]]) -> str:
-    peak = max((number(record, "peak_memory_bytes") or 0 for record in records), default=0)
-    part = max((number(record, "peak_memory_fraction") or 0 for record in records), default=0)
-    if not peak:
-        return "Peak memory was not recorded."
-    return (
-        f"Peak memory was {peak / 1e9:.2f} GB{f', {percent(part, 0)} of a device' if part else ''}."
-    )
-
-
-def _compile_seconds(records: Sequence[Mapping[str, Any]]) -> float:
-    """Of all launches; each counts from 0 again."""
-    total = before = 0.0
-    for record in records:
-        seconds = number(record, "compile_seconds") or 0.0
-        if seconds < before:
-            total += before
-        before = seconds
-    return total + before
+def _sum(records: Iterable[Numbers], name: str) -> float:
+    return sum(record.get(name, 0.0) for record in records)
 
 
 # --- How to do it again ---
 
 
-def setup(run: RunFiles) -> list[tuple[str, str]]:
-    """The run in a few words, for the head of the page."""
-    setting = run.setting
-    devices = _list(run.facts, "devices")
-    facts = [
-        (
-            "Model",
-            f"{_text(setting('model', 'model'))}, LoRA rank {_text(setting('model', 'lora_rank'))}",
-        ),
-        ("Problems", _text(setting("data", "dataset"))),
-        (
-            "A step",
-            f"{_text(setting('rollout', 'prompts_per_step'))} prompts × "
-            f"{_text(setting('rollout', 'num_generations'))} completions",
-        ),
-        ("Learning rate", _text(setting("optimizer", "learning_rate"))),
-        ("KL weight (beta)", _text(setting("grpo", "beta"))),
-        ("Devices", f"{len(devices)} × {_text(devices[0])}" if devices else None),
-    ]
-    return [(name, text) for name, text in facts if text and run.config]
-
-
-def starts(run: RunFiles) -> list[dict[str, str]]:
+def starts(run: RunFiles) -> list[tuple[str, str]]:
     """What was done when, and with which commands: training, going on, and evaluating."""
-    begun = [start for start in _list(run.facts, "starts") if isinstance(start, dict)]
-    kinds = ["Started", *["Resumed"] * len(begun)]
-    done: list[tuple[str, Mapping[str, Any]]] = [*zip(kinds, begun, strict=False)]
+    begun = run.facts.starts
+    done = list(zip(["Started", *["Resumed"] * len(begun)], begun, strict=False))
     if run.evaluation:
         done.append(("Evaluated", run.evaluation))
     return [
-        {
-            "when": f"{kind} {_text(what.get('started')).replace('T', ' ').replace('Z', ' UTC')}",
-            "command": _text(shlex.join(str(word) for word in _list(what, "command"))),
-        }
-        for kind, what in done
+        (
+            f"{kind} {_text(start.started).replace('T', ' ').replace('Z', ' UTC')}",
+            _text(shlex.join(start.command)),
+        )
+        for kind, start in done
     ]
 
 
 def origins(run: RunFiles) -> list[tuple[str, str]]:
     """Hashes, seeds, versions and machines."""
     facts = run.facts
-    last = next((s for s in reversed(_list(facts, "starts")) if isinstance(s, dict)), {})
-    versions = last.get("versions")
+    last = facts.starts[-1] if facts.starts else None
     rows = [
-        ("data", part_of(facts, "data").get("source")),
-        ("SHA-256 of the data", facts.get("data_sha256")),
-        ("SHA-256 of the evaluation's data", part_of(run.evaluation or {}, "data").get("sha256")),
-        ("SHA-256 of the base model", facts.get("base_sha256")),
-        ("SHA-256 of the reward's file", facts.get("reward_sha256")),
+        ("data", facts.data.get("source")),
+        ("SHA-256 of the data", facts.data_sha256),
+        ("SHA-256 of the evaluation's data", run.evaluation and run.evaluation.data.get("sha256")),
+        ("SHA-256 of the base model", facts.base_sha256),
+        ("SHA-256 of the reward's file", facts.reward_sha256),
         ("seed", run.setting("run", "seed")),
         ("seed of the data", run.setting("data", "data_seed")),
-        ("devices", ", ".join(map(str, _list(facts, "devices"))) or None),
-        ("machine", last.get("machine")),
-        (
-            "versions",
-            ", ".join(f"{k} {v}" for k, v in versions.items())
-            if isinstance(versions, dict)
-            else None,
-        ),
+        ("devices", ", ".join(facts.devices) or None),
+        ("machine", last and last.machine),
+        ("versions", last and ", ".join(f"{k} {v}" for k, v in last.versions.items())),
     ]
     return [(name, _text(value)) for name, value in rows if value is not None]
 
@@ -172,11 +156,6 @@ def different_origins(runs: Sequence[RunFiles]) -> list[list[str]]:
     rows = [[name, *(table.get(name, "not known") for table in tables)] for name in names]
     known = {"seed", "seed of the data"}  # Of the configuration.
     return [row for row in rows if len(set(row[1:])) > 1 and row[0] not in known]
-
-
-def _list(values: Mapping[str, Any], name: str) -> list[Any]:
-    value = values.get(name)
-    return value if isinstance(value, list) else []
 
 
 def config_text(run: RunFiles) -> str:

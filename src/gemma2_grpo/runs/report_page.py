@@ -1,12 +1,11 @@
-"""Pages of a report: rendered, with their charts and styles, and written as one file."""
+"""Pages of a report: rendered with their styles, and written as one file each."""
 
 import base64
 import hashlib
 import os
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -16,38 +15,26 @@ from markupsafe import Markup
 
 from gemma2_grpo import __version__
 from gemma2_grpo.config import UserError
+from gemma2_grpo.runs import report_facts as facts
 from gemma2_grpo.runs.charts import draw_svg, save_png
 from gemma2_grpo.runs.completion_view import without_controls
 from gemma2_grpo.runs.curves import Chart
-from gemma2_grpo.runs.outcome import Result, percent
-from gemma2_grpo.runs.report_results import reward_parts
+from gemma2_grpo.runs.health import find_alarms
+from gemma2_grpo.runs.outcome import measure_rows, percent, step_rows
+from gemma2_grpo.runs.run_files import Answer
 from gemma2_grpo.runs.samples import mark
 from gemma2_grpo.task.answers import gold_answer
+from gemma2_grpo.task.rewards import COMPONENTS
 
 _MAX_QUESTION_CHARS = 1_500
 
 
-@dataclass(frozen=True)
-class Drawing:
-    """A chart as it stands in a page."""
-
-    chart: Chart
-    svg: Markup
-
-
-def draw(charts: Sequence[Chart], classes: dict[str, str]) -> list[Drawing]:
-    """Draws charts; the classes that they need are added to `classes`."""
-    # What Matplotlib escapes is markup; it has no text but titles and names of curves.
-    return [Drawing(chart, Markup(draw_svg(chart, classes))) for chart in charts]  # noqa: S704
-
-
-def render_page(template: str, values: Mapping[str, Any], classes: Mapping[str, str]) -> str:
-    """Fills in a template; all text is escaped, and the policy allows nothing but its styles.
+def render_page(template: str, **values: Any) -> str:
+    """Fills in a template; all text is escaped, and the policy allows nothing but our styles.
 
     Args:
         template: Name of a file in `templates`.
-        values: What the template says.
-        classes: Names of classes by their declarations, from `draw`.
+        values: What it is about. Functions that any page may use need not be given.
     """
     environment = Environment(
         loader=PackageLoader("gemma2_grpo"),
@@ -58,17 +45,24 @@ def render_page(template: str, values: Mapping[str, Any], classes: Mapping[str, 
         lstrip_blocks=True,
     )
     environment.globals |= {
-        "gold": gold_answer,
-        "interval": _interval,
+        "alarms_of": lambda run: find_alarms(run.metrics, run.evaluations),
+        "facts": facts,
         "mark": mark,
-        "p_value": lambda p: "< 0.001" if p < 0.001 else f"= {p:.3f}",
+        "measure_rows": measure_rows,
+        "rewards": _rewards,
+        "step_rows": step_rows,
+        # What Matplotlib escapes is markup; it has no text but titles and names of curves.
+        "svg": lambda chart: Markup(draw_svg(chart)),  # noqa: S704
+    }
+    environment.filters |= {
+        "count": "{:,}".format,
+        "gold": gold_answer,
+        "interval": lambda ends: "{:.0f} to {:.0f}".format(*(100 * end for end in ends)),
         "percent": percent,
-        "rewards": reward_parts,
         "shorten": _shorten,
         "x": lambda share: f"{100 * min(max(share, 0.0), 1.0):.2f}%",
     }
     style = (resources.files("gemma2_grpo") / "templates" / "report.css").read_text("utf-8")
-    style += "".join(f".{name} {{ {declarations} }}\n" for declarations, name in classes.items())
     digest = base64.b64encode(hashlib.sha256(style.encode()).digest()).decode()
     return environment.get_template(template).render(
         **values,
@@ -92,36 +86,35 @@ def _shorten(text: str) -> str:
     return f"{text[:_MAX_QUESTION_CHARS]} … (cut)" if too_long else text
 
 
-def _interval(result: Result) -> str:
-    low, high = result.interval
-    return f"{100 * low:.0f} to {100 * high:.0f}"
+def _rewards(answer: Answer) -> list[tuple[str, float]]:
+    """Components of the reward of an answer, and the total."""
+    names = [name for name in (*COMPONENTS, "custom", "total") if name in answer.scores]
+    return [(facts.spoken(name), answer.scores[name]) for name in names]
 
 
-def write_page(file: Path, text: str) -> None:
+def write_page(file: Path, text: str, charts: Sequence[Chart] = ()) -> Path:
     """Replaces a file as a whole; a reader sees the old one or the new one.
+
+    Args:
+        file: The file.
+        text: What it is to say.
+        charts: Written as PNG into a folder `plots` beside it.
+
+    Returns:
+        The file.
 
     Raises:
         UserError: if it cannot be written.
     """
-    temporary = file.with_name(f".{file.name}.{os.getpid()}.tmp")
+    temporary, plots = file.with_name(f".{file.name}.{os.getpid()}.tmp"), file.parent / "plots"
     try:
         temporary.write_text(text, encoding="utf-8")
         temporary.replace(file)
+        for chart in charts:
+            plots.mkdir(exist_ok=True)
+            save_png(chart, plots / f"{chart.name}.png")
     except OSError as error:
         with suppress(OSError):  # There may be no folder to remove it from.
             temporary.unlink()
         raise UserError(f"report {file}: cannot be written ({error.strerror}); see --to") from None
-
-
-def save_plots(charts: Sequence[Chart], folder: Path) -> None:
-    """Writes a PNG for each chart.
-
-    Raises:
-        UserError: if they cannot be written.
-    """
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        for chart in charts:
-            save_png(chart, folder / f"{chart.name}.png")
-    except OSError as error:
-        raise UserError(f"plots {folder}: cannot be written ({error.strerror})") from None
+    return file

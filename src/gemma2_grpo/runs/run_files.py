@@ -1,17 +1,68 @@
 """What a run has written, read so that a report can be made of whatever is there."""
 
-import json
+import sys
 import tomllib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
+
+from pydantic import BaseModel
+from pydantic_core import from_json
 
 from gemma2_grpo.config import UserError
-from gemma2_grpo.runs.health import number
 from gemma2_grpo.runs.run_directory import read_json
+from gemma2_grpo.task.statistics import Paired
 
 _MARKS = ("config.toml", "run.json", "metrics.jsonl", "evaluations.jsonl", "evaluation.json")
+
+_File = TypeVar("_File", bound=BaseModel)
+
+Numbers = Mapping[str, float]
+"""The finite numbers of a record by name."""
+
+
+class Start(BaseModel):
+    """When a command was given, and where."""
+
+    started: str = ""
+    command: list[str] = []
+    machine: str | None = None
+    versions: dict[str, str] = {}
+
+
+class Facts(BaseModel):
+    """run.json: what a run was made with."""
+
+    devices: list[str] = []
+    data: dict[str, Any] = {}
+    data_sha256: str | None = None
+    base_sha256: str | None = None
+    reward_sha256: str | None = None
+    starts: list[Start] = []
+
+
+class Greedy(BaseModel, extra="allow"):
+    """Measures of greedy completions: those of `runs/evaluation.py` by name, and a table."""
+
+    by_solution_steps: list[dict[str, Any]] = []
+
+
+class System(BaseModel):
+    """What `evaluate` measured of one model."""
+
+    greedy: Greedy
+    sampled: dict[str, Any] | None = None
+
+
+class Evaluation(Start):
+    """evaluation.json: what `evaluate` wrote."""
+
+    steps: int = 0
+    data: dict[str, Any] = {}
+    systems: dict[str, System] = {}
+    comparison: Paired | None = None
 
 
 @dataclass(frozen=True)
@@ -21,9 +72,13 @@ class Answer:
     question: str
     answer: str
     completion: str
-    is_correct: bool
-    scores: Mapping[str, float]
+    scores: Numbers
     """Columns of `Scorer` by name, and what else the record has in numbers."""
+
+    @property
+    def is_correct(self) -> bool:
+        """Whether our grader found it right."""
+        return self.scores.get("correct") == 1
 
 
 @dataclass(frozen=True)
@@ -33,17 +88,17 @@ class RunFiles:
     path: Path
     config: Mapping[str, Mapping[str, Any]]
     """Sections of config.toml, as written."""
-    facts: Mapping[str, Any]
-    metrics: list[dict[str, Any]]
+    facts: Facts
+    metrics: list[Numbers]
     """In the order of their steps; of a step that was done again, the last record."""
-    evaluations: list[dict[str, Any]]
+    evaluations: list[Numbers]
+    """Likewise; each says how many answers were right of how many."""
     held_out: Mapping[int, list[Answer]]
     """Greedy completions of the first and the last measurement, by step."""
-    result: Mapping[str, Any] | None
-    evaluation: Mapping[str, Any] | None
-    """What `evaluate` wrote."""
+    evaluation: Evaluation | None
     evaluated: Mapping[str, Mapping[int, Answer]]
     """Greedy completions of `evaluate` by system and index of the problem."""
+    has_result: bool
     missing: list[str]
     """What is not there, or damaged, in words."""
 
@@ -55,22 +110,6 @@ class RunFiles:
     def setting(self, section: str, name: str) -> Any:
         """A value of the configuration; None where it is not known."""
         return self.config.get(section, {}).get(name)
-
-    @property
-    def steps(self) -> int:
-        """Finished steps."""
-        return int(self.metrics[-1]["step"]) if self.metrics else 0
-
-    @property
-    def max_steps(self) -> int | None:
-        """Steps that the run is to have; None where that is not known."""
-        value = number(self.config.get("run", {}), "max_steps")
-        return None if value is None else int(value)
-
-    @property
-    def is_finished(self) -> bool:
-        """Whether the run has come to its end."""
-        return self.result is not None and self.steps >= (self.max_steps or 0)
 
     @property
     def is_control(self) -> bool:
@@ -88,45 +127,70 @@ def read_run(path: Path) -> RunFiles:
         what = "is no run (no config.toml in it)" if path.is_dir() else "no such directory"
         raise UserError(f"run {path}: {what}; give the directory of a run, such as runs/tiny")
     missing: list[str] = []
+    config, facts, evaluation = _read_config(path), _read(path / "run.json", Facts), None
+    if config is None:
+        missing.append("config.toml is missing or damaged: what the run was to do")
+    if facts is None:
+        missing.append("run.json is missing or damaged: command, data, versions and devices")
+    if (path / "evaluation.json").exists():
+        evaluation = _read(path / "evaluation.json", Evaluation)
+        if evaluation is None:
+            missing.append("evaluation.json is damaged; run `gemma2-grpo evaluate` again")
     metrics = _by_step(_read_log(path / "metrics.jsonl", missing))
+    if not metrics:
+        missing.append("No step has been finished: there are no curves, and no times")
     evaluations = _by_step(_read_log(path / "evaluations.jsonl", missing))
-    evaluation = _mapping(read_json(path / "evaluation.json"))
-    run = RunFiles(
+    evaluations = [record for record in evaluations if is_counted(record)]
+    held_out = _read_held_out(path / "completions.jsonl", evaluations, missing)
+    if not evaluations:
+        missing.append("Nothing has been measured on held-out problems")
+    elif not held_out:
+        missing.append("completions.jsonl has no held-out completions: there are no samples")
+    return RunFiles(
         path=path,
-        config=_read_config(path / "config.toml", missing),
-        facts=_mapping(read_json(path / "run.json")) or {},
+        config=config or {},
+        facts=facts or Facts(),
         metrics=metrics,
         evaluations=evaluations,
-        held_out=_read_held_out(path / "completions.jsonl", evaluations, missing),
-        result=_mapping(read_json(path / "result.json")),
+        held_out=held_out,
         evaluation=evaluation,
         evaluated=_read_evaluated(path / "evaluation_completions.jsonl", missing),
+        has_result=bool(read_json(path / "result.json")),
         missing=missing,
     )
-    return _naming_what_is_missing(run)
 
 
-def _naming_what_is_missing(run: RunFiles) -> RunFiles:
-    if not run.facts:
-        run.missing.append("run.json is missing or damaged: command, data, versions and devices")
-    if not run.metrics:
-        run.missing.append("No step has been finished: there are no curves, and no times")
-    if not run.evaluations:
-        run.missing.append("Nothing has been measured on held-out problems")
-    elif not run.held_out:
-        run.missing.append("completions.jsonl has no held-out completions: there are no samples")
-    if (run.path / "evaluation.json").exists() and run.evaluation is None:
-        run.missing.append("evaluation.json is damaged; run `gemma2-grpo evaluate` again")
-    return run
+def numbers(record: Mapping[str, Any], prefix: str = "") -> dict[str, float]:
+    """The finite numbers of a record by name, those of a part of it as `part.name`."""
+    found = {}
+    for name, value in record.items():
+        if isinstance(value, Mapping):
+            found |= numbers(value, f"{prefix}{name}.")
+        elif isinstance(value, int | float) and abs(value) <= sys.float_info.max:
+            found[f"{prefix}{name}"] = float(value)
+    return found
 
 
-def _read_config(path: Path, missing: list[str]) -> dict[str, dict[str, Any]]:
+def is_counted(record: Numbers) -> bool:
+    """Whether a record says how many answers were right of how many."""
+    problems = record.get("problems", 0)
+    return problems >= 1 and 0 <= record.get("correct", -1) <= problems
+
+
+def _read_config(path: Path) -> dict[str, dict[str, Any]] | None:
     try:
-        values = tomllib.loads(path.read_text(encoding="utf-8"))
+        values = tomllib.loads((path / "config.toml").read_text(encoding="utf-8"))
     except (OSError, ValueError):
-        missing.append("config.toml is missing or damaged: what the run was to do")
-        return {}
+        return None
     return {name: section for name, section in values.items() if isinstance(section, dict)}
+
+
+def _read(path: Path, kind: type[_File]) -> _File | None:
+    """A JSON file; None if there is none, or it is not what it should be."""
+    try:
+        return kind.model_validate_json(path.read_bytes())
+    except (OSError, ValueError):
+        return None
 
 
 def _read_log(path: Path, missing: list[str], needle: bytes = b"") -> Iterator[dict[str, Any]]:
@@ -138,73 +202,53 @@ def _read_log(path: Path, missing: list[str], needle: bytes = b"") -> Iterator[d
         needle: What a line of interest has in it; others are not even parsed.
     """
     damaged = 0
-    try:
-        with path.open("rb") as lines:
-            for line in lines:
-                if needle not in line:
-                    continue
-                record = _parse(line)
-                if record is not None:
+    with suppress(OSError), path.open("rb") as lines:
+        for line in lines:
+            try:
+                record = from_json(line) if needle in line else None
+            except ValueError:
+                damaged += line.endswith(b"\n")  # Else it is being written now, or was cut off.
+            else:
+                if isinstance(record, dict):
                     yield record
-                elif line.endswith(b"\n"):  # Else it is being written now, or was cut off.
-                    damaged += 1
-    except OSError:
-        return
     if damaged:
         plural = "s are" if damaged > 1 else " is"
         missing.append(f"{damaged} line{plural} damaged in {path.name}, and left out")
 
 
-def _parse(line: bytes) -> dict[str, Any] | None:
-    try:
-        return _mapping(json.loads(line))
-    except (ValueError, RecursionError):
-        return None
-
-
-def _mapping(value: Any) -> dict[str, Any] | None:
-    return value if isinstance(value, dict) else None
-
-
-def _by_step(records: Iterator[dict[str, Any]]) -> list[dict[str, Any]]:
-    steps = {}
-    for record in records:
-        step = number(record, "step")
-        if step is not None and step >= 0:
-            steps[int(step)] = record
+def _by_step(records: Iterable[Mapping[str, Any]]) -> list[Numbers]:
+    steps = {found["step"]: found for found in map(numbers, records) if found.get("step", -1) >= 0}
     return [steps[step] for step in sorted(steps)]
 
 
 def _read_held_out(
-    path: Path, evaluations: list[dict[str, Any]], missing: list[str]
+    path: Path, evaluations: list[Numbers], missing: list[str]
 ) -> dict[int, list[Answer]]:
     """Completions of the first and last measurement, out of a log that may have gigabytes."""
-    measured = {int(record["step"]): record.get("problems") for record in evaluations}
-    wanted = {min(measured), max(measured)} if measured else set()
-    answers: dict[int, list[Answer]] = {step: [] for step in wanted}
+    problems = {record["step"]: record["problems"] for record in evaluations}
+    wanted = {min(problems), max(problems)} if problems else set()
+    answers: dict[int, list[Answer]] = {int(step): [] for step in wanted}
     for record in _read_log(path, missing, b'"held_out"'):
-        step = number(record, "step")
+        answer = _answer(record)
+        step = answer.scores.get("step", -1)
         if record.get("kind") == "held_out" and step in wanted:
-            answers[int(step or 0)].append(_answer(record))
+            answers[int(step)].append(answer)
     # One that was begun, killed and begun again would have some twice.
-    return {step: rows for step, rows in answers.items() if rows and len(rows) == measured[step]}
+    return {step: rows for step, rows in answers.items() if len(rows) == problems[step]}
 
 
 def _read_evaluated(path: Path, missing: list[str]) -> dict[str, dict[int, Answer]]:
     systems: dict[str, dict[int, Answer]] = {}
     for record in _read_log(path, missing, b'"sample": null'):
-        index = number(record, "index")
-        if record.get("sample") is None and index is not None:
-            systems.setdefault(str(record.get("system")), {})[int(index)] = _answer(record)
+        answer = _answer(record)
+        if record.get("sample") is None and "index" in answer.scores:
+            system = systems.setdefault(str(record.get("system")), {})
+            system[int(answer.scores["index"])] = answer
     return systems
 
 
 def _answer(record: Mapping[str, Any]) -> Answer:
-    values = {name: number(record, name) for name in record}
-    return Answer(
-        question=str(record.get("question", "")),
-        answer=str(record.get("answer", "")),
-        completion=str(record.get("completion", "")),
-        is_correct=values.get("correct") == 1,
-        scores={name: value for name, value in values.items() if value is not None},
+    question, answer, completion = (
+        str(record.get(name, "")) for name in ("question", "answer", "completion")
     )
+    return Answer(question, answer, completion, numbers(record))
