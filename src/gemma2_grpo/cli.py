@@ -260,8 +260,7 @@ class Report:
 
     def __call__(self) -> None:
         """Writes the report."""
-        from gemma2_grpo.runs.report import write_report
-        from gemma2_grpo.runs.report_compare import write_comparison
+        from gemma2_grpo.runs.report import write_comparison, write_report
 
         if self.compare:
             print(write_comparison((self.run, self.compare), self.to, plots=self.png))

@@ -16,8 +16,7 @@ from rich.console import Console
 from gemma2_grpo import cli
 from gemma2_grpo.runs.display import Display
 from gemma2_grpo.runs.loop import Run
-from gemma2_grpo.runs.report import write_report
-from gemma2_grpo.runs.report_compare import write_comparison
+from gemma2_grpo.runs.report import write_comparison, write_report
 
 from .written_run import write_lines, write_run
 

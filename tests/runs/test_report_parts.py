@@ -14,8 +14,7 @@ from gemma2_grpo.presets import load_config
 from gemma2_grpo.runs import report_facts as facts
 from gemma2_grpo.runs.curves import charts_of_run, charts_of_runs, running_mean, thin_out
 from gemma2_grpo.runs.outcome import by_evaluation, during_run, headline
-from gemma2_grpo.runs.report import render, write_report
-from gemma2_grpo.runs.report_compare import write_comparison
+from gemma2_grpo.runs.report import render, write_comparison, write_report
 from gemma2_grpo.runs.run_files import read_run
 from gemma2_grpo.runs.samples import choose, mark
 from gemma2_grpo.task.prompts import render_solution

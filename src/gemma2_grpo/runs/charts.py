@@ -36,7 +36,6 @@ _WIDTH, _HEIGHT = 360, 210  # Points; those of a phone's screen, so that text ke
 _LEFT, _BOTTOM, _TOP = 40, 24, 12
 _CHAR_WIDTH = 6.1  # Of the widest letters that are likely; right of the axes there is only text.
 _TEXT_SIZE = 11
-_TITLE_HEIGHT = 36
 _MAX_LABEL = 15
 _LINE_HEIGHT = 14
 
@@ -71,7 +70,7 @@ def draw_svg(chart: Chart) -> str:
     nothing = dict.fromkeys(("Date", "Creator", "Format", "Type"))
     with rc_context({**_SETTINGS, "svg.hashsalt": chart.name}):
         file = io.BytesIO()
-        figure = _draw(chart, 0)
+        figure = _draw(chart)
         figure.savefig(file, format="svg", metadata=nothing, transparent=True)
     return _for_html(file.getvalue(), chart.description)
 
@@ -81,27 +80,29 @@ def save_png(chart: Chart, path: Path) -> None:
     from matplotlib import rc_context
 
     with rc_context(_SETTINGS):
-        _draw(chart, _TITLE_HEIGHT).savefig(path, format="png", dpi=192)
+        figure = _draw(chart)
+        [axes] = figure.axes
+        corner = (axes.get_xlim()[0], axes.get_ylim()[1])
+        _write(
+            axes, chart.title, corner, (6 - _LEFT, 33), "ink", size=_TEXT_SIZE + 1.5, weight="bold"
+        )
+        _write(axes, chart.unit, corner, (6 - _LEFT, 18), "grey")
+        figure.savefig(path, format="png", dpi=192, bbox_inches="tight")
 
 
-def _draw(chart: Chart, title_height: int) -> "Figure":
+def _draw(chart: Chart) -> "Figure":
     from matplotlib.figure import Figure  # Without pyplot, which keeps a state of its own.
 
-    height = _HEIGHT + title_height
-    figure = Figure(figsize=(_WIDTH / 72, height / 72))
+    figure = Figure(figsize=(_WIDTH / 72, _HEIGHT / 72))
     label = max(len(_end_label(chart, curve)) for curve in chart.curves)
     left, right = _LEFT / _WIDTH, 1 - max(46, 10 + _CHAR_WIDTH * label) / _WIDTH
-    bottom, top = _BOTTOM / height, 1 - (_TOP + title_height) / height
+    bottom, top = _BOTTOM / _HEIGHT, 1 - _TOP / _HEIGHT
     axes = figure.add_axes((left, bottom, right - left, top - bottom))
     for curve in chart.curves:
         _draw_curve(axes, curve)
     _set_range(axes, chart)
     _draw_axes(axes, chart)
     _label_ends(axes, chart)
-    if title_height:
-        y = 1 - 16 / height
-        figure.text(0.02, y, chart.title, size=_TEXT_SIZE + 1.5, weight="bold")
-        figure.text(0.02, y - 15 / height, chart.unit, color=COLOURS["grey"])
     return figure
 
 

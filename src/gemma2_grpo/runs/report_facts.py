@@ -5,19 +5,27 @@ import json
 import re
 import shlex
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from itertools import pairwise
 from typing import Any
 
 from gemma2_grpo.config import ConfigError
 from gemma2_grpo.presets import load_config, preset_names
 from gemma2_grpo.runs.outcome import percent
-from gemma2_grpo.runs.run_files import Numbers, RunFiles
+from gemma2_grpo.runs.run_files import Numbers, RunFiles, numbers
 from gemma2_grpo.task.rewards import COMPONENTS
 
 # Of other people's machines, which are nobody's business, and keys.
 _PRIVATE = (
     (re.compile(r"(?:/home|/Users)/[^/\s'\"]+|/root(?=/|$)"), "~"),
     (re.compile(r"\bhf_[A-Za-z0-9]{8,}"), "hf_…"),
+)
+_SETUP = (
+    ("Model", "{model[model]}, LoRA rank {model[lora_rank]}"),
+    ("Problems", "{data[dataset]}"),
+    ("A step", "{rollout[prompts_per_step]} prompts × {rollout[num_generations]} completions"),
+    ("Learning rate", "{optimizer[learning_rate]}"),
+    ("KL weight (beta)", "{grpo[beta]}"),
 )
 _MAX_VALUE_CHARS = 300
 _MAX_CONFIG_CHARS = 20_000
@@ -37,36 +45,20 @@ def status(run: RunFiles) -> str:
 
 def setup(run: RunFiles) -> list[tuple[str, str]]:
     """The run in a few words, for the head of the page."""
-
-    def text(section: str, name: str) -> str:
-        return _text(run.setting(section, name))
-
+    facts = []
+    for name, text in _SETUP:
+        with suppress(KeyError):  # Of a damaged configuration.
+            facts.append((name, _text(text.format_map(run.config))))
     devices = run.facts.devices
-    facts = [
-        ("Model", f"{text('model', 'model')}, LoRA rank {text('model', 'lora_rank')}"),
-        ("Problems", text("data", "dataset")),
-        (
-            "A step",
-            f"{text('rollout', 'prompts_per_step')} prompts × "
-            f"{text('rollout', 'num_generations')} completions",
-        ),
-        ("Learning rate", text("optimizer", "learning_rate")),
-        ("KL weight (beta)", text("grpo", "beta")),
-        ("Devices", f"{len(devices)} × {_text(devices[0])}" if devices else ""),
-    ]
-    return [(name, text) for name, text in facts if text and run.config]
+    return [*facts, ("Devices", f"{len(devices)} × {devices[0]}")] if devices else facts
 
 
 def weights(run: RunFiles) -> str:
     """The weights of the components of the reward, in words."""
-    values = [(spoken(name), run.setting("rewards", f"{name}_weight")) for name in COMPONENTS]
-    known = [f"{name} × {value:.2f}" for name, value in values if isinstance(value, float)]
-    return f", before their weights ({', '.join(known)})" if known else ""
-
-
-def spoken(component: str) -> str:
-    """A short name of a component of the reward."""
-    return component.replace("self_correction", "correction")
+    known = numbers(run.config.get("rewards", {}))
+    weights = [(name, known.get(f"{name}_weight")) for name in COMPONENTS]
+    texts = [f"{name.removeprefix('self_')} × {w:.2f}" for name, w in weights if w is not None]
+    return f", before their weights ({', '.join(texts)})" if texts else ""
 
 
 def losses(run: RunFiles) -> list[str]:
@@ -117,13 +109,13 @@ def _sum(records: Iterable[Numbers], name: str) -> float:
 
 def starts(run: RunFiles) -> list[tuple[str, str]]:
     """What was done when, and with which commands: training, going on, and evaluating."""
-    begun = run.facts.starts
-    done = list(zip(["Started", *["Resumed"] * len(begun)], begun, strict=False))
+    kinds = ["Started", *["Resumed"] * len(run.facts.starts)]
+    done = list(zip(kinds, run.facts.starts, strict=False))
     if run.evaluation:
         done.append(("Evaluated", run.evaluation))
     return [
         (
-            f"{kind} {_text(start.started).replace('T', ' ').replace('Z', ' UTC')}",
+            f"{kind} {start.started.replace('T', ' ').replace('Z', ' UTC')}",
             _text(shlex.join(start.command)),
         )
         for kind, start in done

@@ -21,12 +21,9 @@ from gemma2_grpo.runs.completion_view import without_controls
 from gemma2_grpo.runs.curves import Chart
 from gemma2_grpo.runs.health import find_alarms
 from gemma2_grpo.runs.outcome import measure_rows, percent, step_rows
-from gemma2_grpo.runs.run_files import Answer
 from gemma2_grpo.runs.samples import mark
 from gemma2_grpo.task.answers import gold_answer
 from gemma2_grpo.task.rewards import COMPONENTS
-
-_MAX_QUESTION_CHARS = 1_500
 
 
 def render_page(template: str, **values: Any) -> str:
@@ -47,9 +44,9 @@ def render_page(template: str, **values: Any) -> str:
     environment.globals |= {
         "alarms_of": lambda run: find_alarms(run.metrics, run.evaluations),
         "facts": facts,
+        "components": COMPONENTS,
         "mark": mark,
         "measure_rows": measure_rows,
-        "rewards": _rewards,
         "step_rows": step_rows,
         # What Matplotlib escapes is markup; it has no text but titles and names of curves.
         "svg": lambda chart: Markup(draw_svg(chart)),  # noqa: S704
@@ -59,7 +56,6 @@ def render_page(template: str, **values: Any) -> str:
         "gold": gold_answer,
         "interval": lambda ends: "{:.0f} to {:.0f}".format(*(100 * end for end in ends)),
         "percent": percent,
-        "shorten": _shorten,
         "x": lambda share: f"{100 * min(max(share, 0.0), 1.0):.2f}%",
     }
     style = (resources.files("gemma2_grpo") / "templates" / "report.css").read_text("utf-8")
@@ -79,17 +75,6 @@ def _inert(value: Any) -> Any:
     """Text whose controls, such as those that turn the direction of writing, show as U+FFFD."""
     is_text = isinstance(value, str) and not isinstance(value, Markup)
     return without_controls(value) if is_text else value
-
-
-def _shorten(text: str) -> str:
-    too_long = len(text) > _MAX_QUESTION_CHARS
-    return f"{text[:_MAX_QUESTION_CHARS]} … (cut)" if too_long else text
-
-
-def _rewards(answer: Answer) -> list[tuple[str, float]]:
-    """Components of the reward of an answer, and the total."""
-    names = [name for name in (*COMPONENTS, "custom", "total") if name in answer.scores]
-    return [(facts.spoken(name), answer.scores[name]) for name in names]
 
 
 def write_page(file: Path, text: str, charts: Sequence[Chart] = ()) -> Path:
