@@ -134,8 +134,7 @@ def by_evaluation(run: RunFiles) -> Outcome | None:
     )
     if base is None and adapter is None:
         return None
-    old, new = (run.evaluated.get(name, {}) for name in ("base", "adapter"))
-    pairs = [Pair(old.get(i), new.get(i)) for i in sorted({*old, *new})]
+    pairs = pair_up(*(run.evaluated.get(name, []) for name in ("base", "adapter")))
     split, source = evaluation.data.get("split"), evaluation.data.get("source")
     problems = f"{f'{split} ' if split else ''}problems{f' of {source}' if source else ''}"
     return Outcome(problems, base, adapter, evaluation.comparison or count_flips(pairs), pairs)

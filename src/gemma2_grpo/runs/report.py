@@ -112,10 +112,7 @@ def _render_comparison(runs: Sequence[RunFiles], names: Sequence[str]) -> str:
         outcome=ends,
         heads=[f"{name}, {result.label.lower()}" for name, result in columns],
         rows=measure_rows([result for _, result in columns]),
-        differences=[
-            *facts.differences([run.config for run in runs]),
-            *facts.different_origins(runs),
-        ],
+        differences=facts.differences([{**run.config, **dict(facts.origins(run))} for run in runs]),
         groups=choose(ends.pairs, titles) if ends else [],
         charts=charts_of_runs(runs, names),
     )

@@ -6,7 +6,7 @@ import re
 import shlex
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
-from itertools import pairwise
+from itertools import chain, pairwise
 from typing import Any
 
 from gemma2_grpo.config import ConfigError
@@ -21,14 +21,13 @@ _PRIVATE = (
     (re.compile(r"\bhf_[A-Za-z0-9]{8,}"), "hf_…"),
 )
 _SETUP = (
-    ("Model", "{model[model]}, LoRA rank {model[lora_rank]}"),
-    ("Problems", "{data[dataset]}"),
-    ("A step", "{rollout[prompts_per_step]} prompts × {rollout[num_generations]} completions"),
-    ("Learning rate", "{optimizer[learning_rate]}"),
-    ("KL weight (beta)", "{grpo[beta]}"),
+    ("Model", "{model}, LoRA rank {lora_rank}"),
+    ("Problems", "{dataset}"),
+    ("A step", "{prompts_per_step} prompts × {num_generations} completions"),
+    ("Learning rate", "{learning_rate}"),
+    ("KL weight (beta)", "{beta}"),
 )
 _MAX_VALUE_CHARS = 300
-_MAX_CONFIG_CHARS = 20_000
 
 # --- The run ---
 
@@ -36,7 +35,7 @@ _MAX_CONFIG_CHARS = 20_000
 def status(run: RunFiles) -> str:
     """How far it is."""
     steps = int(run.metrics[-1]["step"]) if run.metrics else 0
-    planned = run.setting("run", "max_steps")
+    planned = run.config.get("max_steps")
     is_known = isinstance(planned, int)
     is_finished = run.has_result and steps >= (planned if is_known else 0)
     of = f" of {planned:,}" if is_known else ""
@@ -48,14 +47,14 @@ def setup(run: RunFiles) -> list[tuple[str, str]]:
     facts = []
     for name, text in _SETUP:
         with suppress(KeyError):  # Of a damaged configuration.
-            facts.append((name, _text(text.format_map(run.config))))
+            facts.append((name, plain(text.format_map(run.config))))
     devices = run.facts.devices
     return [*facts, ("Devices", f"{len(devices)} × {devices[0]}")] if devices else facts
 
 
 def weights(run: RunFiles) -> str:
     """The weights of the components of the reward, in words."""
-    known = numbers(run.config.get("rewards", {}))
+    known = numbers(run.config)
     weights = [(name, known.get(f"{name}_weight")) for name in COMPONENTS]
     texts = [f"{name.removeprefix('self_')} × {w:.2f}" for name, w in weights if w is not None]
     return f", before their weights ({', '.join(texts)})" if texts else ""
@@ -116,7 +115,7 @@ def starts(run: RunFiles) -> list[tuple[str, str]]:
     return [
         (
             f"{kind} {start.started.replace('T', ' ').replace('Z', ' UTC')}",
-            _text(shlex.join(start.command)),
+            plain(shlex.join(start.command)),
         )
         for kind, start in done
     ]
@@ -132,31 +131,13 @@ def origins(run: RunFiles) -> list[tuple[str, str]]:
         ("SHA-256 of the evaluation's data", run.evaluation and run.evaluation.data.get("sha256")),
         ("SHA-256 of the base model", facts.base_sha256),
         ("SHA-256 of the reward's file", facts.reward_sha256),
-        ("seed", run.setting("run", "seed")),
-        ("seed of the data", run.setting("data", "data_seed")),
+        ("seed", run.config.get("seed")),
+        ("data_seed", run.config.get("data_seed")),
         ("devices", ", ".join(facts.devices) or None),
         ("machine", last and last.machine),
         ("versions", last and ", ".join(f"{k} {v}" for k, v in last.versions.items())),
     ]
-    return [(name, _text(value)) for name, value in rows if value is not None]
-
-
-def different_origins(runs: Sequence[RunFiles]) -> list[list[str]]:
-    """Those of `origins` that are not the same for all runs."""
-    tables = [dict(origins(run)) for run in runs]
-    names = dict.fromkeys(name for table in tables for name in table)
-    rows = [[name, *(table.get(name, "not known") for table in tables)] for name in names]
-    known = {"seed", "seed of the data"}  # Of the configuration.
-    return [row for row in rows if len(set(row[1:])) > 1 and row[0] not in known]
-
-
-def config_text(run: RunFiles) -> str:
-    """config.toml as it is written."""
-    try:
-        text = (run.path / "config.toml").read_text(encoding="utf-8")
-    except (OSError, ValueError):
-        return ""
-    return _without_private(text[:_MAX_CONFIG_CHARS])
+    return [(name, plain(value)) for name, value in rows if value is not None]
 
 
 def differences_from_preset(run: RunFiles) -> tuple[str, list[list[str]]] | None:
@@ -169,39 +150,33 @@ def differences_from_preset(run: RunFiles) -> tuple[str, list[list[str]]] | None
     candidates = []
     for name in preset_names():
         try:
-            preset = json.loads(json.dumps(dataclasses.asdict(load_config(name))))
+            sections = dataclasses.asdict(load_config(name)).values()
         except ConfigError:  # Those of `sft`.
             continue
+        preset = json.loads(json.dumps({k: v for section in sections for k, v in section.items()}))
         candidates.append((name, differences([preset, run.config])))
     return min(candidates, key=lambda candidate: len(candidate[1]))
 
 
-def differences(configs: Sequence[Mapping[str, Any]]) -> list[list[str]]:
-    """Fields that are not the same everywhere, with their values."""
-    fields = {
-        (section, name): None
-        for config in configs
-        for section, values in config.items()
-        for name in values
-    }
+def differences(tables: Sequence[Mapping[str, Any]]) -> list[list[str]]:
+    """Rows of text: the fields that are not the same in all tables, with their values."""
     rows = []
-    for section, name in fields:
-        values = [config.get(section, {}).get(name) for config in configs]
+    for name in dict.fromkeys(chain.from_iterable(tables)):
+        values = [table.get(name) for table in tables]
         if any(value != values[0] for value in values):
-            rows.append([name, *(_text(value, "not set") for value in values)])
+            rows.append([name, *("–" if value is None else plain(value) for value in values)])
     return rows
 
 
-def _text(value: Any, absent: str = "") -> str:
+def plain(value: Any) -> str:
     """A value in a line, without what concerns only the machine."""
-    if value is None:
-        return absent
     text = value if isinstance(value, str) else json.dumps(value, default=str)
     short = text if len(text) <= _MAX_VALUE_CHARS else f"{text[: _MAX_VALUE_CHARS - 1]}…"
-    return _without_private(short)
+    return without_private(short)
 
 
-def _without_private(text: str) -> str:
+def without_private(text: str) -> str:
+    """A text without homes and keys."""
     for pattern, replacement in _PRIVATE:
         text = pattern.sub(replacement, text)
     return text

@@ -5,6 +5,7 @@ import tomllib
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -86,18 +87,19 @@ class RunFiles:
     """Everything that a report needs; empty where there is nothing."""
 
     path: Path
-    config: Mapping[str, Mapping[str, Any]]
-    """Sections of config.toml, as written."""
+    config: Mapping[str, Any]
+    """Fields of config.toml as written, without their sections: each name is there once."""
+    config_text: str
     facts: Facts
     metrics: list[Numbers]
     """In the order of their steps; of a step that was done again, the last record."""
     evaluations: list[Numbers]
     """Likewise; each says how many answers were right of how many."""
     held_out: Mapping[int, list[Answer]]
-    """Greedy completions of the first and the last measurement, by step."""
+    """Greedy completions of the first and the last measurement by step."""
     evaluation: Evaluation | None
-    evaluated: Mapping[str, Mapping[int, Answer]]
-    """Greedy completions of `evaluate` by system and index of the problem."""
+    evaluated: Mapping[str, list[Answer]]
+    """Greedy completions of `evaluate` by system, in the order of the problems."""
     has_result: bool
     missing: list[str]
     """What is not there, or damaged, in words."""
@@ -107,14 +109,10 @@ class RunFiles:
         """What to call the run."""
         return self.path.resolve().name or str(self.path)
 
-    def setting(self, section: str, name: str) -> Any:
-        """A value of the configuration; None where it is not known."""
-        return self.config.get(section, {}).get(name)
-
     @property
     def is_control(self) -> bool:
         """Whether the rewards were shuffled, so that they could teach nothing."""
-        return self.setting("rewards", "shuffle_rewards") is True
+        return self.config.get("shuffle_rewards") is True
 
 
 def read_run(path: Path) -> RunFiles:
@@ -127,8 +125,9 @@ def read_run(path: Path) -> RunFiles:
         what = "is no run (no config.toml in it)" if path.is_dir() else "no such directory"
         raise UserError(f"run {path}: {what}; give the directory of a run, such as runs/tiny")
     missing: list[str] = []
-    config, facts, evaluation = _read_config(path), _read(path / "run.json", Facts), None
-    if config is None:
+    config_text, config = _read_config(path / "config.toml")
+    facts, evaluation = _read(path / "run.json", Facts), None
+    if not config:
         missing.append("config.toml is missing or damaged: what the run was to do")
     if facts is None:
         missing.append("run.json is missing or damaged: command, data, versions and devices")
@@ -148,7 +147,8 @@ def read_run(path: Path) -> RunFiles:
         missing.append("completions.jsonl has no held-out completions: there are no samples")
     return RunFiles(
         path=path,
-        config=config or {},
+        config=config,
+        config_text=config_text,
         facts=facts or Facts(),
         metrics=metrics,
         evaluations=evaluations,
@@ -177,12 +177,14 @@ def is_counted(record: Numbers) -> bool:
     return problems >= 1 and 0 <= record.get("correct", -1) <= problems
 
 
-def _read_config(path: Path) -> dict[str, dict[str, Any]] | None:
+def _read_config(path: Path) -> tuple[str, dict[str, Any]]:
     try:
-        values = tomllib.loads((path / "config.toml").read_text(encoding="utf-8"))
+        text = path.read_text(encoding="utf-8")
+        sections = tomllib.loads(text).values()
     except (OSError, ValueError):
-        return None
-    return {name: section for name, section in values.items() if isinstance(section, dict)}
+        return "", {}
+    fields = [section.items() for section in sections if isinstance(section, dict)]
+    return text, dict(chain.from_iterable(fields))
 
 
 def _read(path: Path, kind: type[_File]) -> _File | None:
@@ -225,30 +227,27 @@ def _read_held_out(
     path: Path, evaluations: list[Numbers], missing: list[str]
 ) -> dict[int, list[Answer]]:
     """Completions of the first and last measurement, out of a log that may have gigabytes."""
-    problems = {record["step"]: record["problems"] for record in evaluations}
-    wanted = {min(problems), max(problems)} if problems else set()
-    answers: dict[int, list[Answer]] = {int(step): [] for step in wanted}
+    ends = {
+        int(record["step"]): record["problems"] for record in evaluations[:1] + evaluations[-1:]
+    }
+    answers: dict[int, list[Answer]] = {step: [] for step in ends}
     for record in _read_log(path, missing, b'"held_out"'):
-        answer = _answer(record)
-        step = answer.scores.get("step", -1)
-        if record.get("kind") == "held_out" and step in wanted:
-            answers[int(step)].append(answer)
+        if record.get("kind") == "held_out" and (step := numbers(record).get("step")) in ends:
+            answers[int(step)].append(_answer(record))
     # One that was begun, killed and begun again would have some twice.
-    return {step: rows for step, rows in answers.items() if len(rows) == problems[step]}
+    return {step: found for step, found in answers.items() if len(found) == ends[step]}
 
 
-def _read_evaluated(path: Path, missing: list[str]) -> dict[str, dict[int, Answer]]:
-    systems: dict[str, dict[int, Answer]] = {}
+def _read_evaluated(path: Path, missing: list[str]) -> dict[str, list[Answer]]:
+    answers: dict[str, list[Answer]] = {}
     for record in _read_log(path, missing, b'"sample": null'):
-        answer = _answer(record)
-        if record.get("sample") is None and "index" in answer.scores:
-            system = systems.setdefault(str(record.get("system")), {})
-            system[int(answer.scores["index"])] = answer
-    return systems
+        if record.get("sample") is None:
+            answers.setdefault(str(record.get("system")), []).append(_answer(record))
+    return {
+        name: sorted(own, key=lambda a: a.scores.get("index", 0)) for name, own in answers.items()
+    }
 
 
 def _answer(record: Mapping[str, Any]) -> Answer:
-    question, answer, completion = (
-        str(record.get(name, "")) for name in ("question", "answer", "completion")
-    )
-    return Answer(question, answer, completion, numbers(record))
+    texts = [str(record.get(name, "")) for name in ("question", "answer", "completion")]
+    return Answer(texts[0], texts[1], texts[2], numbers(record))
