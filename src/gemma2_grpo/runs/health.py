@@ -34,9 +34,13 @@ class Signal:
 
     def level(self, value: float) -> Literal["warning", "critical"] | None:
         """How bad a value is; None is fine."""
-        if value < self.critical if self.is_floor else value >= self.critical:
+
+        def is_beyond(threshold: float) -> bool:
+            return value < threshold if self.is_floor else value >= threshold
+
+        if is_beyond(self.critical):
             return "critical"
-        return "warning" if (value < self.warning) == self.is_floor else None
+        return "warning" if is_beyond(self.warning) else None
 
 
 ENTROPY = Signal(
@@ -128,8 +132,9 @@ class Alarm:
     @property
     def what(self) -> str:
         """What happened, in words."""
-        threshold = getattr(self.signal, self.level)
-        return self.signal.what.format(value=self.value, threshold=threshold)
+        signal = self.signal
+        threshold = signal.critical if self.level == "critical" else signal.warning
+        return signal.what.format(value=self.value, threshold=threshold)
 
 
 class Health:
@@ -226,8 +231,7 @@ class Health:
     def _raise(self, readings: Mapping[Signal, float | None]) -> list[Alarm]:
         news = []
         for signal, value in readings.items():
-            level = signal.level(value) if value is not None else None
-            if value is None or level is None:
+            if value is None or (level := signal.level(value)) is None:
                 continue
             alarm = self._alarms.get(signal.name)
             if alarm is None or (alarm.level, level) == ("warning", "critical"):

@@ -102,11 +102,7 @@ def _tables(*outcomes: Outcome | None) -> list[dict[str, Any]]:
         if outcome is None:
             continue
         results = outcome.results
-        intervals = [
-            f"{result.label.lower()} {100 * low:.0f} to {100 * high:.0f} %"
-            for result in results
-            for low, high in [result.interval]
-        ]
+        intervals = [f"{result.label.lower()} {result.interval_text} %" for result in results]
         tables.append(
             {
                 "title": f"{title}, on {results[-1].problems:,} {outcome.problems}",

@@ -1,7 +1,7 @@
 """Whether a run made the model better: before and after on the same questions."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import zip_longest
 from typing import Any
 
@@ -35,8 +35,8 @@ class Result:
     label: str
     values: Numbers
     """Those of MEASURES that were measured, `problems`, `correct` and `sampled.samples`."""
-    by_steps: Sequence[Numbers] = ()
-    """`problems` and `correct` by the number of `steps` that a solution takes."""
+    by_steps: "Mapping[int, Result]" = field(default_factory=dict)
+    """Those of problems whose solution takes so many steps."""
 
     @property
     def problems(self) -> int:
@@ -52,6 +52,12 @@ class Result:
     def interval(self) -> tuple[float, float]:
         """95 % Wilson interval of the accuracy."""
         return wilson_interval(int(self.values["correct"]), self.problems)
+
+    @property
+    def interval_text(self) -> str:
+        """The same for people, in per cent."""
+        low, high = self.interval
+        return f"{100 * low:.0f} to {100 * high:.0f}"
 
 
 @dataclass(frozen=True)
@@ -182,7 +188,8 @@ def _result(
     values["accuracy"] = values["correct"] / values["problems"]
     if "official_correct" in values:
         values["official_accuracy"] = values["official_correct"] / values["problems"]
-    return Result(label, values, [row for row in map(numbers, by_steps) if is_counted(row)])
+    results = {int(row.get("steps", 0)): _result("", row) for row in map(numbers, by_steps)}
+    return Result(label, values, {steps: result for steps, result in results.items() if result})
 
 
 def headline(outcome: Outcome | None, *, is_control: bool) -> str:
@@ -247,21 +254,15 @@ def _change(before: float | None, after: float | None, is_share: bool) -> str:
 
 def step_rows(results: Sequence[Result]) -> list[list[str]]:
     """Rows of text: accuracy by the number of steps of a solution, with its interval."""
-    tables = [{row.get("steps", 0): row for row in result.by_steps} for result in results]
     rows = []
-    for steps in sorted({step for table in tables for step in table}):
-        found = [table.get(steps) for table in tables]
-        problems = max(row["problems"] for row in found if row)
-        name = f"{steps:.0f} step{'s' if steps != 1 else ''}"
-        rows.append([name, f"{problems:,.0f}", *(_step_cell(row) for row in found)])
+    for steps in sorted({steps for result in results for steps in result.by_steps}):
+        found = [result.by_steps.get(steps) for result in results]
+        problems = max(result.problems for result in found if result)
+        cells = [
+            f"{percent(part.accuracy)}, {part.interval_text}" if part else "–" for part in found
+        ]
+        rows.append([f"{steps} step{'s' if steps != 1 else ''}", f"{problems:,}", *cells])
     return rows
-
-
-def _step_cell(row: Numbers | None) -> str:
-    if row is None:
-        return "–"
-    low, high = wilson_interval(int(row["correct"]), int(row["problems"]))
-    return f"{percent(row['correct'] / row['problems'])}, {100 * low:.0f} to {100 * high:.0f}"
 
 
 def percent(share: float, decimals: int = 1) -> str:

@@ -35,10 +35,9 @@ _MAX_VALUE_CHARS = 300
 def status(run: RunFiles) -> str:
     """How far it is."""
     steps = int(run.metrics[-1]["step"]) if run.metrics else 0
-    planned = run.config.get("max_steps")
-    is_known = isinstance(planned, int)
-    is_finished = run.has_result and steps >= (planned if is_known else 0)
-    of = f" of {planned:,}" if is_known else ""
+    planned = numbers(run.config).get("max_steps")
+    is_finished = run.has_result and steps >= (planned or 0)
+    of = "" if planned is None else f" of {planned:,.0f}"
     return f"{'finished' if is_finished else 'not finished'}, {steps:,}{of} steps"
 
 

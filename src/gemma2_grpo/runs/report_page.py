@@ -54,7 +54,6 @@ def render_page(template: str, **values: Any) -> str:
     environment.filters |= {
         "count": "{:,}".format,
         "gold": gold_answer,
-        "interval": lambda ends: "{:.0f} to {:.0f}".format(*(100 * end for end in ends)),
         "percent": percent,
         "x": lambda share: f"{100 * min(max(share, 0.0), 1.0):.2f}%",
     }
