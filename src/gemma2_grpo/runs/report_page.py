@@ -52,7 +52,7 @@ def render_page(template: str, **values: Any) -> str:
         "svg": lambda chart: Markup(draw_svg(chart)),  # noqa: S704
     }
     environment.filters |= {
-        "count": "{:,}".format,
+        "thousands": "{:,}".format,
         "gold": gold_answer,
         "percent": percent,
         "x": lambda share: f"{100 * min(max(share, 0.0), 1.0):.2f}%",
