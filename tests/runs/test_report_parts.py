@@ -181,6 +181,13 @@ def test_charts_leave_out_what_was_not_recorded(write: Write) -> None:
     assert "held-out from 100" in accuracy.description
 
 
+def test_what_explodes_still_fits_its_chart(write: Write) -> None:
+    path = write([True], metrics={"grad_norm": 3e38, "kl": 1e300, "entropy": -2e20, "reward": 1e12})
+    page = render(read_run(path))
+    assert ">3e+38</text>" in page and ">-2e+20</text>" in page
+    assert "KL to the reference" not in page
+
+
 def test_a_long_run_is_a_small_page(write: Write) -> None:
     path = write([False] * 300, [True] * 300, steps=20_000)
     assert write_report(path).stat().st_size < 400_000

@@ -151,7 +151,7 @@ def _draw_axes(axes: "Axes", chart: Chart) -> None:
 
 def _tick(value: float, chart: Chart) -> str:
     shown = 100 * value if chart.is_share else value
-    return f"{shown:,.0f}" if abs(shown) >= 100 else f"{shown:.3g}"
+    return f"{shown:,.0f}" if 100 <= abs(shown) < 1e6 else f"{shown:.3g}"
 
 
 def _write(

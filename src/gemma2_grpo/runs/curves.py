@@ -55,8 +55,9 @@ class Chart:
         if self.is_share:
             return percent(value, 0 if value >= 0.1 or value == 0 else 1)
         size = abs(value)
-        decimals = 0 if size >= 100 else 1 if size >= 10 else 2
-        return f"{value:,.{decimals}f}" if size >= 0.1 or not size else f"{value:.2g}"
+        if size and not 0.1 <= size < 1e7:
+            return f"{value:.2g}"
+        return f"{value:,.{0 if size >= 100 else 1 if size >= 10 else 2}f}"
 
     @property
     def description(self) -> str:

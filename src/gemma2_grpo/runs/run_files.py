@@ -1,6 +1,5 @@
 """What a run has written, read so that a report can be made of whatever is there."""
 
-import sys
 import tomllib
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import suppress
@@ -17,6 +16,9 @@ from gemma2_grpo.runs.run_directory import read_json
 from gemma2_grpo.task.statistics import Paired
 
 _MARKS = ("config.toml", "run.json", "metrics.jsonl", "evaluations.jsonl", "evaluation.json")
+
+# Of float32; what is above it is damage, and would overflow in sums.
+_LARGEST = 3.5e38
 
 _File = TypeVar("_File", bound=BaseModel)
 
@@ -161,12 +163,12 @@ def read_run(path: Path) -> RunFiles:
 
 
 def numbers(record: Mapping[str, Any], prefix: str = "") -> dict[str, float]:
-    """The finite numbers of a record by name, those of a part of it as `part.name`."""
+    """The numbers of a record by name, those of a part of it as `part.name`; none is infinite."""
     found = {}
     for name, value in record.items():
         if isinstance(value, Mapping):
             found |= numbers(value, f"{prefix}{name}.")
-        elif isinstance(value, int | float) and abs(value) <= sys.float_info.max:
+        elif isinstance(value, int | float) and abs(value) <= _LARGEST:
             found[f"{prefix}{name}"] = float(value)
     return found
 
