@@ -208,13 +208,16 @@ def _read_log(path: Path, missing: list[str], needle: bytes = b"") -> Iterator[d
     damaged = 0
     with suppress(OSError), path.open("rb") as lines:
         for line in lines:
+            if needle not in line:
+                continue
             try:
-                record = from_json(line) if needle in line else None
+                record = from_json(line)
             except ValueError:
-                damaged += line.endswith(b"\n")  # Else it is being written now, or was cut off.
+                record = None
+            if isinstance(record, dict):
+                yield record
             else:
-                if isinstance(record, dict):
-                    yield record
+                damaged += line.endswith(b"\n")  # Else it is being written now, or was cut off.
     if damaged:
         plural = "s are" if damaged > 1 else " is"
         missing.append(f"{damaged} line{plural} damaged in {path.name}, and left out")
