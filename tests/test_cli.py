@@ -151,7 +151,10 @@ def test_evaluate_passes_what_is_asked(monkeypatch: pytest.MonkeyPatch) -> None:
         ("train --learning-rate a'b", '--learning-rate takes FLOAT, not "a\'b"'),
         ("train --mesh-shape 1 x", "--mesh-shape takes INT INT, not '1 x'"),
         ("train --mesh-shape 1", "--mesh-shape takes INT INT; a value is missing"),
-        ("train --epsilon-high x", "--epsilon-high takes {None}|FLOAT, not 'x'"),
+        ("train --epsilon-high x", "--epsilon-high takes FLOAT, not 'x'"),
+        ("export r --to d --dtype x", "--dtype takes one of bfloat16, float32, not 'x'"),
+        ("train --epsilon-high 0.1", "epsilon_high = 0.1 is below epsilon = 0.2; raise it"),
+        ("train --epsilon-high None --max-steps 0", "max_steps = 0 must be at least 1"),
         ("train --remat all", "--remat takes one of none, block, decoder, not 'all'"),
         ("train --max-steps 0", "max_steps = 0 must be at least 1"),
         (

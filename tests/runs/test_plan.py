@@ -123,7 +123,15 @@ def test_without_libtpu_it_is_an_estimate_that_says_so(
     [
         (["--target", "v9"], "target = 'v9': not known; it is one of v5e-1"),
         (["--target", "v5e-4"], "mesh_shape = [2, 4] is not one of the 4 chips of v5e-4"),
-        (["--budget", "0"], "must be greater than 0"),
+        (["--budget", "0"], "budget = 0.0 must be a finite number greater than 0"),
+        (["--budget", "nan"], "budget = nan must be a finite number greater than 0"),
+        (["--mean-completion-tokens", "0"], "mean_completion_tokens = 0 must be a finite"),
+        (
+            ["--mesh-shape", "1", "8"],
+            "mesh_shape[1] = 8 does not divide the model's 4 KV heads; meshes that fit: [2, 4], "
+            "[4, 2], [8, 1]",
+        ),
+        (["gemma2-2b-gpu", "--target", "h100", "--mesh-shape", "1", "3"], "mesh_shape[1] = 3"),
         (["nowhere"], "no such file or preset"),
     ],
 )

@@ -3,6 +3,7 @@
 import dataclasses
 import importlib.util
 import json
+import math
 import os
 import sys
 from collections.abc import Callable, Iterator, Mapping
@@ -75,8 +76,10 @@ def make_plan(
     target = find_target(target_name)
     _set_environment(config, target)
     _check_chips(config, target)
-    if mean_completion_tokens < 1 or budget_hours <= 0:
-        raise ConfigError("budget and mean_completion_tokens must be greater than 0")
+    given = {"budget": budget_hours, "mean_completion_tokens": mean_completion_tokens}
+    for name, value in given.items():
+        if not 0 < value < math.inf:
+            raise ConfigError(f"{name} = {value} must be a finite number greater than 0")
     mean = min(mean_completion_tokens, config.rollout.max_completion_tokens)
     return _planned(config, target, budget_hours, mean, note)
 

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import math
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from importlib import metadata
@@ -63,23 +64,29 @@ def kept_memory(config: Config, target: "Target", note: Progress) -> "Memory":
 
 
 def find_architecture(config: Config) -> Any:
-    """Of the model's files, or of Google's models, which are known without any."""
+    """Of the model's files, or of Google's models, which are known without any.
+
+    Raises:
+        UserError: if there is no such model, or it does not divide over the mesh.
+    """
     from gemma2_grpo.engine.costs import known_architecture
     from gemma2_grpo.engine.fetch import find_model
-    from gemma2_grpo.engine.model import read_architecture
+    from gemma2_grpo.engine.model import check_mesh_shape, read_architecture
 
-    known = known_architecture(config.model.model)
-    return known or read_architecture(find_model(config.model.model, needs_weights=False))
+    model = config.model
+    known = known_architecture(model.model)
+    architecture = known or read_architecture(find_model(model.model, needs_weights=False))
+    check_mesh_shape(architecture, model.mesh_shape, math.prod(model.mesh_shape))
+    return architecture
 
 
 def _compiled_memory(config: Config, target: "Target", note: Progress) -> Memory:
     from gemma2_grpo.engine.aot import Programs
     from gemma2_grpo.engine.footprint import compile_program, resident, target_mesh
-    from gemma2_grpo.engine.model import check_mesh, on_mesh
+    from gemma2_grpo.engine.model import on_mesh
 
     architecture = find_architecture(config)
     mesh = target_mesh(target, config.model.mesh_shape)
-    check_mesh(architecture, mesh)
     programs = Programs(architecture, config, mesh)
     kept = resident(programs)
     footprints = []
