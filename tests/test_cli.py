@@ -177,6 +177,34 @@ def test_a_mistake_is_one_line(
     assert not train_calls
 
 
+def test_mistakes_are_told_before_jax_loads_and_leave_nothing(tmp_path: Path) -> None:
+    (tmp_path / "shards").mkdir()
+    (tmp_path / "shards" / "config.json").write_text("{}")
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "config.toml").write_text('model.model = "embedded"\n')
+    (tmp_path / "run" / "checkpoints" / "step_000010").mkdir(parents=True)
+    mistakes = {
+        "ask nowhere q": "model 'nowhere': no such directory",
+        "ask shards q": "shards: no *.safetensors file in it",
+        "evaluate nowhere": "model 'nowhere': no such directory",
+        "evaluate run --data nowhere --to new": "dataset 'nowhere': no such file or directory",
+        "export nowhere --to new": "run nowhere: no such directory",
+        "train --model nowhere --run new": "model 'nowhere': no such directory",
+        "train --model kaggle:x --run new": "model 'kaggle:x': not a Kaggle handle",
+        "plan --budget nan": "budget = nan must be a finite number",
+    }
+    code = (
+        "import os, sys; from gemma2_grpo.cli import main; "
+        f"os.chdir({str(tmp_path)!r}); "
+        f"print(*(main(command.split()) for command in {list(mistakes)!r}), 'jax' in sys.modules)"
+    )
+    done = _python(code)
+    assert done.stdout.split() == ["2"] * len(mistakes) + ["False"]
+    for line, mistake in zip(done.stderr.splitlines(), mistakes.values(), strict=True):
+        assert line.startswith(f"error: {mistake}")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["run", "shards"]
+
+
 @pytest.mark.parametrize(
     ("raised", "status", "stderr"),
     [

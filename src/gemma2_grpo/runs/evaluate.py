@@ -67,11 +67,13 @@ def evaluate(
     folder = EvaluationFolder(path, overwrite=overwrite)
     try:
         folder.check_same("settings", _settings(source.config, asked))
+        # Before JAX loads.
+        problems = () if folder.result else load_held_out(source.config.data, asked.limit)
         folder.check_same("weights", _weights(source))
         if folder.result:
             display.note(f"{path / RESULT} is finished:")
         else:
-            _run(source, asked, folder, display)
+            _run(source, asked, problems, folder, display)
             if path == source.run:
                 from gemma2_grpo.runs.report import write_report
 
@@ -155,10 +157,15 @@ def _weights(source: Source) -> dict[str, Any]:
     }
 
 
-def _run(source: Source, asked: EvaluateConfig, folder: EvaluationFolder, display: Display) -> None:
-    """Loads problems and weights, and evaluates what is not evaluated yet."""
+def _run(
+    source: Source,
+    asked: EvaluateConfig,
+    problems: Sequence[Example],
+    folder: EvaluationFolder,
+    display: Display,
+) -> None:
+    """Loads the weights, and evaluates what is not evaluated yet."""
     config = source.config
-    problems = load_held_out(config.data, asked.limit)
     display.note(f"loading {config.model.model}")
     keep_freed_memory()
     from gemma2_grpo.engine.compilation import use_program_cache
