@@ -275,11 +275,12 @@ class Evaluation:
 
     def _tell_plan(self, facts: Mapping[str, Any], done: int) -> None:
         data, settings = facts["data"], facts["settings"]
-        steps = f", adapter of {facts['steps']} steps" if facts["steps"] else ""
+        steps = facts["steps"]
+        adapter = f"adapter of {steps} steps" if steps else f"adapter {self._config.model.adapter}"
         sampled = f", {settings['samples']} sampled at temperature {settings['temperature']:g}"
         self._display.plan(
             {
-                "model": f"{facts['model']}{steps if len(self._samplers) > 1 else ''}",
+                "model": facts["model"] + (f", {adapter}" if len(self._samplers) > 1 else ""),
                 "problems": f"{data['problems']} of {data['source']}, {data['split']}; "
                 f"{data['dropped']} too long, dropped",
                 "each": f"1 greedy completion{sampled if settings['samples'] else ''}",

@@ -173,12 +173,13 @@ def trained_steps(source: Source) -> int:
 def _result(source: Source) -> dict[str, Any] | None:
     """What a finished run measured, unless it has gone on since."""
     from gemma2_grpo.engine.checkpoint import latest_step
+    from gemma2_grpo.engine.export import ADAPTER_FILE
 
     if source.run is None:
         return None
     result = read_json(source.run / "result.json")
     is_last = result and result["after"]["step"] >= latest_step(source.run / "checkpoints")
-    return result if is_last and (source.run / ADAPTER).is_dir() else None
+    return result if is_last and (source.run / ADAPTER / ADAPTER_FILE).is_file() else None
 
 
 def _check_same_base(
@@ -219,6 +220,6 @@ def _adapted(
             cast(Path, source.run) / "checkpoints", {"lora": adapters_of(policy)}
         )
     except OSError as error:
-        raise UserError(f"run {source.run}: {error}") from None
+        raise UserError(str(error)) from None
     set_adapters(policy, state["lora"])
     return policy, steps

@@ -1,6 +1,7 @@
 """The directory of a run: what it was made with, its logs, and who may write to it."""
 
 import dataclasses
+import errno
 import fcntl
 import json
 import math
@@ -56,7 +57,12 @@ class LockedFolder:
             path.mkdir(parents=True, exist_ok=True)
             self._lock = (path / lock).open("a")
         except OSError as error:
-            raise UserError(f"{kind} {path}: cannot be written ({error.strerror})") from None
+            # A file in its place already exists, but that is not what is wrong with it.
+            is_file = isinstance(error, FileExistsError)
+            why = os.strerror(errno.ENOTDIR) if is_file else error.strerror
+            raise UserError(
+                f"{kind} {path}: cannot be written ({why}); choose another {option}"
+            ) from None
         try:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
@@ -99,7 +105,10 @@ class LockedFolder:
             raise self._cannot_write(name, error) from None
 
     def _cannot_write(self, name: str, error: OSError) -> UserError:
-        return UserError(f"{self._kind} {self.path}: {name} cannot be written ({error.strerror})")
+        return UserError(
+            f"{self._kind} {self.path}: {name} cannot be written ({error.strerror}); mend that and "
+            "run the same command again, which goes on"
+        )
 
     def close(self) -> None:
         """Lets another process have the folder; removes a new one that nothing is in."""
