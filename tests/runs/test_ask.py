@@ -69,7 +69,7 @@ def test_questions_are_read_until_an_empty_line(
 
 def test_samples_vote(finished: Finished) -> None:
     shown = asked(finished, "How many?", samples=6)
-    assert "votes of 6 samples: " in shown
+    assert "votes of 6 samples: " in shown and "; the first is shown" in shown
     assert shown == asked(finished, "How many?", samples=6)
     texts = ["<answer>7</answer>", "<answer> 7.0 </answer>", "<answer>8</answer>", "nothing"]
     assert vote_line(texts) == "votes of 4 samples: 7 x 2, 8 x 1, no number x 1"

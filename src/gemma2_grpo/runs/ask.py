@@ -143,7 +143,7 @@ def _answer(sampler: "Sampler", question: str, samples: int, seed: int, console:
     if completions.is_truncated[0]:
         console.print("cut off at max_completion_tokens", style="yellow")
     if samples > 1:
-        console.print(vote_line(completions.texts))
+        console.print(f"{vote_line(completions.texts)}; the first is shown")
     console.print()
 
 
