@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 
 from gemma2_grpo.config import Config, ConfigError, check
+from gemma2_grpo.runs.display import open_console
 from gemma2_grpo.runs.plan_memory import (
     Memory,
     Progress,
@@ -252,8 +253,8 @@ def plan(
     """
     from gemma2_grpo.runs.plan_view import print_plan
 
-    console = console or Console(highlight=False)
-    quiet = Console(stderr=True, highlight=False)
+    console = console or open_console()
+    quiet = open_console(stderr=True)
     with quiet.status("planning") as status:
 
         def note(text: str) -> None:
