@@ -7,6 +7,7 @@ import os
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
@@ -114,11 +115,11 @@ def _planned(
     is_compiled = target.name == "cpu" or (
         target.topology is not None and importlib.util.find_spec("libtpu") is not None
     )
-    memory = kept_memory if is_compiled else estimated_memory
-    found = memory(config, target, note)
+    memory = _compiling(target, note) if is_compiled else partial(estimated_memory, target=target)
+    found = memory(config)
     changes: dict[str, Any] = {}
     if not found.fits:
-        changes, _ = _smallest_change(config, found, lambda c: memory(c, target, note), note)
+        changes, _ = _smallest_change(config, found, memory, note)
     seconds, work = _time(config, target, mean, found.programs)
     hours = None if seconds is None else seconds * config.run.max_steps / 3600
     is_in_time = hours is None or hours <= budget_hours
@@ -144,6 +145,14 @@ def _planned(
         changes=changes,
         mean_completion_tokens=mean,
     )
+
+
+def _compiling(target: "Target", note: Progress) -> Callable[[Config], Memory]:
+    """What asks the target's compiler; a change leaves most programs as they are."""
+    from gemma2_grpo.engine.footprint import Compiler
+
+    compiler = Compiler(note)
+    return lambda config: kept_memory(config, target, note, compiler)
 
 
 def _smallest_change(
