@@ -92,10 +92,8 @@ def test_a_change_compiles_again_what_it_changes() -> None:
     first, changed = len(notes), dataclasses.replace(config.rollout, num_generations=2)
     after = compiled_memory(dataclasses.replace(config, rollout=changed), target, compiler)
     assert notes[first:] == ["compiling prefill", "compiling decode"]
-    assert after.peak < before.peak
-    assert [p for p in after.programs if "update" in p["name"]] == [
-        p for p in before.programs if "update" in p["name"]
-    ]
+    assert after.programs[2:] == before.programs[2:]
+    assert all(after.programs[i]["peak"] < before.programs[i]["peak"] for i in (0, 1))
 
 
 def test_a_gpu_is_estimated(capsys: pytest.CaptureFixture[str]) -> None:
