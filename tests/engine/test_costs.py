@@ -92,7 +92,7 @@ def test_moved_bytes_count_every_run_of_a_program() -> None:
 def test_operations_are_those_that_xla_counts() -> None:
     a = jax.ShapeDtypeStruct((64, 128), jnp.float32)
     b = jax.ShapeDtypeStruct((128, 256), jnp.float32)
-    found = compile_program("product", lambda: jax.jit(jnp.dot).lower(a, b))
+    found = compile_program("product", jax.jit(jnp.dot).lower(a, b))
     assert found.operations == 2 * 64 * 128 * 256
     assert found.fits and found.arguments == 4 * (64 * 128 + 128 * 256)
     assert found.collectives == {}

@@ -13,8 +13,11 @@ from typing import Any
 import pytest
 
 from gemma2_grpo import cli
+from gemma2_grpo.engine.footprint import Compiler
+from gemma2_grpo.engine.targets import find_target
 from gemma2_grpo.presets import load_config
 from gemma2_grpo.runs.plan import make_plan
+from gemma2_grpo.runs.plan_memory import compiled_memory
 
 # Compiles a cut of the flagship and says how its inputs and activations are laid out.
 CUT = """
@@ -80,6 +83,17 @@ def test_the_embedded_model_is_compiled_for_a_cpu(
     status, out, err = plan("tiny", "--target", "cpu", capsys=capsys)
     assert status == 0 and "It fits." in out and "compiling" not in err
     assert all(len(line) <= 80 for line in out.splitlines()[1:])
+
+
+def test_a_change_compiles_again_what_it_changes() -> None:
+    config, target, notes = load_config("tiny"), find_target("cpu"), []
+    compiler = Compiler(notes.append)
+    before = compiled_memory(config, target, compiler)
+    first, changed = len(notes), dataclasses.replace(config.rollout, num_generations=2)
+    after = compiled_memory(dataclasses.replace(config, rollout=changed), target, compiler)
+    assert notes[first:] == ["compiling prefill", "compiling decode"]
+    assert after.programs[2:] == before.programs[2:]
+    assert all(after.programs[i]["peak"] < before.programs[i]["peak"] for i in (0, 1))
 
 
 def test_a_gpu_is_estimated(capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,9 +1,10 @@
 """What a compiled program takes of each chip, by the account of its compiler."""
 
+import hashlib
 import math
 import re
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -46,11 +47,33 @@ class Footprint:
     compile_seconds: float
 
 
-def compile_program(name: str, lower: Lower) -> Footprint:
-    """Compiles a program ahead of time."""
+class Compiler:
+    """Compiles programs ahead of time, each of them once."""
+
+    def __init__(self, note: Callable[[str], None] = lambda _: None) -> None:
+        """Begins knowing nothing.
+
+        Args:
+            note: Is told before anything is compiled.
+        """
+        self._note = note
+        self._known: dict[bytes, Footprint] = {}
+
+    def __call__(self, name: str, lower: Lower) -> Footprint:
+        """The footprint of a program; the same program may belong to several configurations."""
+        lowered = lower()
+        key = hashlib.sha256(lowered.as_text().encode()).digest()
+        if key not in self._known:
+            self._note(f"compiling {name}")
+            self._known[key] = compile_program(name, lowered)
+        return self._known[key]
+
+
+def compile_program(name: str, lowered: jax.stages.Lowered) -> Footprint:
+    """Compiles a program, and reads its compiler's account."""
     started = time.perf_counter()
     try:
-        compiled = lower().compile()
+        compiled = lowered.compile()
     except jax.errors.JaxRuntimeError as error:
         found = _OUT_OF_MEMORY.search(str(error))
         if found is None:

@@ -13,7 +13,7 @@ from rich.text import Text
 
 from gemma2_grpo.config import EvaluateConfig, UserError, check_evaluate
 from gemma2_grpo.runs.completion_view import render_completion
-from gemma2_grpo.runs.display import inert
+from gemma2_grpo.runs.display import inert, open_console
 from gemma2_grpo.runs.host_memory import keep_freed_memory
 from gemma2_grpo.runs.opening import Opened, Source, find_source, open_source
 from gemma2_grpo.task.answers import extract_number, printable
@@ -53,7 +53,7 @@ def ask(
     Raises:
         UserError: for anything that the user can mend.
     """
-    console = console or Console(highlight=False)
+    console = console or open_console()
     if samples < 1:
         raise UserError(f"samples = {samples} must be at least 1")
     if question is not None and not question.strip():

@@ -2,7 +2,6 @@
 
 import json
 import re
-import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -11,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 
 from gemma2_grpo.config import Config, EvaluateConfig
-from gemma2_grpo.runs.display import Display
+from gemma2_grpo.runs.display import Display, open_console
 from gemma2_grpo.runs.evaluation import ADAPTER, BASE, summarize
 from gemma2_grpo.runs.evaluation_display import Progress, show_evaluation
 from gemma2_grpo.runs.evaluation_folder import RESULT, EvaluationFolder
@@ -61,7 +60,7 @@ def evaluate(
     Raises:
         UserError: for anything that the user can mend.
     """
-    display = Display(console or _console(as_json))
+    display = Display(console or open_console(stderr=as_json))
     source = _as_asked(find_source(name), asked)
     path = to or source.run or Path("evaluations") / _file_name(name)
     folder = EvaluationFolder(path, overwrite=overwrite)
@@ -85,11 +84,6 @@ def evaluate(
     if as_json:
         print(json.dumps(folder.result, indent=1))
     return folder.result or {}
-
-
-def _console(as_json: bool) -> Console:
-    stream = sys.stderr if as_json else sys.stdout
-    return Console(file=stream, width=None if stream.isatty() else 80, highlight=False)
 
 
 def _as_asked(source: Source, asked: EvaluateConfig) -> Source:

@@ -106,9 +106,9 @@ def _tables(*outcomes: Outcome | None) -> list[dict[str, Any]]:
         results = [result for result, _ in table.results]
         problems = f"{results[-1].problems:,} {outcome.problems}" if results else outcome.problems
         intervals = [
-            f"{result.label[0].lower() + result.label[1:]} {100 * low:.0f} to {100 * high:.0f} %"
+            f"{result.label.lower()} {100 * low:.0f} to {100 * high:.0f} %"
             for result in results
-            for low, high in (result.interval,)
+            for low, high in [result.interval]
         ]
         tables.append(
             {

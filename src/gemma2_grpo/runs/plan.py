@@ -8,11 +8,13 @@ import os
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 
 from gemma2_grpo.config import Config, ConfigError, check
+from gemma2_grpo.runs.display import open_console
 from gemma2_grpo.runs.plan_memory import (
     Memory,
     Progress,
@@ -116,11 +118,11 @@ def _planned(
     is_compiled = target.name == "cpu" or (
         target.topology is not None and importlib.util.find_spec("libtpu") is not None
     )
-    memory = kept_memory if is_compiled else estimated_memory
-    found = memory(config, target, note)
+    memory = _compiling(target, note) if is_compiled else partial(estimated_memory, target=target)
+    found = memory(config)
     changes: dict[str, Any] = {}
     if not found.fits:
-        changes, _ = _smallest_change(config, found, lambda c: memory(c, target, note), note)
+        changes, _ = _smallest_change(config, found, memory, note)
     seconds, work = _time(config, target, mean, found.programs)
     hours = None if seconds is None else seconds * config.run.max_steps / 3600
     is_in_time = hours is None or hours <= budget_hours
@@ -146,6 +148,14 @@ def _planned(
         changes=changes,
         mean_completion_tokens=mean,
     )
+
+
+def _compiling(target: "Target", note: Progress) -> Callable[[Config], Memory]:
+    """What asks the target's compiler; a change leaves most programs as they are."""
+    from gemma2_grpo.engine.footprint import Compiler
+
+    compiler = Compiler(note)
+    return lambda config: kept_memory(config, target, note, compiler)
 
 
 def _smallest_change(
@@ -255,8 +265,8 @@ def plan(
     """
     from gemma2_grpo.runs.plan_view import print_plan
 
-    console = console or Console(highlight=False)
-    quiet = Console(stderr=True, highlight=False)
+    console = console or open_console()
+    quiet = open_console(stderr=True)
     with quiet.status("planning") as status:
 
         def note(text: str) -> None:

@@ -14,7 +14,7 @@ from platformdirs import user_cache_path
 from gemma2_grpo.config import Config
 
 if TYPE_CHECKING:
-    from gemma2_grpo.engine.footprint import Footprint
+    from gemma2_grpo.engine.footprint import Compiler, Footprint
     from gemma2_grpo.engine.targets import Target
 
 _PACKAGES = ("gemma2-grpo-reasoning", "jax", "libtpu", "google-tunix")
@@ -48,13 +48,13 @@ def _cache_file(config: Config, target: str) -> Path:
     return user_cache_path("gemma2-grpo") / "plans" / f"{name}.json"
 
 
-def kept_memory(config: Config, target: "Target", note: Progress) -> "Memory":
+def kept_memory(config: Config, target: "Target", note: Progress, compiler: "Compiler") -> "Memory":
     """What the compiler says, now or when it was asked before."""
     file = _cache_file(config, target.name)
     try:
         return Memory(**json.loads(file.read_text(encoding="utf-8")))
     except (OSError, ValueError, TypeError):
-        found = _compiled_memory(config, target, note)
+        found = compiled_memory(config, target, compiler)
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
         file.write_text(json.dumps(asdict(found)), encoding="utf-8")
@@ -80,20 +80,18 @@ def find_architecture(config: Config) -> Any:
     return architecture
 
 
-def _compiled_memory(config: Config, target: "Target", note: Progress) -> Memory:
+def compiled_memory(config: Config, target: "Target", compiler: "Compiler") -> Memory:
+    """What the compiler says now."""
     from gemma2_grpo.engine.aot import Programs
-    from gemma2_grpo.engine.footprint import compile_program, resident, target_mesh
+    from gemma2_grpo.engine.footprint import resident, target_mesh
     from gemma2_grpo.engine.model import on_mesh
 
     architecture = find_architecture(config)
     mesh = target_mesh(target, config.model.mesh_shape)
     programs = Programs(architecture, config, mesh)
     kept = resident(programs)
-    footprints = []
     with on_mesh(mesh):
-        for name, lower in programs.all().items():
-            note(f"compiling {name}")
-            footprints.append(compile_program(name, lower))
+        footprints = [compiler(name, lower) for name, lower in programs.all().items()]
     peaks = {each.name: kept.peak(each) for each in footprints}
     limit = target.memory_bytes
     for_one = [
@@ -130,11 +128,10 @@ def _parts(
     return {name: size for name, size in parts.items() if size}
 
 
-def estimated_memory(config: Config, target: "Target", note: Progress) -> Memory:
+def estimated_memory(config: Config, target: "Target") -> Memory:
     """What formulas say."""
     from gemma2_grpo.engine.costs import estimate_memory, model_sizes
 
-    del note
     architecture = find_architecture(config)
     estimate = estimate_memory(model_sizes(architecture, config), architecture, config)
     limit = target.memory_bytes

@@ -47,13 +47,16 @@ def _programs(plan: "Plan") -> Table:
     if is_compiled:
         table.add_column("moved", justify="right")
     for row in plan.programs:
-        cells = [row["name"]]
-        if is_compiled:
-            cells += [_gib(row[name]) for name in ("arguments", "temporaries", "peak")]
-        cells.append(_gib(row["run_peak"]) + ("" if row["fits"] else " !"))
-        if is_compiled:
-            cells.append(_gib(sum(size for _, size in row["collectives"].values())))
-        table.add_row(*cells)
+        run_peak = _gib(row["run_peak"]) + ("" if row["fits"] else " !")
+        if not is_compiled:
+            table.add_row(row["name"], run_peak)
+            continue
+        moved = sum(size for _, size in row["collectives"].values())
+        details = [row["arguments"], row["temporaries"], row["peak"], moved]
+        if not row["arguments"]:  # Refused by the compiler, which says no more than its peak.
+            details = [None, None, row["peak"], None]
+        *sizes, links = (_gib(size) if size is not None else "" for size in details)
+        table.add_row(row["name"], *sizes, run_peak, links)
     return table
 
 
