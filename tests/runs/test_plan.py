@@ -83,6 +83,15 @@ def test_the_embedded_model_is_compiled_for_a_cpu(
     status, out, err = plan("tiny", "--target", "cpu", capsys=capsys)
     assert status == 0 and "It fits." in out and "compiling" not in err
     assert all(len(line) <= 80 for line in out.splitlines()[1:])
+    assert "cannot be read" not in out
+    # As it is with a TPU v6e.
+    [kept] = (own_cache / "gemma2-grpo" / "plans").iterdir()
+    memory = json.loads(kept.read_text())
+    for program in memory["programs"]:
+        program["collectives"] = None
+    kept.write_text(json.dumps(memory))
+    status, out, _ = plan("tiny", "--target", "cpu", capsys=capsys)
+    assert status == 0 and "What moves between chips cannot be read" in out
 
 
 def test_a_change_compiles_again_what_it_changes() -> None:

@@ -40,8 +40,9 @@ class Footprint:
     """The most at one time, arguments and results included."""
     fits: bool
     """False where the compiler refused it; then only `peak` means anything."""
-    collectives: Mapping[str, tuple[int, int]]
-    """By kind: how many the program has, and bytes of their results; loops are counted once."""
+    collectives: Mapping[str, tuple[int, int]] | None
+    """By kind: how many the program has, and bytes of their results; loops are counted once. None
+    where they cannot be read."""
     operations: float
     """By the compiler's own count, over all chips; loops are counted once."""
     compile_seconds: float
@@ -92,10 +93,18 @@ def compile_program(name: str, lowered: jax.stages.Lowered) -> Footprint:
         temporaries,
         reported if reported > temporaries else whole,
         True,
-        collectives(compiled.as_text() or ""),
+        _collectives_of(compiled),
         float(cost.get("flops", 0.0)),
         time.perf_counter() - started,
     )
+
+
+def _collectives_of(compiled: jax.stages.Compiled) -> Mapping[str, tuple[int, int]] | None:
+    """Its collectives; None where jaxlib cannot read what the TPU's compiler wrote, as on v6e."""
+    try:
+        return collectives(compiled.as_text() or "")
+    except jax.errors.JaxRuntimeError:
+        return None
 
 
 def collectives(text: str) -> dict[str, tuple[int, int]]:

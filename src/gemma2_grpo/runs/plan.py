@@ -228,7 +228,8 @@ def _time(
         efficiency = BANDWIDTH_EFFICIENCY if is_bound_by_memory else COMPUTE_EFFICIENCY
         total += floor / efficiency
         rows.append(asdict(work) | {"floor_seconds": floor, "seconds": floor / efficiency})
-    if target.link_bandwidth and fsdp * tp > 1 and "collectives" in programs[0]:
+    are_known = all(program.get("collectives") is not None for program in programs)
+    if target.link_bandwidth and fsdp * tp > 1 and are_known:
         moved = moved_bytes(architecture, config, mean, programs)
         floor = moved / target.link_bandwidth
         seconds = floor / BANDWIDTH_EFFICIENCY
