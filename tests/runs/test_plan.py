@@ -84,7 +84,7 @@ def test_the_embedded_model_is_compiled_for_a_cpu(
     assert status == 0 and "It fits." in out and "compiling" not in err
     assert all(len(line) <= 80 for line in out.splitlines()[1:])
     assert "cannot be read" not in out
-    # As it is with a TPU v6e.
+    # As it is with a TPU v6e or v5p.
     [kept] = (own_cache / "gemma2-grpo" / "plans").iterdir()
     memory = json.loads(kept.read_text())
     for program in memory["programs"]:

@@ -100,7 +100,7 @@ def compile_program(name: str, lowered: jax.stages.Lowered) -> Footprint:
 
 
 def _collectives_of(compiled: jax.stages.Compiled) -> Mapping[str, tuple[int, int]] | None:
-    """Its collectives; None where jaxlib cannot read what the TPU's compiler wrote, as on v6e."""
+    """Its collectives; None where jaxlib cannot read what the compiler wrote (v6e, v5p)."""
     try:
         return collectives(compiled.as_text() or "")
     except jax.errors.JaxRuntimeError:

@@ -26,7 +26,12 @@ from gemma2_grpo.runs.plan_memory import (
 if TYPE_CHECKING:
     from gemma2_grpo.engine.targets import Target
 
-_TPU_ENVIRONMENT = {"TPU_SKIP_MDS_QUERY": "1", "TPU_WORKER_HOSTNAMES": "localhost"}
+_TPU_ENVIRONMENT = {
+    "TPU_SKIP_MDS_QUERY": "1",
+    "TPU_WORKER_HOSTNAMES": "localhost",
+    # What a program could not be asked for, jaxlib logs with a stack trace.
+    "TF_CPP_MIN_LOG_LEVEL": "3",
+}
 # Programs whose memory a micro-batch decides; that of the others is decided by the rollout.
 _OF_UPDATE = ("reference", "update", "update prompts", "update prompts, back")
 
