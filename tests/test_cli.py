@@ -151,7 +151,10 @@ def test_evaluate_passes_what_is_asked(monkeypatch: pytest.MonkeyPatch) -> None:
         ("train --learning-rate a'b", '--learning-rate takes FLOAT, not "a\'b"'),
         ("train --mesh-shape 1 x", "--mesh-shape takes INT INT, not '1 x'"),
         ("train --mesh-shape 1", "--mesh-shape takes INT INT; a value is missing"),
-        ("train --epsilon-high x", "--epsilon-high takes {None}|FLOAT, not 'x'"),
+        ("train --epsilon-high x", "--epsilon-high takes FLOAT, not 'x'"),
+        ("export r --to d --dtype x", "--dtype takes one of bfloat16, float32, not 'x'"),
+        ("train --epsilon-high 0.1", "epsilon_high = 0.1 is below epsilon = 0.2; raise it"),
+        ("train --epsilon-high None --max-steps 0", "max_steps = 0 must be at least 1"),
         ("train --remat all", "--remat takes one of none, block, decoder, not 'all'"),
         ("train --max-steps 0", "max_steps = 0 must be at least 1"),
         (
@@ -172,6 +175,34 @@ def test_a_mistake_is_one_line(
     assert cli.main(command.split()) == 2
     assert capsys.readouterr() == ("", f"error: {message}\n")
     assert not train_calls
+
+
+def test_mistakes_are_told_before_jax_loads_and_leave_nothing(tmp_path: Path) -> None:
+    (tmp_path / "shards").mkdir()
+    (tmp_path / "shards" / "config.json").write_text("{}")
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "config.toml").write_text('model.model = "embedded"\n')
+    (tmp_path / "run" / "checkpoints" / "step_000010").mkdir(parents=True)
+    mistakes = {
+        "ask nowhere q": "model 'nowhere': no such directory",
+        "ask shards q": "shards: no *.safetensors file in it",
+        "evaluate nowhere": "model 'nowhere': no such directory",
+        "evaluate run --data nowhere --to new": "dataset 'nowhere': no such file or directory",
+        "export nowhere --to new": "run nowhere: no such directory",
+        "train --model nowhere --run new": "model 'nowhere': no such directory",
+        "train --model kaggle:x --run new": "model 'kaggle:x': not a Kaggle handle",
+        "plan --budget nan": "budget = nan must be a finite number",
+    }
+    code = (
+        "import os, sys; from gemma2_grpo.cli import main; "
+        f"os.chdir({str(tmp_path)!r}); "
+        f"print(*(main(command.split()) for command in {list(mistakes)!r}), 'jax' in sys.modules)"
+    )
+    done = _python(code)
+    assert done.stdout.split() == ["2"] * len(mistakes) + ["False"]
+    for line, mistake in zip(done.stderr.splitlines(), mistakes.values(), strict=True):
+        assert line.startswith(f"error: {mistake}")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["run", "shards"]
 
 
 @pytest.mark.parametrize(

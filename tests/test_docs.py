@@ -29,9 +29,9 @@ def test_generated_pages_are_up_to_date() -> None:
 
 
 def commands(page: Path) -> Iterator[str]:
-    """Our own commands in indented or fenced blocks, continued lines joined."""
-    text = page.read_text().replace("\\\n", " ")
-    for line in re.findall(r"^(?: {4}|)(?:\S+ && )?(gemma2-grpo [^\n]*)$", text, re.MULTILINE):
+    """Our own commands in indented or fenced blocks, continued lines joined as a shell does."""
+    text = re.sub(r"\\\n(?: {4})?", "", page.read_text())
+    for line in re.findall(r"^(?: {4}|)(?:[^\n]* && )?(gemma2-grpo [^\n]*)$", text, re.MULTILINE):
         yield line.partition(" #")[0].strip()
 
 

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 from pathlib import Path
 from typing import Any
 
@@ -35,9 +36,12 @@ def test_it_is_short_and_committed_without_outputs(notebook: Any) -> None:
 
 
 def output_of(cell: Any) -> str:
-    texts = [output.get("text", "") for output in cell.outputs]
-    texts += [str(output.data.get("text/html", "")) for output in cell.outputs if "data" in output]
-    return "".join(texts)
+    """All that a cell shows, without colours."""
+    shown = [
+        output.get("text", "") + str(output.get("data", {}).get("text/html", ""))
+        for output in cell.outputs
+    ]
+    return re.sub(r"\x1b\[[0-9;]*m", "", "".join(shown))
 
 
 @pytest.mark.slow
@@ -56,15 +60,19 @@ def test_it_runs_from_top_to_bottom(
         executed, timeout=900, resources={"metadata": {"path": str(tmp_path)}}
     ).execute()
     shown = [output_of(cell) for cell in executed.cells if cell.cell_type == "code"]
-    install, machine, _, before, training, report, after, exported, token = shown
+    assert not any("Warning" in text for text in shown)
+    install, machine, settings, before, training, report, after, exported, token = shown
     assert install == ""
     assert "Kaggle: " in machine and "configuration tiny: no TPU and no GPU" in machine
     assert token == "hf_of_this_test\n"
     assert all("hf_of_this_test" not in text for text in shown[:-1])
-    assert "<answer>" in before
-    assert "step 40/40" in training
+    assert "max_steps = 40\n" in settings
+    assert "Step 1: 24 x 4 = 96 ✓\n" in before
+    assert "step 40/40: " in training and "256 held-out problems" in training
     assert "srcdoc" in report and "&lt;html" in report
-    assert "after 40 steps" in after
+    assert before in after.partition("after 40 steps")[0]
+    assert "98 - 96 = 2 ✓" in after.partition("after 40 steps")[2]
+    assert "model: merged, bfloat16, after 40 steps" in exported
     result = json.loads((tmp_path / "runs/tiny/result.json").read_text())
     assert result["after"]["accuracy"] > 0.9 > 0.6 > result["before"]["accuracy"]
     for name in ("config.json", "model.safetensors", "tokenizer.json", "README.md"):

@@ -3,6 +3,7 @@
 Parses first and imports heavy libraries after, so that `--help` and mistakes answer at once.
 """
 
+import dataclasses
 import difflib
 import os
 import re
@@ -11,11 +12,22 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, is_dataclass
 from importlib import metadata
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, NoReturn, TypeVar, Union, get_type_hints
+from typing import (
+    TYPE_CHECKING,
+    Annotated,
+    Any,
+    Literal,
+    NoReturn,
+    TypeVar,
+    Union,
+    get_args,
+    get_type_hints,
+)
 
 import tyro
 from tyro import _errors  # Private, but the one way to errors of one line; hence the exact minor.
 from tyro.conf import FlagCreatePairsOff, OmitArgPrefixes, Positional, arg, subcommand
+from tyro.constructors import ConstructorRegistry, PrimitiveConstructorSpec, PrimitiveTypeInfo
 
 from gemma2_grpo.config import (
     Config,
@@ -431,7 +443,35 @@ def _parse_with_tyro(arguments: Sequence[str], defaults: Command | None = None) 
             args=arguments,
             prog="gemma2-grpo",
             description="Teach Gemma 2 to show its work on word problems.",
+            registry=_REGISTRY,
         )
+
+
+_REGISTRY = ConstructorRegistry()
+
+
+@_REGISTRY.primitive_rule
+def _may_be_none(info: PrimitiveTypeInfo) -> PrimitiveConstructorSpec[Any] | None:
+    """Makes help and errors tell of INT where tyro would of `{None}|INT`."""
+    kinds = [kind for kind in get_args(info.type) if kind is not type(None)]
+    if len(kinds) != 1 or type(None) not in get_args(info.type):
+        return None
+    of_value = ConstructorRegistry.get_primitive_spec(
+        PrimitiveTypeInfo.make(kinds[0], info.markers)
+    )
+    if not isinstance(of_value, PrimitiveConstructorSpec):
+        return None
+    return dataclasses.replace(
+        of_value,
+        # `None` takes back what a TOML file sets.
+        instance_from_str=lambda words: (
+            None if words == ["None"] else of_value.instance_from_str(words)
+        ),
+        is_instance=lambda value: value is None or of_value.is_instance(value),
+        str_from_instance=lambda value: (
+            ["unset"] if value is None else of_value.str_from_instance(value)
+        ),
+    )
 
 
 def _explain(event: _errors.ParseErrorEvent, command: str) -> str:

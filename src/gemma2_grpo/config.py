@@ -141,14 +141,19 @@ class OptimizerConfig:
     __pydantic_config__ = _STRICT
 
     learning_rate: float = 2e-6
+    """At its highest, after the warm-up."""
     warmup_fraction: float = 0.1
     """Part of all updates over which the learning rate rises from 0."""
     final_lr_fraction: float = 0.0
     """Learning rate at the end, as a part of `learning_rate`."""
     weight_decay: float = 0.1
+    """Of AdamW, which multiplies it by the learning rate."""
     adam_b1: float = 0.9
+    """Decay of the mean of gradients."""
     adam_b2: float = 0.99
+    """Decay of the mean of squared gradients."""
     max_grad_norm: float = 0.1
+    """Gradients of a greater norm, over all adapters together, are scaled down to it."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -158,13 +163,19 @@ class RewardConfig:
     __pydantic_config__ = _STRICT
 
     format_weight: float = 0.25
+    """Of the four tags, each once, in order, with nothing outside."""
     logic_weight: float = 0.30
+    """Of equations that are true, follow from the question and lead to the answer."""
     accuracy_weight: float = 0.45
+    """Of the right number."""
     self_correction_weight: float = 0.05
+    """Of a false equation that is noticed and put right; a bonus."""
     length_weight: float = 0.05
+    """Of 20 to 200 words of reasoning with a right answer in perfect format; a bonus."""
     reward: str | None = None
     """`path.py:function`, added to the total with `reward_weight`. Trusted code: it is run."""
     reward_weight: float = 1.0
+    """Of that function's value."""
     shuffle_rewards: bool = False
     """Control experiment: permute the rewards within each step, so that they teach nothing."""
 
@@ -180,12 +191,15 @@ class RunConfig:
     seed: int = 0
     """Seed of adapters and sampling."""
     eval_every_steps: int = 100
-    """0 measures only before and after."""
+    """Measure greedily every so many steps; 0 only before and after."""
     eval_samples: int = 0
     """Sampled completions per held-out problem, for pass@k before and after; 0 is greedy only."""
     eval_batch_prompts: int = 16
+    """Held-out problems that are completed at one time."""
     checkpoint_every_steps: int = 50
+    """A checkpoint is also written when a run is stopped, and at its end."""
     keep_checkpoints: int = 2
+    """Older ones are deleted."""
     sample_every_steps: int = 25
     """Show one completion every so many steps; 0 never."""
     tensorboard: bool = True
@@ -222,7 +236,9 @@ class SupervisedConfig:
     init: Literal["pretrained", "random"] = "pretrained"
     """`random` takes only architecture and tokenizer from the model, and draws its weights."""
     steps: int = 500
+    """Updates."""
     batch_size: int = 24
+    """Solutions in each."""
     max_tokens: int = 1024
     """Prompt and solution together; longer ones are cut."""
     train_base: bool = False
@@ -234,6 +250,7 @@ class SupervisedConfig:
     sloppy_learning_rate: float = 1e-3
     """Learning rate at the start of those steps; it decays to a twentieth."""
     seed: int = 0
+    """Seed of weights, adapters and the order of problems."""
     compilation_cache: bool = True
     """Keep compiled programs for the next launch, in the user's cache directory."""
 

@@ -9,6 +9,7 @@ from importlib import resources
 from pathlib import Path
 from typing import Any, TypeVar, get_type_hints
 
+import tomli_w
 from pydantic import TypeAdapter, ValidationError
 
 from gemma2_grpo.config import Config, ConfigError, SftConfig, check, check_sft
@@ -65,6 +66,20 @@ def from_mapping(kind: type[ConfigT], values: Mapping[str, Any], source: str) ->
         raise ConfigError(
             f"config {source}: {name} = {first['input']!r}: {first['msg'].lower()}"
         ) from None
+
+
+def to_toml(config: Config) -> str:
+    """A configuration as `from_mapping` reads it back, every field of it."""
+    return tomli_w.dumps(_without_none(dataclasses.asdict(config)))
+
+
+def _without_none(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Nested values without None, which TOML cannot say; absent fields are None by default."""
+    return {
+        name: _without_none(value) if isinstance(value, Mapping) else value
+        for name, value in values.items()
+        if value is not None
+    }
 
 
 def load_config(name_or_path: str = "tiny") -> Config:

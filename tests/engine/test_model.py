@@ -369,6 +369,11 @@ class TestBadInput:
                 "hidden_activation = 'relu' is not supported; only 'gelu_pytorch_tanh' is",
             ),
             ("rope_theta", 500000.0, "rope_theta = 500000.0 is not supported"),
+            (
+                "hidden_size",
+                "128",
+                "hidden_size = '128' is no number; put the model's own file there",
+            ),
         ],
     )
     def test_what_tunix_does_not_compute(

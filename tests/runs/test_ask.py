@@ -69,7 +69,7 @@ def test_questions_are_read_until_an_empty_line(
 
 def test_samples_vote(finished: Finished) -> None:
     shown = asked(finished, "How many?", samples=6)
-    assert "votes of 6 samples: " in shown
+    assert "votes of 6 samples: " in shown and "; the first is shown" in shown
     assert shown == asked(finished, "How many?", samples=6)
     texts = ["<answer>7</answer>", "<answer> 7.0 </answer>", "<answer>8</answer>", "nothing"]
     assert vote_line(texts) == "votes of 4 samples: 7 x 2, 8 x 1, no number x 1"
@@ -116,9 +116,31 @@ def test_what_cannot_be_asked_is_one_line(
         (["embedded", "Why?", "--compare"], "is a base model"),
         ([str(finished.path), "Why?", "--samples", "0"], "samples = 0 must be at least 1"),
         ([str(finished.path), "Why?", "--temperature", "0"], "temperature = 0.0 must be greater"),
+        ([str(finished.path), "Why?", "--seed", "-1"], "seed = -1 must be at least 0"),
+        (
+            [str(finished.path), "Why?", "--max-completion-tokens", "0"],
+            "max_completion_tokens = 0 must be at least 1",
+        ),
+        ([str(finished.path), "Why\udcff?"], "the question is not UTF-8"),
     ):
         assert cli.main(["ask", *words]) == 2
         error = capsys.readouterr().err
         assert message in error and error.count("\n") == 1
-    with pytest.raises(UserError, match=r"the question takes .* tokens .* max_prompt_tokens is 56"):
-        asked(finished, "why " * 60)
+    with pytest.raises(UserError, match=r"the question takes .* tokens .*, and 512 fit; shorten"):
+        asked(finished, "why " * 600)
+
+
+def test_on_a_terminal_a_question_that_is_too_long_is_not_the_last(
+    finished: Finished, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    question, expected = next(iter(said(finished, 5).items()))
+    typed = iter(["why " * 600, question, ""])
+    monkeypatch.setattr("sys.stdin.isatty", lambda: True)
+    monkeypatch.setattr(Console, "input", lambda *_: next(typed))
+    shown = asked(finished, None)
+    assert "512 fit; shorten it" in shown and expected in shown
+
+
+def test_a_question_may_be_longer_than_those_of_training(finished: Finished) -> None:
+    question = "Tom has 3 books and buys 4 books. How many books does Tom have? " * 3
+    assert "</answer>" in asked(finished, question) or "cut off" in asked(finished, question)

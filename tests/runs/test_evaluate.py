@@ -453,7 +453,7 @@ def test_a_folder_that_cannot_be_written(
     file = tmp_path / "file"
     file.write_text("")
     assert refused(str(run), "--to", str(file)) == (
-        f"evaluation {file}: cannot be written (File exists)"
+        f"evaluation {file}: cannot be written (Not a directory); choose another --to"
     )
     assert refused("embedded", "--data", "nowhere", "--to", str(tmp_path / "a" / "b"))
     assert not (tmp_path / "a").exists()
@@ -492,7 +492,8 @@ def test_a_full_disk_keeps_whole_batches(
             quietly(run)
     assert str(error.value) == (
         f"evaluation {run}: evaluation_completions.jsonl cannot be written "
-        "(No space left on device)"
+        "(No space left on "
+        "device); mend that and run the same command again, which goes on"
     )
     assert len(records_of(run)) == 2
     quietly(run)

@@ -95,6 +95,10 @@ def test_both_systems_side_by_side() -> None:
     ]
 
 
+def test_one_sample_is_one() -> None:
+    assert "1 sample, temperature 0.7" in shown(result(settings={"samples": 1, "temperature": 0.7}))
+
+
 def test_a_model_alone_without_samples() -> None:
     alone = {"base": {"greedy": GREEDY, "sampled": None}}
     lines = shown(result(systems=alone, comparison=None))

@@ -386,7 +386,7 @@ def test_what_cannot_be_exported_is_refused(
 ) -> None:
     to = tmp_path / "to"
     assert refused(tmp_path, "embedded", to) == (
-        "embedded: is a model, not a run; give the directory of a run to export"
+        "run embedded: no such directory; give the directory of a run, such as runs/tiny"
     )
     new = tmp_path / "new"
     new.mkdir()

@@ -128,6 +128,22 @@ def test_what_cannot_be_opened_is_refused_before_anything_loads(
         find_source(str(path))
 
 
+def test_damaged_files_of_a_run_are_passed_over_or_named(
+    finished: Finished, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    path = tmp_path / "run"
+    shutil.copytree(finished.path, path)
+    shutil.rmtree(path / "adapter")
+    (path / "adapter").mkdir()  # Empty: the last checkpoint has the same.
+    steps = sorted((path / "checkpoints").iterdir())
+    assert open_source(find_source(str(path))).steps == int(steps[-1].name[-6:])
+    for step in steps:
+        (step / "manifest.json").write_text("{}")
+    with pytest.raises(UserError, match=r"none of the checkpoints verifies; start a new run dir"):
+        open_source(find_source(str(path)))
+    assert f"checkpoint {steps[-1]} is damaged" in caplog.text
+
+
 def test_an_adapter_for_another_base_is_refused(
     finished: Finished, tmp_path: Path, write_model: Callable[..., Path]
 ) -> None:

@@ -13,8 +13,11 @@ from typing import Any
 import pytest
 
 from gemma2_grpo import cli
+from gemma2_grpo.engine.footprint import Compiler
+from gemma2_grpo.engine.targets import find_target
 from gemma2_grpo.presets import load_config
 from gemma2_grpo.runs.plan import make_plan
+from gemma2_grpo.runs.plan_memory import compiled_memory
 
 # Compiles a cut of the flagship and says how its inputs and activations are laid out.
 CUT = """
@@ -80,6 +83,26 @@ def test_the_embedded_model_is_compiled_for_a_cpu(
     status, out, err = plan("tiny", "--target", "cpu", capsys=capsys)
     assert status == 0 and "It fits." in out and "compiling" not in err
     assert all(len(line) <= 80 for line in out.splitlines()[1:])
+    assert "cannot be read" not in out
+    # As it is with a TPU v6e or v5p.
+    [kept] = (own_cache / "gemma2-grpo" / "plans").iterdir()
+    memory = json.loads(kept.read_text())
+    for program in memory["programs"]:
+        program["collectives"] = None
+    kept.write_text(json.dumps(memory))
+    status, out, _ = plan("tiny", "--target", "cpu", capsys=capsys)
+    assert status == 0 and "What moves between chips cannot be read" in out
+
+
+def test_a_change_compiles_again_what_it_changes() -> None:
+    config, target, notes = load_config("tiny"), find_target("cpu"), []
+    compiler = Compiler(notes.append)
+    before = compiled_memory(config, target, compiler)
+    first, changed = len(notes), dataclasses.replace(config.rollout, num_generations=2)
+    after = compiled_memory(dataclasses.replace(config, rollout=changed), target, compiler)
+    assert notes[first:] == ["compiling prefill", "compiling decode"]
+    assert after.programs[2:] == before.programs[2:]
+    assert all(after.programs[i]["peak"] < before.programs[i]["peak"] for i in (0, 1))
 
 
 def test_a_gpu_is_estimated(capsys: pytest.CaptureFixture[str]) -> None:
@@ -123,7 +146,15 @@ def test_without_libtpu_it_is_an_estimate_that_says_so(
     [
         (["--target", "v9"], "target = 'v9': not known; it is one of v5e-1"),
         (["--target", "v5e-4"], "mesh_shape = [2, 4] is not one of the 4 chips of v5e-4"),
-        (["--budget", "0"], "must be greater than 0"),
+        (["--budget", "0"], "budget = 0.0 must be a finite number greater than 0"),
+        (["--budget", "nan"], "budget = nan must be a finite number greater than 0"),
+        (["--mean-completion-tokens", "0"], "mean_completion_tokens = 0 must be a finite"),
+        (
+            ["--mesh-shape", "1", "8"],
+            "mesh_shape[1] = 8 does not divide the model's 4 KV heads; meshes that fit: [2, 4], "
+            "[4, 2], [8, 1]",
+        ),
+        (["gemma2-2b-gpu", "--target", "h100", "--mesh-shape", "1", "3"], "mesh_shape[1] = 3"),
         (["nowhere"], "no such file or preset"),
     ],
 )

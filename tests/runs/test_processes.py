@@ -1,6 +1,5 @@
 """Several processes train as one would, and stop together."""
 
-import dataclasses
 import json
 import os
 import signal
@@ -14,12 +13,11 @@ from typing import Any
 
 import numpy as np
 import pytest
-import tomli_w
 from safetensors.numpy import load_file
 
 from gemma2_grpo.config import Config, UserError
+from gemma2_grpo.presets import to_toml
 from gemma2_grpo.runs.cluster import Cluster, find_cluster
-from gemma2_grpo.runs.run_directory import _without_none
 
 # Runs the command as a person would, and tells how many completions this process sampled.
 RUN = """
@@ -91,7 +89,7 @@ def write_config(make_config: Callable[..., Config], tmp_path: Path) -> Callable
         changes.setdefault("grpo", {}).setdefault("num_iterations", 2)
         config = make_config(**changes)
         path = tmp_path / f"{name}.toml"
-        path.write_text(tomli_w.dumps(_without_none(dataclasses.asdict(config))))
+        path.write_text(to_toml(config))
         return path
 
     return write

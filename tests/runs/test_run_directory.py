@@ -193,7 +193,10 @@ def test_a_directory_below_a_file_is_refused(tmp_path):
     (tmp_path / "file").write_text("")
     path = tmp_path / "file" / "run"
     assert message(RunDirectory, path, CONFIG) == (
-        f"run directory {path}: cannot be written (Not a directory)"
+        f"run directory {path}: cannot be written (Not a directory); choose another --run"
+    )
+    assert message(RunDirectory, path.parent, CONFIG) == (
+        f"run directory {path.parent}: cannot be written (Not a directory); choose another --run"
     )
 
 
@@ -205,7 +208,8 @@ def test_a_read_only_directory_is_refused(tmp_path, monkeypatch):
 
     monkeypatch.setattr(Path, "open", refuse)
     path = tmp_path / "run"
-    expected = f"run directory {path}: cannot be written (Read-only file system)"
+    expected = f"run directory {path}: cannot be written (Read-only file system); choose "
+    expected += "another --run"
     assert message(RunDirectory, path, CONFIG) == expected
 
 
@@ -220,7 +224,8 @@ def test_a_full_disk_is_one_line_and_keeps_what_was_there(run, monkeypatch):
 
         monkeypatch.setattr(Path, "write_text", full)
         assert message(directory.finish, {"after": {}}) == (
-            f"run directory {run}: result.json cannot be written (No space left on device)"
+            f"run directory {run}: result.json cannot be written (No space left on device); mend "
+            "that and run the same command again, which goes on"
         )
         assert {path.name: path.read_bytes() for path in run.iterdir()} == before
         assert directory.result is None
@@ -230,7 +235,8 @@ def test_a_full_disk_is_one_line_and_keeps_what_was_there(run, monkeypatch):
 
         monkeypatch.setattr(Path, "open", refuse)
         assert message(directory.append, "metrics.jsonl", {"step": 1}) == (
-            f"run directory {run}: metrics.jsonl cannot be written (No space left on device)"
+            f"run directory {run}: metrics.jsonl cannot be written (No space left on device); "
+            "mend that and run the same command again, which goes on"
         )
 
 

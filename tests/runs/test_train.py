@@ -629,7 +629,7 @@ def test_a_directory_that_cannot_be_written_is_refused(refused, tmp_path):
     (tmp_path / "file").write_text("")
     path = tmp_path / "file" / "run"
     assert refused("--run", str(path)) == (
-        f"run directory {path}: cannot be written (Not a directory)"
+        f"run directory {path}: cannot be written (Not a directory); choose another --run"
     )
 
 

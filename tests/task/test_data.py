@@ -414,7 +414,9 @@ def test_directories_without_the_splits(folder):
     )
 
 
-def test_sources_that_do_not_exist(tmp_path):
+def test_sources_that_do_not_exist(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)  # Which an empty name does not stand for.
+    assert message(load_splits, config("")).startswith("dataset '': no such file or directory")
     assert message(load_splits, config("gsm9k")) == (
         "dataset 'gsm9k': no such file or directory; use procedural, openai/gsm8k, "
         "kaggle:OWNER/NAME, a directory or a JSONL file"

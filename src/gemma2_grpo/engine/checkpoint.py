@@ -91,12 +91,16 @@ def restore_checkpoint(folder: Path, like: Any) -> tuple[int, Any] | None:
 def restore_part(folder: Path, like: Mapping[str, Any]) -> tuple[int, Any]:
     """Restores some entries of the newest checkpoint that verifies, onto the shardings of `like`.
 
+    One that is damaged is passed over with a warning.
+
     Raises:
         OSError: if there is none that can be trusted.
     """
     for step in _steps(folder):
         path = folder / f"{_PREFIX}{step:06d}"
-        if _problem(path, step):
+        problem = _problem(path, step)
+        if problem:
+            _log.warning("checkpoint %s is damaged (%s); falling back", path, problem)
             continue
         wanted = ocp.args.PyTreeRestore(
             item=like,
@@ -105,7 +109,7 @@ def restore_part(folder: Path, like: Mapping[str, Any]) -> tuple[int, Any]:
         )
         with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
             return step, checkpointer.restore((path / _STATE).absolute(), args=wanted)
-    raise OSError(f"{folder}: none of the checkpoints verifies")
+    raise OSError(f"{folder}: none of the checkpoints verifies; start a new run directory")
 
 
 def _checkpointer() -> ocp.StandardCheckpointer:

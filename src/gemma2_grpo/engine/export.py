@@ -102,7 +102,10 @@ def _description(path: Path) -> dict[str, Any]:
         with safe_open(path, framework="numpy") as file:
             return json.loads((file.metadata() or {}).get(_DESCRIPTION, "{}"))
     except (OSError, SafetensorError, ValueError) as error:
-        raise UserError(f"{path}: not a readable adapter ({error})") from None
+        why = "no such file" if isinstance(error, FileNotFoundError) else error
+        raise UserError(
+            f"{path}: not a readable adapter ({why}); give the directory `adapter` of a run"
+        ) from None
 
 
 def load_adapter(policy: gemma.Gemma, folder: Path) -> None:

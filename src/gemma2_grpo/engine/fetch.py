@@ -46,6 +46,23 @@ def find_model(name: str, *, needs_weights: bool = True) -> Path:
     return directory
 
 
+def check_model(name: str) -> None:
+    """Refuses what can be no model, and a local directory without the files of one.
+
+    It asks no network, so that a misspelt name is told before anything is fetched or loaded.
+
+    Raises:
+        UserError: naming the mend.
+    """
+    try:
+        if name.startswith(KAGGLE_PREFIX):
+            _kaggle_parts(name)
+        elif directory := _find_local(name):
+            check_files(directory)
+    except (OSError, RuntimeError) as error:
+        raise UserError(f"model {name!r}: cannot be read ({reason(error)})") from None
+
+
 def hub_id(name: str) -> str | None:
     """The Hugging Face id under which others find a model; None for one that is only here."""
     if name.startswith(KAGGLE_PREFIX):
@@ -106,15 +123,20 @@ def read_index(directory: Path) -> dict[str, str] | None:
 
 def _locate(name: str) -> Path:
     """The directory of a model, its files not yet checked."""
-    if name == EMBEDDED:
-        return Path(str(resources.files("gemma2_grpo") / "assets" / "tiny-gemma2"))
     if name.startswith(KAGGLE_PREFIX):
         return _from_kaggle(name)
+    return _find_local(name) or _from_hub(name)
+
+
+def _find_local(name: str) -> Path | None:
+    """The directory of a model that is here; None for what may be on Hugging Face."""
+    if name == EMBEDDED:
+        return Path(str(resources.files("gemma2_grpo") / "assets" / "tiny-gemma2"))
     path = Path(name).expanduser()
     if name and path.is_dir():
         return path
     if _HUB_ID.fullmatch(name) and not path.exists():
-        return _from_hub(name)
+        return None
     raise UserError(
         f"model {name!r}: no such directory; use {EMBEDDED}, a directory of safetensors, a Hugging "
         f"Face id such as google/gemma-2-2b-it, or {KAGGLE_PREFIX}OWNER/MODEL/FRAMEWORK/VARIATION"
@@ -124,13 +146,7 @@ def _locate(name: str) -> Path:
 def _from_kaggle(name: str) -> Path:
     """A Kaggle model: attached to the notebook, in kagglehub's cache, or downloaded."""
     handle = name.removeprefix(KAGGLE_PREFIX)
-    parts = _KAGGLE_MODEL.fullmatch(handle)
-    if parts is None:
-        raise UserError(
-            f"model {name!r}: not a Kaggle handle; write {KAGGLE_PREFIX}OWNER/MODEL/FRAMEWORK/"
-            f"VARIATION, such as {KAGGLE_PREFIX}google/gemma-2/transformers/gemma-2-2b-it"
-        )
-    owner, model, framework, variation, version = parts.groups()
+    owner, model, framework, variation, version = _kaggle_parts(name).groups()
     attached = _find_attached(owner, f"{model}/{framework.lower()}/{variation}", version or "*")
     if attached:
         return attached
@@ -142,6 +158,17 @@ def _from_kaggle(name: str) -> Path:
     except Exception as error:
         page = f"kaggle.com/models/{owner}/{model}"
         raise UserError(f"model {name}: {_explain_kaggle(error, page)}") from None
+
+
+def _kaggle_parts(name: str) -> re.Match[str]:
+    """Owner, model, framework, variation, and perhaps the version, of a Kaggle model's name."""
+    parts = _KAGGLE_MODEL.fullmatch(name.removeprefix(KAGGLE_PREFIX))
+    if parts is None:
+        raise UserError(
+            f"model {name!r}: not a Kaggle handle; write {KAGGLE_PREFIX}OWNER/MODEL/FRAMEWORK/"
+            f"VARIATION, such as {KAGGLE_PREFIX}google/gemma-2/transformers/gemma-2-2b-it"
+        )
+    return parts
 
 
 def _find_attached(owner: str, variation: str, version: str = "*") -> Path | None:

@@ -1,9 +1,10 @@
 """What a compiled program takes of each chip, by the account of its compiler."""
 
+import hashlib
 import math
 import re
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -39,18 +40,41 @@ class Footprint:
     """The most at one time, arguments and results included."""
     fits: bool
     """False where the compiler refused it; then only `peak` means anything."""
-    collectives: Mapping[str, tuple[int, int]]
-    """By kind: how many the program has, and bytes of their results; loops are counted once."""
+    collectives: Mapping[str, tuple[int, int]] | None
+    """By kind: how many the program has, and bytes of their results; loops are counted once. None
+    where they cannot be read."""
     operations: float
     """By the compiler's own count, over all chips; loops are counted once."""
     compile_seconds: float
 
 
-def compile_program(name: str, lower: Lower) -> Footprint:
-    """Compiles a program ahead of time."""
+class Compiler:
+    """Compiles programs ahead of time, each of them once."""
+
+    def __init__(self, note: Callable[[str], None] = lambda _: None) -> None:
+        """Begins knowing nothing.
+
+        Args:
+            note: Is told before anything is compiled.
+        """
+        self._note = note
+        self._known: dict[bytes, Footprint] = {}
+
+    def __call__(self, name: str, lower: Lower) -> Footprint:
+        """The footprint of a program; the same program may belong to several configurations."""
+        lowered = lower()
+        key = hashlib.sha256(lowered.as_text().encode()).digest()
+        if key not in self._known:
+            self._note(f"compiling {name}")
+            self._known[key] = compile_program(name, lowered)
+        return self._known[key]
+
+
+def compile_program(name: str, lowered: jax.stages.Lowered) -> Footprint:
+    """Compiles a program, and reads its compiler's account."""
     started = time.perf_counter()
     try:
-        compiled = lower().compile()
+        compiled = lowered.compile()
     except jax.errors.JaxRuntimeError as error:
         found = _OUT_OF_MEMORY.search(str(error))
         if found is None:
@@ -69,10 +93,18 @@ def compile_program(name: str, lower: Lower) -> Footprint:
         temporaries,
         reported if reported > temporaries else whole,
         True,
-        collectives(compiled.as_text() or ""),
+        _collectives_of(compiled),
         float(cost.get("flops", 0.0)),
         time.perf_counter() - started,
     )
+
+
+def _collectives_of(compiled: jax.stages.Compiled) -> Mapping[str, tuple[int, int]] | None:
+    """Its collectives; None where jaxlib cannot read what the compiler wrote (v6e, v5p)."""
+    try:
+        return collectives(compiled.as_text() or "")
+    except jax.errors.JaxRuntimeError:
+        return None
 
 
 def collectives(text: str) -> dict[str, tuple[int, int]]:

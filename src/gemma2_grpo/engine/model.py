@@ -41,15 +41,31 @@ def make_mesh(shape: tuple[int, int]) -> Mesh:
     """
     needed, present = shape[0] * shape[1], jax.local_device_count()
     if needed > present:
+        fitting = _meshes_that_fit((), present)
         raise UserError(
             f"mesh_shape = {list(shape)} needs {needed} devices but {present} "
-            f"({jax.default_backend()}) are present; meshes that fit: {_meshes_that_fit(())}"
+            f"({jax.default_backend()}) are present; meshes that fit: {fitting}"
         )
     return Mesh(np.asarray(jax.local_devices()[:needed]).reshape(shape), MESH_AXES)
 
 
 def check_mesh(architecture: gemma.ModelConfig, mesh: Mesh) -> None:
     """Refuses a mesh over which a model's heads or weights do not divide.
+
+    Raises:
+        UserError: naming what does not divide, and the meshes over which all does.
+    """
+    fsdp, tp = (mesh.shape[axis] for axis in MESH_AXES)
+    check_mesh_shape(architecture, (fsdp, tp), jax.local_device_count())
+
+
+def check_mesh_shape(architecture: gemma.ModelConfig, shape: tuple[int, int], devices: int) -> None:
+    """The same of a mesh (fsdp, tp) whose devices need not be present.
+
+    Args:
+        architecture: Of the model.
+        shape: Of the mesh.
+        devices: How many there are, for the meshes that the message names.
 
     Raises:
         UserError: naming what does not divide, and the meshes over which all does.
@@ -63,18 +79,17 @@ def check_mesh(architecture: gemma.ModelConfig, mesh: Mesh) -> None:
         (1, architecture.num_embed, "vocabulary entries"),
     ]
     for axis, size, name in sizes:
-        parts = mesh.shape[MESH_AXES[axis]]
+        parts = shape[axis]
         if size % parts:
-            fitting = _meshes_that_fit([(axis, size) for axis, size, _ in sizes])
+            fitting = _meshes_that_fit([(axis, size) for axis, size, _ in sizes], devices)
             raise UserError(
                 f"mesh_shape[{axis}] = {parts} does not divide the model's {size} {name}; "
                 f"meshes that fit: {fitting}"
             )
 
 
-def _meshes_that_fit(sizes: Sequence[tuple[int, int]]) -> str:
+def _meshes_that_fit(sizes: Sequence[tuple[int, int]], present: int) -> str:
     """Meshes of as many devices as can be used, given sizes that an axis must divide."""
-    present = jax.local_device_count()
     shapes = [
         (fsdp, tp)
         for fsdp in range(1, present + 1)
@@ -144,8 +159,16 @@ def read_architecture(directory: Path) -> gemma.ModelConfig:
         raise UserError(
             f"{directory / 'config.json'}: lacks {', '.join(missing)}; is it a Gemma 2?"
         )
+    for name in _SIZES:
+        if not isinstance(values[name], int | float | None):
+            raise UserError(
+                f"{directory / 'config.json'}: {name} = {values[name]!r} is no number; put the "
+                "model's own file there"
+            )
     # Written flat up to transformers 4, nested from 5 on.
-    theta = values.get("rope_theta") or values.get("rope_parameters", {}).get("rope_theta", 10_000)
+    nested = values.get("rope_parameters")
+    nested = nested if isinstance(nested, dict) else {}
+    theta = values.get("rope_theta") or nested.get("rope_theta", 10_000)
     if theta != 10_000:
         raise UserError(f"{directory / 'config.json'}: rope_theta = {theta} is not supported")
     layers = values["num_hidden_layers"]

@@ -11,9 +11,9 @@ from rich.live import Live
 from rich.rule import Rule
 from rich.text import Text
 
-from gemma2_grpo.config import UserError, check
+from gemma2_grpo.config import EvaluateConfig, UserError, check_evaluate
 from gemma2_grpo.runs.completion_view import render_completion
-from gemma2_grpo.runs.display import inert
+from gemma2_grpo.runs.display import inert, open_console
 from gemma2_grpo.runs.host_memory import keep_freed_memory
 from gemma2_grpo.runs.opening import Opened, Source, find_source, open_source
 from gemma2_grpo.task.answers import extract_number, printable
@@ -23,6 +23,8 @@ if TYPE_CHECKING:
     from gemma2_grpo.engine.sampler import Sampler
 
 _QUESTION = "question> "
+# A run may have been trained on shorter ones; what fits costs no more for a higher limit.
+_MAX_PROMPT_TOKENS = 512
 
 
 def ask(
@@ -51,17 +53,28 @@ def ask(
     Raises:
         UserError: for anything that the user can mend.
     """
-    console = console or Console(highlight=False)
+    console = console or open_console()
     if samples < 1:
         raise UserError(f"samples = {samples} must be at least 1")
     if question is not None and not question.strip():
         raise UserError("the question is blank; write it in quotes, or leave it out to be asked")
+    check_evaluate(
+        EvaluateConfig(
+            temperature=temperature, max_completion_tokens=max_completion_tokens, seed=seed
+        )
+    )
     source = _with_limits(find_source(name), temperature, max_completion_tokens)
     if compare and source.run is None and not source.config.model.adapter:
         raise UserError(f"{name} is a base model; --compare needs a run, whose base it shows")
     opened = _open(source, console)
     for asked in _questions(console) if question is None else [question]:
-        _check_length(opened, asked)
+        try:
+            _check_question(opened, asked)
+        except UserError as error:
+            if question is not None or not sys.stdin.isatty():
+                raise
+            console.print(f"{error}\n", markup=False)  # The next one may be shorter.
+            continue
         if compare:
             console.print(Rule("base", align="left", style="dim"))
             _answer(opened.sampler(adapted=False), asked, samples, seed, console)
@@ -73,10 +86,14 @@ def _with_limits(
     source: Source, temperature: float | None, max_completion_tokens: int | None
 ) -> Source:
     """The source with what the command line says of sampling."""
-    given = {"temperature": temperature, "max_completion_tokens": max_completion_tokens}
-    changes = {name: value for name, value in given.items() if value is not None}
-    rollout = replace(source.config.rollout, **changes)  # type: ignore[arg-type]
-    return replace(source, config=check(replace(source.config, rollout=rollout)))
+    rollout = source.config.rollout
+    rollout = replace(
+        rollout,
+        temperature=temperature or rollout.temperature,
+        max_prompt_tokens=max(_MAX_PROMPT_TOKENS, rollout.max_prompt_tokens),
+        max_completion_tokens=max_completion_tokens or rollout.max_completion_tokens,
+    )
+    return replace(source, config=replace(source.config, rollout=rollout))
 
 
 def _open(source: Source, console: Console) -> Opened:
@@ -88,13 +105,16 @@ def _open(source: Source, console: Console) -> Opened:
         return open_source(source)
 
 
-def _check_length(opened: Opened, question: str) -> None:
+def _check_question(opened: Opened, question: str) -> None:
+    try:
+        question.encode()
+    except UnicodeEncodeError:
+        raise UserError("the question is not UTF-8; write it in the terminal's encoding") from None
     tokens = len(opened.tokenizer.encode(render_prompt(question)))
     limit = opened.config.rollout.max_prompt_tokens
     if tokens > limit:
         raise UserError(
-            f"the question takes {tokens} tokens with its instruction, and max_prompt_tokens is "
-            f"{limit}; shorten it"
+            f"the question takes {tokens} tokens with its instruction, and {limit} fit; shorten it"
         )
 
 
@@ -123,7 +143,7 @@ def _answer(sampler: "Sampler", question: str, samples: int, seed: int, console:
     if completions.is_truncated[0]:
         console.print("cut off at max_completion_tokens", style="yellow")
     if samples > 1:
-        console.print(vote_line(completions.texts))
+        console.print(f"{vote_line(completions.texts)}; the first is shown")
     console.print()
 
 

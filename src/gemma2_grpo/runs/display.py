@@ -19,6 +19,29 @@ from gemma2_grpo.task.rewards import RISING
 if TYPE_CHECKING:  # Showing must not load JAX.
     from gemma2_grpo.runs.measure import Measurement
 
+# Off a terminal there is no width to keep to; a log should not be wrapped early.
+_LOG_WIDTH = 100
+
+
+def open_console(*, stderr: bool = False) -> Console:
+    """A console for standard output or error, be it a terminal, a file or a notebook.
+
+    A notebook gets plain lines with colours: rich would make each line an output of its own, and
+    ask for ipywidgets wherever something moves.
+    """
+    if (sys.stderr if stderr else sys.stdout).isatty():
+        return Console(stderr=stderr, highlight=False)
+    colours = "standard" if Console().is_jupyter else "auto"
+    return Console(
+        stderr=stderr,
+        highlight=False,
+        width=_LOG_WIDTH,
+        force_jupyter=False,
+        force_terminal=False,  # Kernels of notebooks set FORCE_COLOR, which rich takes for one.
+        color_system=colours,
+    )
+
+
 OnStep = Callable[..., None]
 """Takes the record of a step, the alarms that are new with it, and all active ones, in words."""
 
@@ -28,9 +51,7 @@ class Display:
 
     def __init__(self, console: Console | None = None) -> None:
         """Writes to standard output unless told otherwise."""
-        # Off a terminal there is no width to keep to; a log should not be wrapped.
-        width = None if sys.stdout.isatty() else 100
-        self.console = console or Console(width=width, highlight=False)
+        self.console = console or open_console()
         self._panel: TrainingPanel | None = None
 
     def plan(self, facts: Mapping[str, str]) -> None:

@@ -2,7 +2,6 @@
 
 import json
 import re
-import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -11,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 
 from gemma2_grpo.config import Config, EvaluateConfig
-from gemma2_grpo.runs.display import Display
+from gemma2_grpo.runs.display import Display, open_console
 from gemma2_grpo.runs.evaluation import ADAPTER, BASE, summarize
 from gemma2_grpo.runs.evaluation_display import Progress, show_evaluation
 from gemma2_grpo.runs.evaluation_folder import RESULT, EvaluationFolder
@@ -61,17 +60,19 @@ def evaluate(
     Raises:
         UserError: for anything that the user can mend.
     """
-    display = Display(console or _console(as_json))
+    display = Display(console or open_console(stderr=as_json))
     source = _as_asked(find_source(name), asked)
     path = to or source.run or Path("evaluations") / _file_name(name)
     folder = EvaluationFolder(path, overwrite=overwrite)
     try:
         folder.check_same("settings", _settings(source.config, asked))
+        # Before JAX loads.
+        problems = () if folder.result else load_held_out(source.config.data, asked.limit)
         folder.check_same("weights", _weights(source))
         if folder.result:
             display.note(f"{path / RESULT} is finished:")
         else:
-            _run(source, asked, folder, display)
+            _run(source, asked, problems, folder, display)
             if path == source.run:
                 from gemma2_grpo.runs.report import write_report
 
@@ -83,11 +84,6 @@ def evaluate(
     if as_json:
         print(json.dumps(folder.result, indent=1))
     return folder.result or {}
-
-
-def _console(as_json: bool) -> Console:
-    stream = sys.stderr if as_json else sys.stdout
-    return Console(file=stream, width=None if stream.isatty() else 80, highlight=False)
 
 
 def _as_asked(source: Source, asked: EvaluateConfig) -> Source:
@@ -155,10 +151,15 @@ def _weights(source: Source) -> dict[str, Any]:
     }
 
 
-def _run(source: Source, asked: EvaluateConfig, folder: EvaluationFolder, display: Display) -> None:
-    """Loads problems and weights, and evaluates what is not evaluated yet."""
+def _run(
+    source: Source,
+    asked: EvaluateConfig,
+    problems: Sequence[Example],
+    folder: EvaluationFolder,
+    display: Display,
+) -> None:
+    """Loads the weights, and evaluates what is not evaluated yet."""
     config = source.config
-    problems = load_held_out(config.data, asked.limit)
     display.note(f"loading {config.model.model}")
     keep_freed_memory()
     from gemma2_grpo.engine.compilation import use_program_cache
@@ -268,11 +269,12 @@ class Evaluation:
 
     def _tell_plan(self, facts: Mapping[str, Any], done: int) -> None:
         data, settings = facts["data"], facts["settings"]
-        steps = f", adapter of {facts['steps']} steps" if facts["steps"] else ""
+        steps = facts["steps"]
+        adapter = f"adapter of {steps} steps" if steps else f"adapter {self._config.model.adapter}"
         sampled = f", {settings['samples']} sampled at temperature {settings['temperature']:g}"
         self._display.plan(
             {
-                "model": f"{facts['model']}{steps if len(self._samplers) > 1 else ''}",
+                "model": facts["model"] + (f", {adapter}" if len(self._samplers) > 1 else ""),
                 "problems": f"{data['problems']} of {data['source']}, {data['split']}; "
                 f"{data['dropped']} too long, dropped",
                 "each": f"1 greedy completion{sampled if settings['samples'] else ''}",

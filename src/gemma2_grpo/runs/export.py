@@ -91,10 +91,11 @@ def export(
 
 
 def _find_run(name: str) -> Source:
-    source = find_source(name)
-    if source.run is None:
-        raise UserError(f"{name}: is a model, not a run; give the directory of a run to export")
-    return source
+    path = Path(name).expanduser()
+    if not (path / "config.toml").is_file():
+        what = "is no run (no config.toml in it)" if path.is_dir() else "no such directory"
+        raise UserError(f"run {name}: {what}; give the directory of a run, such as runs/tiny")
+    return find_source(name)
 
 
 def _open(

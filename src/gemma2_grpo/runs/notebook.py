@@ -2,6 +2,7 @@
 
 import importlib.util
 import os
+import warnings
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, replace
@@ -45,6 +46,8 @@ def find_machine() -> Machine:
     """
     import jax
 
+    # Without ipywidgets tqdm warns when it is imported, although no bar of its is shown here.
+    warnings.filterwarnings("ignore", "IProgress not found")
     host = _host()
     _take_secret(host)
     kind, count = jax.default_backend(), jax.local_device_count()

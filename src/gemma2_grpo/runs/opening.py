@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from gemma2_grpo.config import Config, ModelConfig, UserError
+from gemma2_grpo.engine.fetch import check_model
 from gemma2_grpo.presets import from_mapping, load_config, read_toml
 from gemma2_grpo.runs.run_directory import read_json
 
@@ -42,8 +43,8 @@ def find_source(name: str) -> Source:
     """Takes a run directory, a directory of a model, a Hugging Face or Kaggle id, or `embedded`.
 
     Raises:
-        UserError: for a directory that is neither a run nor a model, and for a run that has
-            trained nothing yet.
+        UserError: for what is neither a run nor a model, for a run that has trained nothing yet,
+            and for one whose model has gone.
     """
     path = Path(name).expanduser()
     if (path / "config.toml").is_file():
@@ -52,6 +53,7 @@ def find_source(name: str) -> Source:
         raise UserError(
             f"{path}: neither a run (no config.toml in it) nor a model (no config.json)"
         )
+    check_model(name)
     # Every model but the embedded one is asked as the flagship is.
     config = load_config("tiny" if name == EMBEDDED else "gemma2-2b-v5e8")
     return Source(name, replace(config, model=replace(config.model, model=name)), None, {})
@@ -81,6 +83,7 @@ def _of_run(name: str, path: Path) -> Source:
             f"run {path}: has no checkpoint yet; one is written every checkpoint_every_steps = "
             f"{config.run.checkpoint_every_steps} steps and when a run is stopped"
         )
+    check_model(config.model.model)
     return Source(name, config, path, read_json(path / "run.json") or {})
 
 
@@ -170,12 +173,13 @@ def trained_steps(source: Source) -> int:
 def _result(source: Source) -> dict[str, Any] | None:
     """What a finished run measured, unless it has gone on since."""
     from gemma2_grpo.engine.checkpoint import latest_step
+    from gemma2_grpo.engine.export import ADAPTER_FILE
 
     if source.run is None:
         return None
     result = read_json(source.run / "result.json")
     is_last = result and result["after"]["step"] >= latest_step(source.run / "checkpoints")
-    return result if is_last and (source.run / ADAPTER).is_dir() else None
+    return result if is_last and (source.run / ADAPTER / ADAPTER_FILE).is_file() else None
 
 
 def _check_same_base(
@@ -216,6 +220,6 @@ def _adapted(
             cast(Path, source.run) / "checkpoints", {"lora": adapters_of(policy)}
         )
     except OSError as error:
-        raise UserError(f"run {source.run}: {error}") from None
+        raise UserError(str(error)) from None
     set_adapters(policy, state["lora"])
     return policy, steps

@@ -3,15 +3,18 @@
 import dataclasses
 import importlib.util
 import json
+import math
 import os
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 
 from gemma2_grpo.config import Config, ConfigError, check
+from gemma2_grpo.runs.display import open_console
 from gemma2_grpo.runs.plan_memory import (
     Memory,
     Progress,
@@ -23,7 +26,12 @@ from gemma2_grpo.runs.plan_memory import (
 if TYPE_CHECKING:
     from gemma2_grpo.engine.targets import Target
 
-_TPU_ENVIRONMENT = {"TPU_SKIP_MDS_QUERY": "1", "TPU_WORKER_HOSTNAMES": "localhost"}
+_TPU_ENVIRONMENT = {
+    "TPU_SKIP_MDS_QUERY": "1",
+    "TPU_WORKER_HOSTNAMES": "localhost",
+    # What a program could not be asked for, jaxlib logs with a stack trace.
+    "TF_CPP_MIN_LOG_LEVEL": "3",
+}
 # Programs whose memory a micro-batch decides; that of the others is decided by the rollout.
 _OF_UPDATE = ("reference", "update", "update prompts", "update prompts, back")
 
@@ -75,8 +83,10 @@ def make_plan(
     target = find_target(target_name)
     _set_environment(config, target)
     _check_chips(config, target)
-    if mean_completion_tokens < 1 or budget_hours <= 0:
-        raise ConfigError("budget and mean_completion_tokens must be greater than 0")
+    given = {"budget": budget_hours, "mean_completion_tokens": mean_completion_tokens}
+    for name, value in given.items():
+        if not 0 < value < math.inf:
+            raise ConfigError(f"{name} = {value} must be a finite number greater than 0")
     mean = min(mean_completion_tokens, config.rollout.max_completion_tokens)
     return _planned(config, target, budget_hours, mean, note)
 
@@ -113,11 +123,11 @@ def _planned(
     is_compiled = target.name == "cpu" or (
         target.topology is not None and importlib.util.find_spec("libtpu") is not None
     )
-    memory = kept_memory if is_compiled else estimated_memory
-    found = memory(config, target, note)
+    memory = _compiling(target, note) if is_compiled else partial(estimated_memory, target=target)
+    found = memory(config)
     changes: dict[str, Any] = {}
     if not found.fits:
-        changes, _ = _smallest_change(config, found, lambda c: memory(c, target, note), note)
+        changes, _ = _smallest_change(config, found, memory, note)
     seconds, work = _time(config, target, mean, found.programs)
     hours = None if seconds is None else seconds * config.run.max_steps / 3600
     is_in_time = hours is None or hours <= budget_hours
@@ -143,6 +153,14 @@ def _planned(
         changes=changes,
         mean_completion_tokens=mean,
     )
+
+
+def _compiling(target: "Target", note: Progress) -> Callable[[Config], Memory]:
+    """What asks the target's compiler; a change leaves most programs as they are."""
+    from gemma2_grpo.engine.footprint import Compiler
+
+    compiler = Compiler(note)
+    return lambda config: kept_memory(config, target, note, compiler)
 
 
 def _smallest_change(
@@ -215,7 +233,8 @@ def _time(
         efficiency = BANDWIDTH_EFFICIENCY if is_bound_by_memory else COMPUTE_EFFICIENCY
         total += floor / efficiency
         rows.append(asdict(work) | {"floor_seconds": floor, "seconds": floor / efficiency})
-    if target.link_bandwidth and fsdp * tp > 1 and "collectives" in programs[0]:
+    are_known = all(program.get("collectives") is not None for program in programs)
+    if target.link_bandwidth and fsdp * tp > 1 and are_known:
         moved = moved_bytes(architecture, config, mean, programs)
         floor = moved / target.link_bandwidth
         seconds = floor / BANDWIDTH_EFFICIENCY
@@ -252,8 +271,8 @@ def plan(
     """
     from gemma2_grpo.runs.plan_view import print_plan
 
-    console = console or Console(highlight=False)
-    quiet = Console(stderr=True, highlight=False)
+    console = console or open_console()
+    quiet = open_console(stderr=True)
     with quiet.status("planning") as status:
 
         def note(text: str) -> None:

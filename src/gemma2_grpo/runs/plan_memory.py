@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import math
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from importlib import metadata
@@ -13,7 +14,7 @@ from platformdirs import user_cache_path
 from gemma2_grpo.config import Config
 
 if TYPE_CHECKING:
-    from gemma2_grpo.engine.footprint import Footprint
+    from gemma2_grpo.engine.footprint import Compiler, Footprint
     from gemma2_grpo.engine.targets import Target
 
 _PACKAGES = ("gemma2-grpo-reasoning", "jax", "libtpu", "google-tunix")
@@ -47,13 +48,13 @@ def _cache_file(config: Config, target: str) -> Path:
     return user_cache_path("gemma2-grpo") / "plans" / f"{name}.json"
 
 
-def kept_memory(config: Config, target: "Target", note: Progress) -> "Memory":
+def kept_memory(config: Config, target: "Target", note: Progress, compiler: "Compiler") -> "Memory":
     """What the compiler says, now or when it was asked before."""
     file = _cache_file(config, target.name)
     try:
         return Memory(**json.loads(file.read_text(encoding="utf-8")))
     except (OSError, ValueError, TypeError):
-        found = _compiled_memory(config, target, note)
+        found = compiled_memory(config, target, compiler)
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
         file.write_text(json.dumps(asdict(found)), encoding="utf-8")
@@ -63,30 +64,34 @@ def kept_memory(config: Config, target: "Target", note: Progress) -> "Memory":
 
 
 def find_architecture(config: Config) -> Any:
-    """Of the model's files, or of Google's models, which are known without any."""
+    """Of the model's files, or of Google's models, which are known without any.
+
+    Raises:
+        UserError: if there is no such model, or it does not divide over the mesh.
+    """
     from gemma2_grpo.engine.costs import known_architecture
     from gemma2_grpo.engine.fetch import find_model
-    from gemma2_grpo.engine.model import read_architecture
+    from gemma2_grpo.engine.model import check_mesh_shape, read_architecture
 
-    known = known_architecture(config.model.model)
-    return known or read_architecture(find_model(config.model.model, needs_weights=False))
+    model = config.model
+    known = known_architecture(model.model)
+    architecture = known or read_architecture(find_model(model.model, needs_weights=False))
+    check_mesh_shape(architecture, model.mesh_shape, math.prod(model.mesh_shape))
+    return architecture
 
 
-def _compiled_memory(config: Config, target: "Target", note: Progress) -> Memory:
+def compiled_memory(config: Config, target: "Target", compiler: "Compiler") -> Memory:
+    """What the compiler says now."""
     from gemma2_grpo.engine.aot import Programs
-    from gemma2_grpo.engine.footprint import compile_program, resident, target_mesh
-    from gemma2_grpo.engine.model import check_mesh, on_mesh
+    from gemma2_grpo.engine.footprint import resident, target_mesh
+    from gemma2_grpo.engine.model import on_mesh
 
     architecture = find_architecture(config)
     mesh = target_mesh(target, config.model.mesh_shape)
-    check_mesh(architecture, mesh)
     programs = Programs(architecture, config, mesh)
     kept = resident(programs)
-    footprints = []
     with on_mesh(mesh):
-        for name, lower in programs.all().items():
-            note(f"compiling {name}")
-            footprints.append(compile_program(name, lower))
+        footprints = [compiler(name, lower) for name, lower in programs.all().items()]
     peaks = {each.name: kept.peak(each) for each in footprints}
     limit = target.memory_bytes
     for_one = [
@@ -123,11 +128,10 @@ def _parts(
     return {name: size for name, size in parts.items() if size}
 
 
-def estimated_memory(config: Config, target: "Target", note: Progress) -> Memory:
+def estimated_memory(config: Config, target: "Target") -> Memory:
     """What formulas say."""
     from gemma2_grpo.engine.costs import estimate_memory, model_sizes
 
-    del note
     architecture = find_architecture(config)
     estimate = estimate_memory(model_sizes(architecture, config), architecture, config)
     limit = target.memory_bytes

@@ -35,6 +35,11 @@ def print_plan(plan: "Plan", config: Config, config_name: str, console: Console)
     console.print(_parts(plan))
     if plan.seconds_per_step is not None:
         console.print(_work(plan))
+    if any(row.get("collectives", ()) is None for row in plan.programs):
+        console.print(
+            "What moves between chips cannot be read from this compiler's programs, and is not in "
+            "the time."
+        )
     _verdict(plan, config, console)
 
 
@@ -47,13 +52,17 @@ def _programs(plan: "Plan") -> Table:
     if is_compiled:
         table.add_column("moved", justify="right")
     for row in plan.programs:
-        cells = [row["name"]]
-        if is_compiled:
-            cells += [_gib(row[name]) for name in ("arguments", "temporaries", "peak")]
-        cells.append(_gib(row["run_peak"]) + ("" if row["fits"] else " !"))
-        if is_compiled:
-            cells.append(_gib(sum(size for _, size in row["collectives"].values())))
-        table.add_row(*cells)
+        run_peak = _gib(row["run_peak"]) + ("" if row["fits"] else " !")
+        if not is_compiled:
+            table.add_row(row["name"], run_peak)
+            continue
+        collectives = row["collectives"]
+        moved = sum(size for _, size in collectives.values()) if collectives is not None else None
+        details = [row["arguments"], row["temporaries"], row["peak"], moved]
+        if not row["arguments"]:  # Refused by the compiler, which says no more than its peak.
+            details = [None, None, row["peak"], None]
+        *sizes, links = (_gib(size) if size is not None else "" for size in details)
+        table.add_row(row["name"], *sizes, run_peak, links)
     return table
 
 

@@ -1,6 +1,7 @@
 """The directory of a run: what it was made with, its logs, and who may write to it."""
 
 import dataclasses
+import errno
 import fcntl
 import json
 import math
@@ -15,10 +16,8 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-import tomli_w
-
 from gemma2_grpo.config import Config, ConfigError, UserError
-from gemma2_grpo.presets import from_mapping, read_toml
+from gemma2_grpo.presets import from_mapping, read_toml, to_toml
 
 # Fields of [run] that change nothing that is computed.
 _FREE_FIELDS = (
@@ -56,7 +55,12 @@ class LockedFolder:
             path.mkdir(parents=True, exist_ok=True)
             self._lock = (path / lock).open("a")
         except OSError as error:
-            raise UserError(f"{kind} {path}: cannot be written ({error.strerror})") from None
+            # A file in its place already exists, but that is not what is wrong with it.
+            is_file = isinstance(error, FileExistsError)
+            why = os.strerror(errno.ENOTDIR) if is_file else error.strerror
+            raise UserError(
+                f"{kind} {path}: cannot be written ({why}); choose another {option}"
+            ) from None
         try:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
@@ -99,7 +103,10 @@ class LockedFolder:
             raise self._cannot_write(name, error) from None
 
     def _cannot_write(self, name: str, error: OSError) -> UserError:
-        return UserError(f"{self._kind} {self.path}: {name} cannot be written ({error.strerror})")
+        return UserError(
+            f"{self._kind} {self.path}: {name} cannot be written ({error.strerror}); mend that and "
+            "run the same command again, which goes on"
+        )
 
     def close(self) -> None:
         """Lets another process have the folder; removes a new one that nothing is in."""
@@ -185,8 +192,7 @@ class RunDirectory(LockedFolder):
         versions of every start;
         changes.jsonl if an earlier run in this directory was made with something else.
         """
-        values = _without_none(dataclasses.asdict(self._config))
-        self.write("config.toml", tomli_w.dumps(values))
+        self.write("config.toml", to_toml(self._config))
         if self._changed:
             self.append("changes.jsonl", {"time": utc_now(), "changed": self._changed})
         start = {"started": utc_now(), **command_facts()}
@@ -242,15 +248,6 @@ def check_free_space(path: Path, needed_bytes: int) -> None:
             f"run directory {path}: {free / 1e6:.0f} MB are free but checkpoints and logs need "
             f"about {needed_bytes / 1e6:.0f} MB; free some space or choose another --run"
         )
-
-
-def _without_none(values: Mapping[str, Any]) -> dict[str, Any]:
-    """Nested values without None, which TOML cannot say; absent fields are None by default."""
-    return {
-        name: _without_none(value) if isinstance(value, Mapping) else value
-        for name, value in values.items()
-        if value is not None
-    }
 
 
 def _finite(value: Any) -> Any:

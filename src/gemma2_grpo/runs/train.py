@@ -7,6 +7,7 @@ from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 from gemma2_grpo.config import Config, UserError
+from gemma2_grpo.engine.fetch import check_model
 from gemma2_grpo.runs.cluster import Cluster
 from gemma2_grpo.runs.display import Display
 from gemma2_grpo.runs.follower import UnseenDirectory, silent_display
@@ -73,6 +74,7 @@ def _run(
         return
     _check_engine(config.rollout.engine)
     check_trackers(config.run)
+    check_model(config.model.model)
     splits = load_splits(config.data)
     reward, reward_sha256 = _load_reward(config, directory, display)
     display.note(f"loading {config.model.model}")

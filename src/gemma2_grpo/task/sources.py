@@ -48,7 +48,7 @@ def read_source(dataset: str) -> dict[Split, list[Row]]:
     if dataset.startswith(KAGGLE_PREFIX):
         return _read_splits(_find_splits(_fetch_kaggle(dataset), dataset))
     path = Path(dataset).expanduser()
-    if path.is_dir():
+    if dataset and path.is_dir():
         return _read_splits(_find_splits(path, dataset))
     if path.is_file():
         return _split_by_question(_read_files([path]))
