@@ -75,7 +75,7 @@ def cells(lines: list[str], label: str) -> list[str]:
 
 def test_both_systems_side_by_side() -> None:
     lines = shown(result())
-    assert "1319 problems of openai/gsm8k, test, 2 too long, dropped" in lines
+    assert "1319 openai/gsm8k test problems, 2 too long, dropped" in lines
     assert next(line.split() for line in lines if "base  " in line) == ["base", "adapter", "change"]
     assert next(line for line in lines if line.startswith("  right ")).split() == [
         "right",

@@ -334,7 +334,7 @@ def test_the_card_has_what_evaluate_measured_of_the_same_steps(run: Path, tmp_pa
         evaluation = {"steps": steps, "data": data, "systems": systems, "comparison": None}
         (path / "evaluation.json").write_text(json.dumps(evaluation))
         card = render_card(Exported(path, config, 40, "merged", "bfloat16", "x", "Checked."))
-        assert ("on 200 test problems of openai/gsm8k" in card) is is_told
+        assert ("on 200 openai/gsm8k test problems" in card) is is_told
         assert ("| Right, greedy | 10.0 % | 60.0 % | +50.0 pp |" in card) is is_told
         assert "| Right, greedy | 25.0 % | 75.0 % | +50.0 pp |" in card
 

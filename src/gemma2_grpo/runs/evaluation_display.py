@@ -174,7 +174,7 @@ def show_evaluation(console: Console, result: Mapping[str, Any]) -> None:
 
 def _title(data: Mapping[str, Any]) -> Text:
     dropped = f", {data['dropped']} too long, dropped" if data["dropped"] else ""
-    return Text(f"{data['problems']} problems of {data['source']}, {data['split']}{dropped}")
+    return Text(f"{data['problems']} {data['source']} {data['split']} problems{dropped}")
 
 
 def _add_rows(

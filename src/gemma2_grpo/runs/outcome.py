@@ -20,7 +20,7 @@ MEASURES = (
     ("truncated", "Cut off", True),
     ("mean_tokens", "Tokens per completion", False),
     ("sampled.pass_at_1", "Right, sampled", True),
-    ("sampled.pass_at_k", "Right in one of {k} samples", True),
+    ("sampled.pass_at_k", "Right in at least one of {k} samples", True),
     ("sampled.maj_at_k", "Right by vote of {k} samples", True),
     ("sampled.format", "Perfect format, sampled", True),
     ("sampled.true_equations", "True equations, sampled", True),
@@ -141,8 +141,8 @@ def by_evaluation(run: RunFiles) -> Outcome | None:
     if base is None and adapter is None:
         return None
     pairs = pair_up(*(run.evaluated.get(name, []) for name in ("base", "adapter")))
-    split, source = evaluation.data.get("split"), evaluation.data.get("source")
-    problems = f"{f'{split} ' if split else ''}problems{f' of {source}' if source else ''}"
+    words = (evaluation.data.get("source"), evaluation.data.get("split"), "problems")
+    problems = " ".join(str(word) for word in words if word)
     return Outcome(problems, base, adapter, evaluation.comparison or count_flips(pairs), pairs)
 
 
