@@ -108,6 +108,9 @@ def test_a_change_compiles_again_what_it_changes() -> None:
 def test_a_gpu_is_estimated(capsys: pytest.CaptureFixture[str]) -> None:
     status, out, _ = plan("gemma2-2b-gpu", "--target", "h100", capsys=capsys)
     assert status == 0 and "Estimated by formulas, not compiled" in out
+    status, out, _ = plan("gemma2-2b-gpu", "--target", "h100", "--json", capsys=capsys)
+    made = json.loads(out)
+    assert sum(made["parts"].values()) == pytest.approx(made["peak_bytes"], abs=10)
     status, out, _ = plan("gemma2-2b-gpu", "--target", "h100", "--budget", "0.1", capsys=capsys)
     assert status == 3 and "would not finish in time" in out and "--max-steps " in out
 

@@ -139,15 +139,15 @@ def estimated_memory(config: Config, target: "Target") -> Memory:
         {"name": name, "run_peak": int(peak), "fits": limit is None or peak <= limit}
         for name, peak in (("decode", estimate.decode), ("update", estimate.update))
     ]
-    parts = {
-        "weights": estimate.weights,
-        "adapters and optimizer": estimate.trained * 4 / 3,
-        **(
-            {"key-value cache": estimate.cache}
-            if estimate.decode > estimate.update
-            else {"logits": estimate.logits, "activations": estimate.activations}
-        ),
-    }
+    parts = {"weights": estimate.weights, "adapters and optimizer": estimate.trained}
+    if estimate.decode > estimate.update:
+        parts |= {"key-value cache": estimate.cache}
+    else:
+        parts |= {
+            "gradients": estimate.trained / 3,
+            "logits": estimate.logits,
+            "activations": estimate.activations,
+        }
     worst = max(rows, key=lambda row: row["run_peak"])
     return Memory(
         rows,
