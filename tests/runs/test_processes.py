@@ -128,7 +128,8 @@ def test_two_processes_train_as_one(write_config: Callable[..., Path], tmp_path:
 
     check_same_adapters(tmp_path / "one", tmp_path / "two")
     for name in ("completions.jsonl", "evaluations.jsonl"):
-        assert records(tmp_path / "one", name) == records(tmp_path / "two", name)
+        one, two = (records(tmp_path / run, name) for run in ("one", "two"))
+        assert [r | {"seconds": 0} for r in one] == [r | {"seconds": 0} for r in two]
     for one, two in zip(
         *(records(tmp_path / name, "metrics.jsonl") for name in ("one", "two")), strict=True
     ):
@@ -197,7 +198,7 @@ def test_a_process_with_nothing_to_learn_and_unscored_completions(
     assert all(record["updates"] == 2 for record in metrics)
 
 
-@pytest.mark.parametrize("victim", [0, 1])
+@pytest.mark.parametrize("victim", [pytest.param(0, marks=pytest.mark.slow), 1])
 def test_a_killed_process_ends_the_other_within_a_minute(
     victim: int, write_config: Callable[..., Path], tmp_path: Path
 ) -> None:

@@ -267,6 +267,7 @@ def test_whatever_is_damaged_the_report_opens(write: Write) -> None:
     (path / "evaluation.json").write_text('{"systems": {"base": {"greedy": 3}}}')
     page = render(read_run(path))
     assert "lines are damaged in metrics.jsonl, and left out" in page
+    assert "result.json is damaged: whether the run has finished" in page
     for name in ("metrics.jsonl", "config.toml", "run.json"):
         (path / name).write_bytes(b"\xff\xfe\x00")
     assert "config.toml is missing or damaged" in render(read_run(path))

@@ -137,6 +137,9 @@ def read_run(path: Path) -> RunFiles:
         evaluation = _read(path / "evaluation.json", Evaluation)
         if evaluation is None:
             missing.append("evaluation.json is damaged; run `gemma2-grpo evaluate` again")
+    has_result = bool(read_json(path / "result.json"))
+    if (path / "result.json").exists() and not has_result:
+        missing.append("result.json is damaged: whether the run has finished")
     metrics = _by_step(_read_log(path / "metrics.jsonl", missing))
     if not metrics:
         missing.append("No step has been finished: there are no curves, and no times")
@@ -157,7 +160,7 @@ def read_run(path: Path) -> RunFiles:
         held_out=held_out,
         evaluation=evaluation,
         evaluated=_read_evaluated(path / "evaluation_completions.jsonl", missing),
-        has_result=bool(read_json(path / "result.json")),
+        has_result=has_result,
         missing=missing,
     )
 
