@@ -106,4 +106,4 @@ def test_the_default_command_lifts_it(tmp_path: Path) -> None:
     assert all(np.diff([before["interval"][1], after["interval"][0]]) > 0), "intervals are apart"
     rises = {rise["name"]: rise["half_way_step"] for rise in result["rises"]}
     assert rises["accuracy"] is not None
-    assert re.search(r"accuracy, greedy +│ +\d\d\.\d% │ +\d\d\.\d% │ +\+\d\d\.\d", done.stdout)
+    assert re.search(r"Right, greedy +│ +\d\d\.\d\s% │ +\d\d\.\d\s% │ +\+\d\d\.\d", done.stdout)

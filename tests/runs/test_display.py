@@ -171,8 +171,8 @@ def test_a_terminal_of_80_columns_is_wide_enough() -> None:
         assert any(line in shown_line for shown_line in lines)
     [head] = [i for i, line in enumerate(lines) if line.startswith("┃") and "before" in line]
     table = [line for line in lines[head:] if line.startswith("│ ") and "%" in line]
-    assert len(table) == 9
-    assert any("pass@16, sampled" in line for line in table)
+    assert len(table) == 10
+    assert any("Right in at least one of 16 samples" in line for line in table)
 
 
 @pytest.mark.parametrize("hostile", HOSTILE)
@@ -198,17 +198,19 @@ def test_measurements_without_samples_leave_their_rows_out() -> None:
     record = MEASUREMENT.as_record() | {"sampled": None}
     display.before_and_after(record, record)
     assert "sampled" not in shown.getvalue()
-    assert "accuracy, greedy" in shown.getvalue()
+    assert "Right, greedy" in shown.getvalue()
 
 
 def test_change_is_in_points() -> None:
     display, shown = plain()
     before = MEASUREMENT.as_record()
-    after = before | {"accuracy": before["accuracy"] + 0.25, "mean_tokens": 700.5}
+    more = before["problems"] // 4
+    after = before | {"correct": before["correct"] + more, "mean_tokens": 700.5}
     display.before_and_after(before, after)
     lines = {line.split("│")[1].strip(): line for line in shown.getvalue().splitlines()[4:-1]}
-    assert lines["accuracy, greedy"].split()[-2] == "+25.0"
-    assert lines["tokens"].split()[-2] == "-67.50"
+    change = 100 * more / before["problems"]
+    assert lines["Right, greedy"].split()[-3:-1] == [f"+{change:.1f}", "pp"]
+    assert lines["Tokens per completion"].split()[-2] == "\u221267.50"
 
 
 def test_a_curve_spans_its_own_range() -> None:

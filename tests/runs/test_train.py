@@ -187,7 +187,7 @@ def test_what_a_run_shows(straight_run):
     places = [shown.index(f"step {step}/5: ") for step in range(1, 6)]
     assert places == sorted(places)
     assert shown.count("╭─ step") == 2
-    assert "accuracy, greedy" in shown and "pass@4, sampled" in shown
+    assert "Right, greedy" in shown and "Right in at least one of 4 samples" in shown
     assert f"report: {straight_run.path / 'report.html'}\n" in shown
 
 
@@ -288,7 +288,7 @@ def test_a_finished_run_is_left_alone(straight_run, quiet_train: Train, monkeypa
     before = listing()
     shown = quiet_train(straight_run.config, straight_run.path)
     assert f"{straight_run.path} is finished; its result:\n" in shown
-    assert "accuracy, greedy" in shown
+    assert "Right, greedy" in shown
     assert listing() == before
 
 

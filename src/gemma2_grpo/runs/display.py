@@ -14,6 +14,7 @@ from rich.text import Text
 
 from gemma2_grpo.runs.completion_view import render_completion, without_controls
 from gemma2_grpo.runs.live import TrainingPanel, in_words, step_line
+from gemma2_grpo.runs.outcome import measure_rows, result_of
 from gemma2_grpo.task.rewards import RISING
 
 if TYPE_CHECKING:  # Showing must not load JAX.
@@ -142,19 +143,16 @@ class Display:
 
     def before_and_after(self, before: Mapping[str, Any], after: Mapping[str, Any]) -> None:
         """Shows the two measurements side by side."""
+        found = [result_of(*each) for each in (("before", before), ("after", after))]
+        results = [result for result in found if result]
         table = Table(title=f"{before['problems']} held-out problems", title_justify="left")
-        for name in ("", "before", "after", "change"):
+        for name in ("", *(result.label for result in results), "change"):
             table.add_column(name, justify="left" if not name else "right")
-        samples = (before.get("sampled") or {}).get("samples")
-        for label, path, is_share in _ROWS:
-            old, new = _value(before, path), _value(after, path)
-            if old is None or new is None:
-                continue
-            change = f"{100 * (new - old):+.1f}" if is_share else f"{new - old:+.2f}"
-            name = label.format(k=samples)
-            table.add_row(name, _show(old, is_share), _show(new, is_share), change)
-            if path == ("accuracy",):
-                table.add_row("  95 % interval", _interval(before), _interval(after), "")
+        accuracy, *others = measure_rows(results, with_change=True)
+        table.add_row(*accuracy)
+        table.add_row("  95 % interval", *(f"{result.interval_text}\u00a0%" for result in results))
+        for row in others:
+            table.add_row(*row)
         self.console.print(table)
 
     def rises(self, rises: Sequence[Mapping[str, Any]]) -> None:
@@ -167,38 +165,6 @@ class Display:
             )
 
 
-_ROWS = (
-    ("accuracy, greedy", ("accuracy",), True),
-    ("  by GSM8K's extraction", ("official_accuracy",), True),
-    ("format, greedy", ("format",), True),
-    ("true equations, greedy", ("true_equations",), True),
-    ("accuracy, sampled", ("sampled", "pass_at_1"), True),
-    ("pass@{k}, sampled", ("sampled", "pass_at_k"), True),
-    ("format, sampled", ("sampled", "format"), True),
-    ("true equations, sampled", ("sampled", "true_equations"), True),
-    ("mean reward, sampled", ("sampled", "reward"), False),
-    ("tokens", ("mean_tokens",), False),
-)
-
-
 def inert(text: str) -> str:
     """Text that neither rich nor a terminal takes for instructions."""
     return escape(without_controls(text))
-
-
-def _value(record: Mapping[str, Any], path: tuple[str, ...]) -> float | None:
-    value: Any = record
-    if path == ("official_accuracy",):
-        return record["official_correct"] / record["problems"]
-    for name in path:
-        value = (value or {}).get(name)
-    return value
-
-
-def _interval(record: Mapping[str, Any]) -> str:
-    low, high = record["interval"]
-    return f"{low:.0%} to {high:.0%}"
-
-
-def _show(value: float, is_share: bool) -> str:
-    return f"{value:.1%}" if is_share else f"{value:.2f}"

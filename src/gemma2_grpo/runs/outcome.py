@@ -122,8 +122,8 @@ def during_run(run: RunFiles) -> Outcome | None:
     if not run.evaluations:
         return None
     first, last = run.evaluations[0], run.evaluations[-1]
-    before = _result("Before", first) if first["step"] == 0 else None
-    after = _result(f"After {last['step']:.0f} steps", last) if last["step"] else None
+    before = result_of("Before", first) if first["step"] == 0 else None
+    after = result_of(f"After {last['step']:.0f} steps", last) if last["step"] else None
     old, new = (run.held_out.get(int(record["step"]), []) for record in (first, last))
     pairs = pair_up(old if before else [], new if after else [])
     return Outcome("held-out problems", before, after, count_flips(pairs), pairs)
@@ -171,13 +171,19 @@ def _system_result(label: str, system: System | None) -> Result | None:
     if system is None:
         return None
     record = {**system.greedy.model_dump(), "sampled": system.sampled or {}}
-    return _result(label, record, system.greedy.by_solution_steps)
+    return result_of(label, record, system.greedy.by_solution_steps)
 
 
-def _result(
+def result_of(
     label: str, record: Mapping[str, Any], by_steps: Sequence[Mapping[str, Any]] = ()
 ) -> Result | None:
-    """Puts a result together; None if the record does not say how many were right of how many."""
+    """Puts a result together; None if the record does not say how many were right of how many.
+
+    Args:
+        label: What to call it.
+        record: A line of evaluations.jsonl, or measures by the same names.
+        by_steps: Such records by `steps` of the solution.
+    """
     values = numbers(record)
     if not is_counted(values):
         return None
@@ -188,7 +194,7 @@ def _result(
     values["accuracy"] = values["correct"] / values["problems"]
     if "official_correct" in values:
         values["official_accuracy"] = values["official_correct"] / values["problems"]
-    results = {int(row.get("steps", 0)): _result("", row) for row in map(numbers, by_steps)}
+    results = {int(row.get("steps", 0)): result_of("", row) for row in map(numbers, by_steps)}
     return Result(label, values, {steps: result for steps, result in results.items() if result})
 
 
