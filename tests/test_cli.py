@@ -99,13 +99,12 @@ def test_export_passes_its_options(monkeypatch: pytest.MonkeyPatch) -> None:
     calls: Recorder = []
     _stub(monkeypatch, "export:export", lambda *args, **kwargs: calls.append((args, kwargs)))
     assert cli.main("export runs/tiny --to out".split()) == 0
-    words = (
-        "--format peft --dtype bfloat16 --max-shard-gb 2 --verify --push me/model --public --yes"
-    )
+    words = "--format peft --dtype bfloat16 --max-shard-gb 2 --verify always"
+    words += " --push me/model --public --yes"
     assert cli.main(["export", "runs/tiny", "--to", "out", *words.split()]) == 0
-    plain = {"format": "merged", "dtype": None, "max_shard_gb": 5.0, "verify": False}
+    plain = {"format": "merged", "dtype": None, "max_shard_gb": 5.0, "verify": "auto"}
     plain |= {"push": None, "public": False, "yes": False}
-    full = {"format": "peft", "dtype": "bfloat16", "max_shard_gb": 2.0, "verify": True}
+    full = {"format": "peft", "dtype": "bfloat16", "max_shard_gb": 2.0, "verify": "always"}
     full |= {"push": "me/model", "public": True, "yes": True}
     assert calls == [(("runs/tiny", Path("out")), plain), (("runs/tiny", Path("out")), full)]
 

@@ -294,8 +294,9 @@ class Export:
     """Type to store; by default that of the base's files, and float32 for adapters."""
     max_shard_gb: float = 5.0
     """Largest size of a file of weights."""
-    verify: FlagCreatePairsOff[bool] = False
-    """Run the export in transformers beside the policy, which needs the extra `oracle`."""
+    verify: Literal["auto", "always", "never"] = "auto"
+    """Run the export in transformers beside the policy. `auto` does where the extra `oracle` is
+    installed, on a CPU with memory for both."""
     push: Annotated[str | None, arg(metavar="OWNER/NAME")] = None
     """Upload it to Hugging Face, as a private repository, after asking."""
     public: FlagCreatePairsOff[bool] = False

@@ -54,6 +54,7 @@ def quiet_export(run: Path | str, to: Path, **options: Any) -> str:
     """Exports, and returns what was shown."""
     shown = io.StringIO()
     display = Display(Console(file=shown, width=200, highlight=False))
+    options = {"verify": "never", **options}
     assert export(str(run), to, display=display, **options) == to
     return shown.getvalue()
 
@@ -204,11 +205,24 @@ def test_verified_exports_say_how_far_they_agree(run: Path, tmp_path: Path) -> N
     limits = {("merged", "float32"): 1e-4, ("merged", "bfloat16"): 1.0, ("peft", "float32"): 1e-4}
     for (kind, dtype), limit in limits.items():
         to = tmp_path / f"{kind}-{dtype}"
-        shown = quiet_export(run, to, format=kind, dtype=dtype, verify=True)
+        shown = quiet_export(run, to, format=kind, dtype=dtype, verify="auto")
         for text in (shown, (to / "README.md").read_text()):
             largest, share = re.search(found, text).groups()  # type: ignore[union-attr]
             assert float(largest) < limit
             assert float(share) > (99.9 if dtype == "float32" else 90)
+
+
+def test_what_is_not_verified_says_why(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(verification, "_PACKAGES", {"peft": ("no_such_package",)})
+    shown = quiet_export(run, tmp_path / "to", format="peft", verify="auto")
+    assert "not compared with transformers: no_such_package not installed\n" in shown
+    assert "was not run in transformers itself" in (tmp_path / "to" / "README.md").read_text()
+    monkeypatch.setattr(verification, "_PACKAGES", {"peft": ()})
+    assert verification.obstacle("peft", 1000) is None
+    found = verification.obstacle("peft", 10**12)
+    assert found and found.startswith("it takes 12000 GB of memory, and ")
 
 
 @pytest.mark.oracle
@@ -237,7 +251,7 @@ def test_an_export_that_does_not_agree_is_not_written(
     pytest.importorskip("torch")
     monkeypatch.setattr(verification, "_LARGEST_DIFFERENCE", 0.0)
     with pytest.raises(UserError, match=r"transformers does not compute what the run does: logits"):
-        quiet_export(run, tmp_path / "to", dtype="float32", verify=True)
+        quiet_export(run, tmp_path / "to", dtype="float32", verify="always")
     assert list(tmp_path.iterdir()) == []
 
 
@@ -399,8 +413,8 @@ def test_what_cannot_be_exported_is_refused(
     for size in (0, float("nan")):
         assert "must be greater than 0" in refused(tmp_path, run, to, max_shard_gb=size)
     monkeypatch.setattr(verification.importlib.util, "find_spec", lambda _: None)
-    assert refused(tmp_path, run, to, format="peft", verify=True).startswith(
-        "--verify needs torch, transformers, peft; pip install"
+    assert refused(tmp_path, run, to, format="peft", verify="always").startswith(
+        "--verify always needs torch, transformers, peft; pip install"
     )
 
 

@@ -11,7 +11,13 @@ from gemma2_grpo.runs.display import Display
 from gemma2_grpo.runs.hub import confirm_upload, upload
 from gemma2_grpo.runs.opening import Opened, Source, find_source, open_source
 from gemma2_grpo.runs.staging import check_empty, check_target, staged
-from gemma2_grpo.runs.verification import NOT_VERIFIED, check_packages, verify_export
+from gemma2_grpo.runs.verification import (
+    NOT_VERIFIED,
+    Verify,
+    check_packages,
+    obstacle,
+    verify_export,
+)
 
 Format = Literal["merged", "peft"]
 Dtype = Literal["bfloat16", "float32"]
@@ -29,6 +35,8 @@ class _Wanted:
     max_shard_bytes: int
     base_path: str
     """From where PEFT loads the base."""
+    unverified: str | None
+    """Why it is not run in transformers; None if it is."""
 
 
 def export(
@@ -38,7 +46,7 @@ def export(
     format: Format = "merged",  # noqa: A002 (that of the option)
     dtype: Dtype | None = None,
     max_shard_gb: float = 5.0,
-    verify: bool = False,
+    verify: Verify = "auto",
     push: str | None = None,
     public: bool = False,
     yes: bool = False,
@@ -53,7 +61,7 @@ def export(
         dtype: Type to store; by default that of the base's files, and float32 for adapters.
         max_shard_gb: Largest size of a file of weights, in 1e9 bytes.
         verify: Run the export in transformers beside the policy, and write into the card how far
-            they agree.
+            they agree. `auto` does where its packages are installed, on a CPU with the memory.
         push: Hugging Face repository to upload to.
         public: Let everybody see that repository.
         yes: Upload without asking.
@@ -71,7 +79,7 @@ def export(
         raise UserError(f"--max-shard-gb = {max_shard_gb} must be greater than 0")
     check_empty(to)
     check_target(to)
-    if verify:
+    if verify == "always":
         check_packages(format)
     if push:
         confirm_upload(push, public=public, yes=yes)
@@ -79,10 +87,13 @@ def export(
     opened, wanted = _open(source, to, format, dtype, max_shard_gb, verify=verify)
     with staged(to) as folder:
         rounding = _write(folder, opened, wanted)
-        verified = verify_export(folder, opened, wanted.format, wanted.dtype) if verify else None
+        verified = None
+        if not wanted.unverified:
+            verified = verify_export(folder, opened, wanted.format, wanted.dtype)
         texts = [_describe_rounding(wanted, rounding), verified or NOT_VERIFIED]
         _write_card(folder, source, opened, wanted, push or to.resolve().name, texts)
-    for text in filter(None, (texts[0], verified)):
+    unverified = f"not compared with transformers: {wanted.unverified}"
+    for text in filter(None, (texts[0], verified or unverified)):
         display.note(text)
     display.note(f"{to}: {wanted.format}, {wanted.dtype}, after {opened.steps} steps")
     if push:
@@ -105,7 +116,7 @@ def _open(
     dtype: Dtype | None,
     max_shard_gb: float,
     *,
-    verify: bool,
+    verify: Verify,
 ) -> tuple[Opened, _Wanted]:
     """Loads base and adapters, once it is known what will be written and that it fits."""
     from gemma2_grpo.engine.fetch import find_model, hub_id
@@ -119,17 +130,21 @@ def _open(
     stored, architecture = stored_dtype(directory), read_architecture(directory)
     kept = dtype or (stored if format == "merged" else "float32")
     base_path = hub_id(model.model) or str(directory.resolve())
-    wanted = _Wanted(format, kept, int(max_shard_gb * 1e9), base_path)
+    parameters = sum(map(math.prod, tensor_shapes(architecture).values()))
+    unverified = "--verify never" if verify == "never" else None
+    if verify == "auto":
+        unverified = obstacle(format, parameters)
+    wanted = _Wanted(format, kept, int(max_shard_gb * 1e9), base_path, unverified)
     # Keys and values have one A in a run and two in PEFT; twice the adapters is enough for both.
-    parameters = (
-        sum(map(math.prod, tensor_shapes(architecture).values()))
+    written = (
+        parameters
         if format == "merged"
         else 2 * max_adapter_parameters(architecture, model.lora_rank)
     )
-    check_target(to, parameters * host_dtype(kept).itemsize + _BYTES_BESIDE_WEIGHTS)
+    check_target(to, written * host_dtype(kept).itemsize + _BYTES_BESIDE_WEIGHTS)
     # Adapters are added to the base as it is stored, whatever the run computed in. Verifying
     # compares in float32, in which everything that is stored is the same.
-    loaded = replace(model, dtype="float32" if verify else stored)
+    loaded = replace(model, dtype=stored if unverified else "float32")
     return open_source(replace(source, config=replace(source.config, model=loaded))), wanted
 
 

@@ -1,8 +1,9 @@
-"""`export --verify`: the export in transformers, beside the policy it was made from."""
+"""Running an export in transformers, beside the policy it was made from."""
 
 import importlib.util
 from importlib import metadata
 from pathlib import Path
+from typing import Literal
 
 from gemma2_grpo.config import UserError
 from gemma2_grpo.runs.opening import Opened
@@ -11,16 +12,20 @@ from gemma2_grpo.task.prompts import render_prompt
 
 NOT_VERIFIED = (
     "Every tensor was read back after writing, and has its shape and finite values. This export "
-    "was not run in transformers itself, as `gemma2-grpo export --verify` would have done; the "
-    "tests of gemma2-grpo run exports of both formats there, and find float32 logits within 1e-4 "
-    "of the policy's."
+    "was not run in transformers itself, as `gemma2-grpo export --verify always` would have done; "
+    "the tests of gemma2-grpo run exports of both formats there, and find float32 logits within "
+    "1e-4 of the policy's."
 )
 """What a card says of an export that was not verified."""
+
+Verify = Literal["auto", "always", "never"]
 
 # Between float32 weights only the order of sums differs; bfloat16 rounds the weights.
 _LARGEST_DIFFERENCE = 5e-3
 _SAME_CHOICE = 0.9
 _TEXTS = 8
+# Two models in float32, and as much again for what transformers does while it loads.
+_BYTES_PER_PARAMETER = 12
 _PACKAGES = {"merged": ("torch", "transformers"), "peft": ("torch", "transformers", "peft")}
 
 
@@ -30,12 +35,36 @@ def check_packages(format: str) -> None:  # noqa: A002 (that of the option)
     Raises:
         UserError: naming those that are missing.
     """
-    missing = [name for name in _PACKAGES[format] if importlib.util.find_spec(name) is None]
-    if missing:
+    if missing := _missing(format):
         raise UserError(
-            f"--verify needs {', '.join(missing)}; pip install 'gemma2-grpo-reasoning[oracle]', or "
-            "leave it out"
+            f"--verify always needs {', '.join(missing)}; pip install "
+            "'gemma2-grpo-reasoning[oracle]', or leave it out"
         )
+
+
+def _missing(format: str) -> list[str]:  # noqa: A002
+    return [name for name in _PACKAGES[format] if importlib.util.find_spec(name) is None]
+
+
+def obstacle(format: str, parameters: int) -> str | None:  # noqa: A002
+    """Why an export is not verified without being asked to; None where it is.
+
+    Args:
+        format: `merged` or `peft`.
+        parameters: Of the whole model.
+    """
+    import jax
+
+    from gemma2_grpo.engine.pretrained import available_bytes
+
+    if missing := _missing(format):
+        return f"{', '.join(missing)} not installed"
+    if jax.default_backend() != "cpu":
+        return "on an accelerator only with --verify always"
+    needed, free = _BYTES_PER_PARAMETER * parameters, available_bytes()
+    if needed > free:
+        return f"it takes {needed / 1e9:.0f} GB of memory, and {free / 1e9:.0f} GB are free"
+    return None
 
 
 def verify_export(folder: Path, opened: Opened, format: str, dtype: str) -> str:  # noqa: A002
@@ -64,7 +93,7 @@ def verify_export(folder: Path, opened: Opened, format: str, dtype: str) -> str:
             opened.policy, opened.mesh, opened.tokenizer, folder, texts, base=base
         )
     except ValueError as error:
-        raise UserError(f"--verify: {error}; nothing was written") from None
+        raise UserError(f"{error}; nothing was written") from None
     measured = (
         f"logits differ by at most {found.largest:.1e} ({found.mean:.1e} in the mean), and the "
         f"likeliest next token is the same after {100 * found.same_choice:.1f} % of "
@@ -78,7 +107,7 @@ def verify_export(folder: Path, opened: Opened, format: str, dtype: str) -> str:
         allowed = f"another token after up to {100 * (1 - _SAME_CHOICE):.0f} %"
     if not agrees:
         raise UserError(
-            f"--verify: transformers does not compute what the run does: {measured}; nothing was "
+            f"transformers does not compute what the run does: {measured}; nothing was "
             "written, please report it"
         )
     return (
