@@ -12,6 +12,7 @@ from tunix.models.gemma import model as gemma
 
 from gemma2_grpo.config import Config
 from gemma2_grpo.engine.aot import Programs, abstract_policy
+from gemma2_grpo.engine.costs import estimate_memory, model_sizes
 from gemma2_grpo.engine.footprint import Footprint, Resident, resident
 from gemma2_grpo.engine.layers import constrained
 from gemma2_grpo.engine.lora import add_lora
@@ -105,3 +106,13 @@ def test_a_run_keeps_the_base_beside_weights_with_the_adapters_added(
 
 def _program(name: str, peak: int) -> Footprint:
     return Footprint(name, 0, 0, peak, True, {}, 0.0, 0.0)
+
+
+def test_residents_are_estimated_exactly(programs: Programs, wide_config: Config) -> None:
+    a, kept = programs.architecture, resident(programs)
+    sizes = model_sizes(a, wide_config)
+    estimate = estimate_memory(sizes, a, wide_config)
+    counters = 21  # Three numbers of steps and of gradients left out, and what came of the last.
+    assert kept.adapters + kept.moments - counters == estimate.trained
+    norms = (a.num_layers * 4 + 1) * a.embed_dim * 2
+    assert estimate.weights < kept.weights <= estimate.weights + norms

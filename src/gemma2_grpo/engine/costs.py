@@ -47,11 +47,6 @@ class Sizes:
         """Of the base."""
         return (self.decoder + self.head) * self.item_bytes
 
-    @property
-    def trained_bytes(self) -> int:
-        """Of the adapters and the two moments of each, in float32."""
-        return 3 * self.adapters * _FLOAT32
-
 
 def model_sizes(architecture: gemma.ModelConfig, config: Config) -> Sizes:
     """Sizes of a model with the adapters of a configuration on all its matrices."""
@@ -245,6 +240,11 @@ def estimate_memory(
     rollout, tokens = config.rollout, config.grpo.micro_batch_tokens
     rows = rollout.prompts_per_step * rollout.num_generations
     weights = sizes.weight_bytes / (fsdp * tp)
+    # A matrix lies over both axes, but its adapters each over that of the side they share with it.
+    a, own = architecture, tokens / fsdp
+    queries, keys = a.num_heads * a.head_dim, a.num_kv_heads * a.head_dim
+    sides = 6 * a.embed_dim / fsdp + (2 * queries + 2 * keys + 3 * a.hidden_dim) / tp
+    adapters = a.num_layers * config.model.lora_rank * sides
     prompts = rollout.prompts_per_step * rollout.max_prompt_tokens
     token_bytes = sizes.cache_bytes_per_token / (fsdp * tp)
     slots = cache_sizes(rollout.max_completion_tokens)
@@ -255,13 +255,12 @@ def estimate_memory(
     chunk = min(config.model.logprob_chunk_tokens, 2 * rollout.max_completion_tokens)
     width = 2 * rollout.max_completion_tokens
     chunk_rows = max(1, tokens // width // fsdp)
-    a, own = architecture, tokens / fsdp
     residual = own * a.embed_dim * sizes.item_bytes / tp
     inside = own * (4 * a.embed_dim + 4 * a.hidden_dim / tp) * _FLOAT32
     kept = {"none": inside / 2, "block": 3 * residual, "decoder": residual}[config.model.remat]
     return MemoryEstimate(
         weights=weights,
-        trained=sizes.trained_bytes / (fsdp * tp),
+        trained=3 * _FLOAT32 * adapters,
         gathered=weights * fsdp if fsdp > 1 else 0.0,
         caches=of_programs,
         sampling_copy=weights if samples_merged(config) else 0.0,
