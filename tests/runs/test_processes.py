@@ -247,6 +247,29 @@ def test_a_mistake_of_one_ends_the_others_with_its_words(
     assert other[2].splitlines()[-1].startswith(f"error: process 0: {line}")
 
 
+JOINED = """
+import os, signal, sys, time
+from gemma2_grpo.engine.processes import joined
+with joined(sys.argv[1], 2, int(sys.argv[2])):
+    os.kill(os.getpid(), signal.SIGTERM)
+    time.sleep(30)
+"""
+
+
+def test_a_signal_ends_processes_that_do_not_train_yet() -> None:
+    """JAX would take SIGTERM for itself, and a job would wait until it is killed."""
+    address = f"127.0.0.1:{free_port()}"
+    pair = [
+        subprocess.Popen(
+            [sys.executable, "-c", JOINED, address, number],
+            env={**os.environ, "XLA_FLAGS": ""},
+            stderr=subprocess.DEVNULL,
+        )
+        for number in "01"
+    ]
+    assert [process.wait(60) for process in pair] == [-signal.SIGTERM] * 2
+
+
 # In process 1 alone, at its second call.
 FAILING = """
 import os
