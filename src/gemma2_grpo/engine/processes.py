@@ -236,9 +236,10 @@ def check_same(facts: Mapping[str, Any]) -> None:
     first, *others = gather(dict(facts))
     for number, other in enumerate(others, 1):
         for name, value in first.items():
-            if other.get(name) != value:  # Another version may lack it.
+            differing = other.get(name)  # Another version may lack it.
+            if differing != value:
                 raise UserError(
-                    f"process {number} has {name} = {other.get(name)!r}, but process 0 has {value!r}; "
+                    f"process {number} has {name} = {differing!r}, but process 0 has {value!r}; "
                     "start all processes with the same"
                 )
 
