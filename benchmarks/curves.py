@@ -65,7 +65,8 @@ def _parse(group: str) -> Group:
 
 def smoothed_rewards(run: Path) -> tuple[np.ndarray, np.ndarray]:
     """Steps and running means of the reward of a run."""
-    rewards = np.array([record["reward"] for record in _records(run / "metrics.jsonl")])
+    records = _records(run / "metrics.jsonl")
+    rewards = np.array([record["reward"] for record in records], np.float64)
     smooth = np.convolve(rewards, np.ones(_WINDOW) / _WINDOW, mode="valid")
     return np.arange(_WINDOW, len(rewards) + 1), smooth
 

@@ -3,6 +3,8 @@
 import json
 import os
 import re
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +35,25 @@ def test_it_is_short_and_committed_without_outputs(notebook: Any) -> None:
         if cell.cell_type == "code":
             assert not cell.outputs and cell.execution_count is None
             assert "def " not in cell.source and "class " not in cell.source
+
+
+@pytest.mark.parametrize("place", ["kaggle/input/datasets/me/copy", "clone"])
+def test_the_root_of_the_repository_is_found(notebook: Any, place: str, tmp_path: Path) -> None:
+    """As it is found where the package is not installed; the line that installs is left out."""
+    root = tmp_path / place
+    (root / "src" / "gemma2_grpo").mkdir(parents=True)
+    (tmp_path / "clone" / "notebooks").mkdir(parents=True)
+    lines = notebook.cells[1].source.replace("/kaggle/input", f"{tmp_path}/kaggle/input")
+    find, _, install = lines.partition("if importlib")
+    assert "pip install" in install and "pyproject.toml" in install
+    printed = subprocess.run(
+        [sys.executable, "-c", f"{find}print(SOURCE)"],
+        cwd=tmp_path / "clone" / "notebooks",
+        capture_output=True,
+        text=True,
+        check=True,
+    ).stdout
+    assert printed == f"{root}\n"
 
 
 def output_of(cell: Any) -> str:
@@ -70,6 +91,7 @@ def test_it_runs_from_top_to_bottom(
     assert "Step 1: 24 x 4 = 96 ✓\n" in before
     assert "step 40/40: " in training and "256 held-out problems" in training
     assert "srcdoc" in report and "&lt;html" in report
+    assert "No command was recorded" in report and "HistoryManager" not in report
     assert before in after.partition("after 40 steps")[0]
     assert "98 - 96 = 2 ✓" in after.partition("after 40 steps")[2]
     assert "model: merged, bfloat16, after 40 steps" in exported

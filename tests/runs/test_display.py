@@ -136,6 +136,15 @@ def test_off_a_terminal_a_step_is_one_line() -> None:
     assert shown.getvalue().endswith("; 99:59:59 left\n")
 
 
+@pytest.mark.parametrize("make", ["plain", "terminal"])
+def test_a_step_without_a_reward_is_not_one_of_0(make: str) -> None:
+    display, shown = {"plain": plain, "terminal": terminal}[make]()
+    with display.training(598, 600) as on_record:
+        on_record(RECORD | {"reward": None})
+        on_record(RECORD | {"reward": None})
+    assert "none (format" in shown.getvalue() and "0.000" not in shown.getvalue()
+
+
 def test_off_a_terminal_supervised_training_is_some_twenty_lines() -> None:
     for steps, lines in ((1, 1), (3, 3), (20, 20), (2500, 20), (2510, 21)):
         display, shown = plain()

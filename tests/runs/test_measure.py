@@ -131,12 +131,12 @@ def test_completions_are_handed_out_in_the_order_of_their_examples():
     ]
 
 
-def test_a_mean_of_nothing_is_no_warning_and_no_nan():
+def test_a_mean_of_nothing_is_no_warning_and_no_number():
     learner: Any = FakeLearner(eval_batch_prompts=4)
     unscored = Scorer(RewardConfig(), lambda questions, *_: [None] * len(questions))
     measured = measure(learner, EXAMPLES, unscored, samples=2)
     assert measured.sampled is not None
-    assert measured.sampled.reward == 0.0
+    assert measured.reward is None and measured.sampled.reward is None, "which is not 0"
     partly = Scorer(
         RewardConfig(format_weight=0, logic_weight=0, accuracy_weight=0, length_weight=0),
         lambda questions, *_: [2.0, *[None] * (len(questions) - 1)],

@@ -253,6 +253,16 @@ def test_nobodys_home_and_no_token_is_told(write: Write) -> None:
     assert "gemma2-grpo train --run ~/runs/x" in page and "~/gemma" in page
 
 
+def test_a_run_of_a_notebook_is_reproduced_by_its_configuration(write: Write) -> None:
+    path = write([True])
+    (path / "run.json").write_text(json.dumps({"starts": [{"command": []}]}))
+    [(_, command)] = facts.starts(read_run(path))
+    assert command.startswith("# No command was recorded")
+    assert command.endswith(f"\ngemma2-grpo train {path}/config.toml --run runs/again")
+    (path / "config.toml").unlink()
+    assert "gemma2-grpo" not in facts.starts(read_run(path))[0][1]
+
+
 # --- Damage ---
 
 

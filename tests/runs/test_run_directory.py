@@ -15,7 +15,7 @@ import pytest
 
 from gemma2_grpo.config import Config, ConfigError, UserError
 from gemma2_grpo.presets import load_config
-from gemma2_grpo.runs.run_directory import RunDirectory, check_free_space
+from gemma2_grpo.runs.run_directory import RunDirectory, check_free_space, command_facts
 
 CONFIG = load_config("tiny")
 CHANGES = [
@@ -142,6 +142,22 @@ def test_run_json_holds_versions_and_facts(run):
     assert {"google-tunix", "qwix", "jax", "flax"} <= set(start["versions"])
     assert {"started", "command", "machine"} <= set(start)
     assert described["data_sha256"] == "d"
+
+
+@pytest.mark.parametrize(
+    ("program", "command"),
+    [
+        ("/usr/bin/gemma2-grpo", ["gemma2-grpo", "train", "tiny"]),
+        ("/src/gemma2_grpo/cli.py", ["gemma2-grpo", "train", "tiny"]),
+        ("/site-packages/ipykernel_launcher.py", []),
+        ("-c", []),
+    ],
+)
+def test_a_command_is_recorded_and_the_words_of_a_kernel_are_not(
+    program: str, command: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "argv", [program, "train", "tiny"])
+    assert command_facts()["command"] == command
 
 
 def test_run_json_keeps_every_start(run):

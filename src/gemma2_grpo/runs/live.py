@@ -46,7 +46,8 @@ class TrainingPanel(Progress):
         """Moves on by one step; alarms are shown for as long as they are active."""
         del new
         self._record, self._alarms = record, active
-        self._rewards.append(record["reward"] or 0.0)
+        if record["reward"] is not None:  # No completion may have got one.
+            self._rewards.append(record["reward"])
         self.update(self._task, advance=1, left=duration(record["seconds_left"]))
 
     def held_out(self, step: int, measurement: "Measurement") -> None:
@@ -77,8 +78,9 @@ class TrainingPanel(Progress):
 def step_facts(record: Mapping[str, Any]) -> dict[str, str]:
     """What a step gave, in lines of at most 64 columns; the same on a terminal and off one."""
     parts = " ".join(f"{name} {record[name]:.2f}" for name in RISING)
+    reward = "none" if record["reward"] is None else f"{record['reward']:.3f}"
     facts = {
-        "reward": f"{record['reward'] or 0.0:.3f} ({parts})",
+        "reward": f"{reward} ({parts})",
         "right": f"{record['correct']:.1%} of sampled answers",
         "policy": (
             f"kl {record['kl']:.4f} entropy {record['entropy']:.3f} "
@@ -111,7 +113,7 @@ def in_words(measurement: "Measurement") -> str:
 
 def curve(values: Sequence[float] | deque[float]) -> str:
     """The last values as a line of blocks, from the lowest of them to the highest."""
-    low, high = min(values), max(values)
+    low, high = min(values, default=0.0), max(values, default=0.0)
     top = len(_LEVELS) - 1
     scale = top / (high - low) if high > low else 0.0
     return "".join(_LEVELS[round((value - low) * scale)] for value in values)

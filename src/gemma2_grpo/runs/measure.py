@@ -28,8 +28,8 @@ class Sampled:
     """With k = samples."""
     format: float
     """Share in perfect format."""
-    reward: float
-    """Mean total reward."""
+    reward: float | None
+    """Mean total reward; None if none could be given."""
     true_equations: float
     """Share of the written equations that hold."""
 
@@ -49,7 +49,7 @@ class Measurement:
     mean_tokens: float
     truncated: float
     """Share of greedy completions that ran into the limit."""
-    reward: float
+    reward: float | None
     """Mean total reward of the greedy completions."""
     sampled: Sampled | None = None
 
@@ -207,9 +207,9 @@ def _batch_prompts(learner: Learner, group: int) -> int:
     return max(1, learner.config.run.eval_batch_prompts // group)
 
 
-def _mean(rewards: np.ndarray) -> float:
-    """Of those that were given."""
-    return float(np.nanmean(rewards)) if np.isfinite(rewards).any() else 0.0
+def _mean(rewards: np.ndarray) -> float | None:
+    """Of those that were given; None if none was."""
+    return float(np.nanmean(rewards)) if np.isfinite(rewards).any() else None
 
 
 def _share(part: np.ndarray, whole: np.ndarray) -> float:

@@ -11,6 +11,8 @@ from gemma2_grpo.task.statistics import Paired, compare_paired, wilson_interval
 # What is called a difference is less likely than this without one.
 SIGNIFICANCE = 0.05
 
+_NO_BREAK = "\u00a0"
+
 # Name, label, and whether it is a share.
 MEASURES = (
     ("accuracy", "Right, greedy", True),
@@ -265,7 +267,10 @@ def step_rows(results: Sequence[Result]) -> list[list[str]]:
         found = [result.by_steps.get(steps) for result in results]
         problems = max(result.problems for result in found if result)
         cells = [
-            f"{percent(part.accuracy)}, {part.interval_text}" if part else "–" for part in found
+            f"{percent(part.accuracy)}, {part.interval_text.replace(' ', _NO_BREAK)}"
+            if part
+            else "–"
+            for part in found
         ]
         rows.append([f"{steps} step{'s' if steps != 1 else ''}", f"{problems:,}", *cells])
     return rows

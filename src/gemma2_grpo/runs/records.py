@@ -65,5 +65,6 @@ def find_rises(records: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     return rises
 
 
-def _mean(values: np.ndarray) -> float:
-    return float(np.nanmean(values)) if np.isfinite(values).any() else 0.0
+def _mean(values: np.ndarray) -> float | None:
+    """Of the completions that have a score; None if none has, which is not a mean of 0."""
+    return float(np.nanmean(values)) if np.isfinite(values).any() else None

@@ -12,7 +12,7 @@ from typing import Any
 from gemma2_grpo.config import ConfigError
 from gemma2_grpo.presets import load_config, preset_names
 from gemma2_grpo.runs.outcome import percent
-from gemma2_grpo.runs.run_files import Numbers, RunFiles, numbers
+from gemma2_grpo.runs.run_files import Numbers, RunFiles, Start, numbers
 from gemma2_grpo.task.rewards import COMPONENTS
 
 # Of other people's machines, which are nobody's business, and keys.
@@ -114,10 +114,19 @@ def starts(run: RunFiles) -> list[tuple[str, str]]:
     return [
         (
             f"{kind} {start.started.replace('T', ' ').replace('Z', ' UTC')}",
-            plain(shlex.join(start.command)),
+            plain(shlex.join(start.command)) or _without_command(run, start),
         )
         for kind, start in done
     ]
+
+
+def _without_command(run: RunFiles, start: Start) -> str:
+    """What to say of a start from Python, and how to train with its configuration again."""
+    said = "# No command was recorded, as where a notebook starts it."
+    if start is run.evaluation or not run.config:
+        return said
+    config = plain(shlex.join([str(run.path / "config.toml")]))
+    return f"{said} The same configuration:\ngemma2-grpo train {config} --run runs/again"
 
 
 def origins(run: RunFiles) -> list[tuple[str, str]]:

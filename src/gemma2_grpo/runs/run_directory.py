@@ -263,10 +263,20 @@ def command_facts() -> dict[str, Any]:
         except metadata.PackageNotFoundError:
             continue
     return {
-        "command": ["gemma2-grpo", *sys.argv[1:]],
+        "command": _command(),
         "machine": platform.platform(),
         "versions": versions,
     }
+
+
+def _command() -> list[str]:
+    """The command line; empty where the words are those of a notebook's kernel or another program.
+
+    The command is installed under its name, and also run as a module.
+    """
+    program = Path(sys.argv[0])
+    is_ours = program.stem == "gemma2-grpo" or program.parts[-2:] == ("gemma2_grpo", "cli.py")
+    return ["gemma2-grpo", *sys.argv[1:]] if is_ours else []
 
 
 def utc_now() -> str:
