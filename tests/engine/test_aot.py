@@ -12,6 +12,8 @@ from tunix.models.gemma import model as gemma
 
 from gemma2_grpo.config import Config
 from gemma2_grpo.engine.aot import Programs, abstract_policy
+from gemma2_grpo.engine.costs import estimate_memory, model_sizes
+from gemma2_grpo.engine.footprint import Footprint, Resident, resident
 from gemma2_grpo.engine.layers import constrained
 from gemma2_grpo.engine.lora import add_lora
 
@@ -64,3 +66,53 @@ def test_activations_are_laid_out_on_a_cpu_too(wide_mesh: Mesh) -> None:
 
     assert laid(4).sharding.shard_shape((4, 3, 8)) == (2, 3, 2)
     assert laid(1).sharding.shard_shape((1, 3, 8)) == (1, 3, 2)  # One row cannot be divided.
+
+
+def test_a_run_keeps_the_base_beside_weights_with_the_adapters_added(
+    wide_base: gemma.Gemma, wide_mesh: Mesh, wide_config: Config
+) -> None:
+    def peaks(dtype: str, merge_lora: str) -> tuple[Resident, dict[str, int]]:
+        model = dataclasses.replace(wide_config.model, dtype=dtype)
+        rollout = dataclasses.replace(wide_config.rollout, merge_lora=merge_lora)
+        config = dataclasses.replace(wide_config, model=model, rollout=rollout)
+        kept = resident(Programs(wide_base.config, config, wide_mesh))
+        names = ("prefill", "decode", "grow cache", "reference", "update", "optimizer")
+        return kept, {name: kept.peak(_program(name, 1000)) for name in names}
+
+    # A program that takes 1000 bytes, of which some are weights, adapters and moments.
+    kept, apart = peaks("bfloat16", "auto")
+    weights, adapters, moments = kept.weights, kept.adapters, kept.moments
+    assert apart == {
+        "prefill": 1000 + moments,
+        "decode": 1000 + moments,
+        "grow cache": 1000 + weights + adapters + moments,
+        "reference": 1000 + adapters + moments,
+        "update": 1000 + moments,
+        "optimizer": 1000 + weights,
+    }
+    _, sampling = peaks("bfloat16", "always")
+    assert sampling == apart | {
+        "prefill": 1000 + weights + adapters + moments,
+        "decode": 1000 + weights + adapters + moments,
+        "grow cache": 1000 + 2 * weights + adapters + moments,
+    }
+    wide, both = peaks("float32", "auto")
+    assert wide.weights == 2 * weights
+    assert both["decode"] == 1000 + wide.weights + adapters + moments
+    assert both["update"] == 1000 + wide.weights + moments
+    assert both["optimizer"] == 1000 + 2 * wide.weights
+    assert both["reference"] == 1000 + adapters + moments
+
+
+def _program(name: str, peak: int) -> Footprint:
+    return Footprint(name, 0, 0, peak, True, {}, 0.0, 0.0)
+
+
+def test_residents_are_estimated_exactly(programs: Programs, wide_config: Config) -> None:
+    a, kept = programs.architecture, resident(programs)
+    sizes = model_sizes(a, wide_config)
+    estimate = estimate_memory(sizes, a, wide_config)
+    counters = 21  # Three numbers of steps and of gradients left out, and what came of the last.
+    assert kept.adapters + kept.moments - counters == estimate.trained
+    norms = (a.num_layers * 4 + 1) * a.embed_dim * 2
+    assert estimate.weights < kept.weights <= estimate.weights + norms

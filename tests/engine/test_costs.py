@@ -31,7 +31,6 @@ def test_sizes_of_gemma_2_2b() -> None:
     assert sizes.adapters == 79_233_024
     assert sizes.cache_bytes_per_token == 26 * 2 * 4 * 256 * 2 == 106_496
     assert sizes.weight_bytes == 2 * (sizes.decoder + sizes.head)
-    assert sizes.trained_bytes == 12 * sizes.adapters
 
 
 def test_work_by_hand() -> None:
@@ -48,9 +47,17 @@ def test_work_by_hand() -> None:
     assert decode.bytes == 2 * sizes.weight_bytes * 768 + cache
     saved = 2 * 79_233_024 * (tokens + 2048)
     assert reference.operations == prefill.operations + decode.operations - saved
+    # Completions: three passes through the layers, two products with the head, and of attention
+    # the two products of two forward passes and five of the backward pass. Prompts: once more.
     gradients = 2 * 79_233_024 * (tokens + 2048)
-    passes = prefill.operations + decode.operations
-    assert update.operations == 3 * (3 * passes + gradients)
+    layers = (3 * tokens + 4 * 2048) * per_token
+    attention = 2 * 53_248 * (9 * tokens * (256 + 50) + 11 * 2048 * 128)
+    assert update.operations == 3 * (layers + 2 * tokens * 2 * 589_824_000 + attention + gradients)
+    # 12,800 tokens are two micro-batches of 12,288, each of which reads all weights.
+    layer_bytes, head_bytes = 2 * 2 * 2_024_275_968, 2 * 2 * 589_824_000
+    assert prefill.bytes == layer_bytes
+    assert reference.bytes == 3 * layer_bytes + 2 * head_bytes
+    assert update.bytes == 3 * (10 * layer_bytes + 4 * head_bytes)
 
 
 def test_without_a_penalty_there_is_no_reference() -> None:
@@ -75,7 +82,32 @@ def test_memory_halves_with_the_mesh() -> None:
     alone = estimate_memory(sizes, GEMMA, dataclasses.replace(FLAGSHIP, model=one))
     eight = estimate_memory(sizes, GEMMA, FLAGSHIP)
     assert alone.weights == 8 * eight.weights == sizes.weight_bytes
-    assert alone.cache == 8 * eight.cache == 1.5 * 106_496 * (128 * 768 + 8 * 256)
+    cache = 106_496 * (128 * 768 + 8 * 256)
+    assert alone.caches["decode"] == 8 * eight.caches["decode"] == cache
+    # While it grows, the cache of 512 slots is there as well.
+    assert alone.caches["grow cache"] == cache + 106_496 * (128 * 512 + 8 * 256)
+    # Sampling brings the weights together over fsdp, of which a chip then has a quarter.
+    assert (alone.gathered, eight.gathered) == (0, sizes.weight_bytes / 4)
+    assert eight.decode == eight.weights + eight.trained + eight.gathered + eight.caches["decode"]
+    assert alone.decode == alone.weights + alone.trained + alone.caches["grow cache"]
+    # Adapters lie over one axis each: six sides of 2,304 over fsdp; 6,144 and 3 x 9,216 over tp.
+    assert alone.trained == 12 * sizes.adapters
+    assert eight.trained == 12 * 26 * 64 * (6 * 2304 / 2 + (6144 + 3 * 9216) / 4)
+
+
+def test_float32_keeps_the_weights_twice() -> None:
+    assert GEMMA is not None
+    model = dataclasses.replace(FLAGSHIP.model, dtype="float32")
+    config = dataclasses.replace(FLAGSHIP, model=model)
+    sizes = model_sizes(GEMMA, config)
+    wide = estimate_memory(sizes, GEMMA, config)
+    assert wide.sampling_copy == wide.update_copy == wide.weights == sizes.weight_bytes / 8
+    used = wide.gathered + wide.caches["decode"]
+    assert wide.decode == 2 * wide.weights + wide.trained + used
+    kept = 2 * wide.weights + wide.trained * 4 / 3
+    assert wide.update == kept + wide.logits + wide.activations
+    narrow = estimate_memory(model_sizes(GEMMA, FLAGSHIP), GEMMA, FLAGSHIP)
+    assert narrow.sampling_copy == narrow.update_copy == 0
 
 
 def test_moved_bytes_count_every_run_of_a_program() -> None:

@@ -113,6 +113,13 @@ def test_a_gpu_is_estimated(capsys: pytest.CaptureFixture[str]) -> None:
     assert sum(made["parts"].values()) == pytest.approx(made["peak_bytes"], abs=10)
     status, out, _ = plan("gemma2-2b-gpu", "--target", "h100", "--budget", "0.1", capsys=capsys)
     assert status == 3 and "would not finish in time" in out and "--max-steps " in out
+    status, out, _ = plan("gemma2-2b-gpu", "--target", "h100", "--budget", "0.0001", capsys=capsys)
+    assert status == 3 and "--max-steps" not in out
+    assert "Nothing was found that makes it fit and finish." in out
+    # Fewer steps need no less memory.
+    nine = ("--model", "google/gemma-2-9b-it", "--budget", "0.1")
+    status, out, _ = plan("gemma2-2b-gpu", "--target", "t4", *nine, capsys=capsys)
+    assert status == 3 and "It does not fit" in out and "smallest change" not in out
 
 
 def test_the_smallest_change_is_found_by_trying() -> None:

@@ -235,6 +235,74 @@ def test_an_error_in_one_ends_all_with_its_words(
         assert "process 1 has learning_rate = 0.5, but process 0 has 0.01" in err
 
 
+def test_a_mistake_of_one_ends_the_others_with_its_words(
+    write_config: Callable[..., Path], tmp_path: Path
+) -> None:
+    """Only process 0 has a run directory; the other one waits for it when it is refused."""
+    (tmp_path / "run").write_text("a file in its place")
+    first, other = map(ended, start_pair(write_config(run=STEPS), tmp_path / "run"))
+    line = f"run directory {tmp_path / 'run'}: cannot be written (Not a directory)"
+    assert (first[0], other[0]) == (2, 2)
+    assert first[2].splitlines()[-1].startswith(f"error: {line}")
+    assert other[2].splitlines()[-1].startswith(f"error: process 0: {line}")
+
+
+JOINED = """
+import os, signal, sys, time
+from gemma2_grpo.engine.processes import joined
+with joined(sys.argv[1], 2, int(sys.argv[2])):
+    os.kill(os.getpid(), signal.SIGTERM)
+    time.sleep(30)
+"""
+
+
+def test_a_signal_ends_processes_that_do_not_train_yet() -> None:
+    """JAX would take SIGTERM for itself, and a job would wait until it is killed."""
+    address = f"127.0.0.1:{free_port()}"
+    pair = [
+        subprocess.Popen(
+            [sys.executable, "-c", JOINED, address, number],
+            env={**os.environ, "XLA_FLAGS": ""},
+            stderr=subprocess.DEVNULL,
+        )
+        for number in "01"
+    ]
+    assert [process.wait(60) for process in pair] == [-signal.SIGTERM] * 2
+
+
+# In process 1 alone, at its second call.
+FAILING = """
+import os
+
+calls = 0
+
+
+def reward(questions, completions, answers):
+    global calls
+    calls += 1
+    if calls == 2 and os.environ.get("FAIL"):
+        raise SystemExit("enough")
+    return [0.1 * len(text) for text in completions]
+"""
+
+
+@pytest.mark.slow
+def test_a_reward_that_fails_in_one_ends_the_others_in_the_middle_of_a_run(
+    write_config: Callable[..., Path], tmp_path: Path
+) -> None:
+    (tmp_path / "failing.py").write_text(FAILING)
+    config = write_config(
+        rewards={"reward": f"{tmp_path / 'failing.py'}:reward"}, run=STEPS | {"max_steps": 50}
+    )
+    pair = start_pair(config, tmp_path / "run", environments=({}, {"FAIL": "yes"}))
+    (status, _, err), (other_status, _, other_err) = map(ended, pair)
+    assert (status, other_status) == (2, 2)
+    words = f"reward {tmp_path / 'failing.py'}:reward: raised SystemExit: enough"
+    assert err.splitlines()[-1].startswith(f"error: process 1: {words}")
+    assert other_err.splitlines()[-1].startswith(f"error: {words}")
+    assert len(records(tmp_path / "run", "metrics.jsonl")) == 1
+
+
 class TestCluster:
     def test_alone_unless_told_otherwise(self) -> None:
         assert find_cluster(None, None, None, {}) is None

@@ -180,6 +180,16 @@ def test_a_raising_reward_is_named_with_its_place(tmp_path):
     assert message(Scorer(RewardConfig(reward=spec), reward), EXAMPLES, COMPLETIONS) == expected
 
 
+def test_a_reward_cannot_end_a_run_as_if_it_had_succeeded(tmp_path):
+    file = write(tmp_path / "mine.py", "def mine(q, c, a):\n    raise SystemExit(0)\n")
+    spec = f"{file}:mine"
+    scorer = Scorer(RewardConfig(reward=spec), load_reward(spec)[0])
+    said = message(scorer, EXAMPLES, COMPLETIONS)
+    assert said == f"reward {spec}: raised SystemExit: 0 ({file}:2)"
+    write(file, "raise SystemExit\n")
+    assert message(load_reward, spec) == f"reward = {spec!r}: SystemExit: "
+
+
 # --- Loading path.py:function ---
 
 

@@ -24,7 +24,7 @@ from gemma2_grpo.engine.decode import (
     start_grid,
 )
 from gemma2_grpo.engine.forward import Weights, network_of, weights_of
-from gemma2_grpo.engine.lora import add_lora, merge_adapters
+from gemma2_grpo.engine.lora import add_lora, merge_adapters, samples_merged, updates_merged
 from gemma2_grpo.engine.model import batch_sharding, plain_model, plain_network
 from gemma2_grpo.engine.packing import MicroBatch, choose_shapes
 from gemma2_grpo.engine.sampling import Sampling
@@ -73,7 +73,7 @@ class Programs:
             rollout.max_prompt_tokens,
             rollout.max_completion_tokens,
         )
-        self._keeps_small_changes = config.model.dtype == "float32"
+        self.samples_merged, self.updates_merged = samples_merged(config), updates_merged(config)
 
     def all(self) -> dict[str, Lower]:
         """Programs in the order in which a step runs them."""
@@ -85,10 +85,7 @@ class Programs:
         prompts, limit = config.prompts_per_step, config.max_completion_tokens
         rows = prompts * config.num_generations
         sampling = Sampling(config.temperature, config.top_p, config.top_k, (1, 107), 0)
-        is_merged = config.merge_lora == "always" or (
-            config.merge_lora == "auto" and self._keeps_small_changes
-        )
-        if is_merged:
+        if self.samples_merged:
             network = plain_network(self.architecture, mesh, is_sampling=True)
             weights = Weights(nnx.State({}), self.weights.base)
         else:
@@ -136,7 +133,7 @@ class Programs:
         lora, base = self.weights
         reference = Weights(nnx.State({}), base)
         programs = UpdatePrograms(
-            network_of(self.policy, config.model.remat, are_merged=self._keeps_small_changes),
+            network_of(self.policy, config.model.remat, are_merged=self.updates_merged),
             plain_network(self.architecture, self.mesh),
             nnx.split(self.policy, nnx.LoRAParam, ...)[0],
             nnx.split(self.optimizer)[0],
@@ -158,7 +155,7 @@ class Programs:
             found["reference"] = lambda: programs.reference_logps.lower(
                 reference, prefix, lengths, micro
             )
-        if self._keeps_small_changes:
+        if self.updates_merged:
             found["merge"] = lambda: merge_adapters.lower(self.weights, config.model.lora_scale)
         return found | {
             "update prompts": lambda: programs.prefix.lower(self.weights, prompts),

@@ -3,7 +3,9 @@
 Letters: B prompts of P tokens with G completions each; C completion tokens of a step; D width, F
 MLP units, V vocabulary entries, L layers, r LoRA rank, mu iterations. A product of a matrix of n
 entries with t tokens takes 2 n t operations. The base is frozen, so a backward pass computes no
-gradients of its matrices: it takes as much as the forward pass, not twice as much.
+gradients of its matrices: it takes as much as the forward pass, not twice as much. Of attention it
+takes five products where the forward pass has two: those of four gradients, and the weights again.
+The slope of the output head is taken in the forward pass, by a second product, and by no other.
 """
 
 import math
@@ -14,7 +16,8 @@ from typing import Any
 from tunix.models.gemma import model as gemma
 
 from gemma2_grpo.config import Config
-from gemma2_grpo.engine.lora import max_adapter_parameters
+from gemma2_grpo.engine.decode import cache_sizes
+from gemma2_grpo.engine.lora import max_adapter_parameters, samples_merged, updates_merged
 from gemma2_grpo.engine.targets import Target
 
 _FLOAT32 = 4
@@ -43,11 +46,6 @@ class Sizes:
     def weight_bytes(self) -> int:
         """Of the base."""
         return (self.decoder + self.head) * self.item_bytes
-
-    @property
-    def trained_bytes(self) -> int:
-        """Of the adapters and the two moments of each, in float32."""
-        return 3 * self.adapters * _FLOAT32
 
 
 def model_sizes(architecture: gemma.ModelConfig, config: Config) -> Sizes:
@@ -82,37 +80,87 @@ class Work:
         return max(self.operations / (peak * chips), self.bytes / (target.memory_bandwidth * chips))
 
 
+@dataclass(frozen=True)
+class _Forward:
+    """Operations of one pass through the model."""
+
+    prompts: float
+    """Of the layers' matrices and their adapters."""
+    completions: float
+    adapters: float
+    """Those of the adapters alone, of prompts and completions."""
+    head: float
+    """Prompts need none."""
+    prompt_attention: float
+    attention: float
+
+
+def _forward(sizes: Sizes, config: Config, mean_tokens: float) -> _Forward:
+    rollout = config.rollout
+    prompt = rollout.max_prompt_tokens
+    prompts = rollout.prompts_per_step * prompt
+    tokens = rollout.prompts_per_step * rollout.num_generations * mean_tokens
+    # A token attends to half of its own row on average, and of a completion to the prompt.
+    per_pair = 4.0 * sizes.attention
+    return _Forward(
+        prompts=prompts * 2.0 * (sizes.decoder + sizes.adapters),
+        completions=tokens * 2.0 * (sizes.decoder + sizes.adapters),
+        adapters=(prompts + tokens) * 2.0 * sizes.adapters,
+        head=tokens * 2.0 * sizes.head,
+        prompt_attention=prompts * per_pair * prompt / 2,
+        attention=tokens * per_pair * (prompt + mean_tokens / 2),
+    )
+
+
 def step_work(sizes: Sizes, config: Config, mean_tokens: float) -> list[Work]:
     """The parts of a step whose completions have so many tokens on average.
 
     Decoding goes on until the longest of a step's completions ends; here that is the limit.
     """
     rollout, mu = config.rollout, config.grpo.num_iterations
-    prompts = rollout.prompts_per_step
-    rows, prompt = prompts * rollout.num_generations, rollout.max_prompt_tokens
-    tokens, prompt_tokens = rows * mean_tokens, prompts * prompt
-    decoder = 2.0 * (sizes.decoder + sizes.adapters)
-    pairs = prompt + mean_tokens / 2  # What a completion token attends to, on average.
-    attention = 4.0 * sizes.attention
-    prompt_pass = prompt_tokens * (decoder + attention * prompt / 2)
-    completion_pass = tokens * (decoder + 2.0 * sizes.head + attention * pairs)
-    fsdp = config.model.mesh_shape[0]
-    read = float(fsdp * sizes.weight_bytes)
+    forward = _forward(sizes, config, mean_tokens)
+    prefill = forward.prompts + forward.prompt_attention
+    decode = forward.completions + forward.head + forward.attention
+    layers, head = (
+        float(config.model.mesh_shape[0] * entries * sizes.item_bytes)
+        for entries in (sizes.decoder, sizes.head)
+    )
     # A cache is read up to where it is written; the prompt's once for each group.
+    prompt_tokens = rollout.prompts_per_step * rollout.max_prompt_tokens
+    tokens = rollout.prompts_per_step * rollout.num_generations * mean_tokens
     cache = sizes.cache_bytes_per_token * (tokens * mean_tokens / 2 + prompt_tokens * mean_tokens)
     # Forward, backward, and once more forward where the layers are computed again.
     passes = 3.0 if config.model.remat != "none" else 2.0
-    adapters = 2.0 * sizes.adapters * (tokens + prompt_tokens)  # Gradients of A and B.
+    micro = _micro_batches(config, mean_tokens)
+    read = (micro * passes + passes + 1) * layers + 2 * micro * head
     parts = [
-        Work("prefill", prompt_pass, read),
-        Work("decode", completion_pass, read * rollout.max_completion_tokens + cache),
-        Work("update", mu * (passes * (prompt_pass + completion_pass) + adapters), mu * 3 * read),
+        Work("prefill", prefill, layers),
+        Work("decode", decode, (layers + head) * rollout.max_completion_tokens + cache),
+        Work("update", mu * _update_operations(forward, passes), mu * read),
     ]
     if config.grpo.beta:
-        reference = prompt_tokens + tokens
-        saved = 2.0 * sizes.adapters * reference  # The reference has no adapters.
-        parts.insert(2, Work("reference", prompt_pass + completion_pass - saved, read))
+        # The reference has no adapters.
+        operations = prefill + decode - forward.adapters
+        parts.insert(2, Work("reference", operations, (micro + 1) * layers + micro * head))
     return parts
+
+
+def _update_operations(forward: _Forward, passes: float) -> float:
+    """Of one update. Prompts are run once more, before their completions."""
+    return (
+        passes * forward.completions
+        + (passes + 1) * forward.prompts
+        + forward.adapters  # Gradients of A and B.
+        + 2 * forward.head
+        + (passes + 1.5) * forward.attention
+        + (passes + 2.5) * forward.prompt_attention
+    )
+
+
+def _micro_batches(config: Config, mean_tokens: float) -> int:
+    """Of a step, if they are full."""
+    rows = config.rollout.prompts_per_step * config.rollout.num_generations
+    return math.ceil(rows * mean_tokens / config.grpo.micro_batch_tokens)
 
 
 def moved_bytes(
@@ -128,7 +176,7 @@ def moved_bytes(
     """
     rollout, mu = config.rollout, config.grpo.num_iterations
     rows = rollout.prompts_per_step * rollout.num_generations
-    micro = math.ceil(rows * mean_tokens / config.grpo.micro_batch_tokens)
+    micro = _micro_batches(config, mean_tokens)
     runs = {"reference": micro, "update": mu * micro, "optimizer": mu}
     runs |= {"update prompts": mu, "update prompts, back": mu}
     moved = float(
@@ -152,8 +200,14 @@ class MemoryEstimate:
 
     weights: float
     trained: float
-    cache: float
-    """Of sampling at its largest, all rows at full length, twice while it grows."""
+    gathered: float
+    """The copy of the weights that sampling brings together over fsdp."""
+    caches: Mapping[str, float]
+    """Of sampling at its largest, all rows alive, by program; two at once while it grows."""
+    sampling_copy: float
+    """Of the weights with the adapters added, where sampling has one."""
+    update_copy: float
+    """The same of an update."""
     logits: float
     """One chunk in float32, with its exponentials and its gradient."""
     activations: float
@@ -162,12 +216,15 @@ class MemoryEstimate:
     @property
     def decode(self) -> float:
         """Peak of sampling."""
-        return self.weights + self.trained + self.cache
+        growing = self.caches.get("grow cache", 0.0)
+        used = max(self.gathered + self.caches["decode"], growing)
+        return self.weights + self.trained + self.sampling_copy + used
 
     @property
     def update(self) -> float:
         """Peak of an update; its gradients are as large as the adapters."""
-        return self.weights + self.trained * 4 / 3 + self.logits + self.activations
+        kept = self.weights + self.trained * 4 / 3 + self.update_copy
+        return kept + self.logits + self.activations
 
     @property
     def peak(self) -> float:
@@ -182,20 +239,32 @@ def estimate_memory(
     fsdp, tp = config.model.mesh_shape
     rollout, tokens = config.rollout, config.grpo.micro_batch_tokens
     rows = rollout.prompts_per_step * rollout.num_generations
-    cached = rows * rollout.max_completion_tokens + rollout.prompts_per_step * (
-        rollout.max_prompt_tokens
-    )
+    weights = sizes.weight_bytes / (fsdp * tp)
+    # A matrix lies over both axes, but its adapters each over that of the side they share with it.
+    a, own = architecture, tokens / fsdp
+    queries, keys = a.num_heads * a.head_dim, a.num_kv_heads * a.head_dim
+    sides = 6 * a.embed_dim / fsdp + (2 * queries + 2 * keys + 3 * a.hidden_dim) / tp
+    adapters = a.num_layers * config.model.lora_rank * sides
+    prompts = rollout.prompts_per_step * rollout.max_prompt_tokens
+    token_bytes = sizes.cache_bytes_per_token / (fsdp * tp)
+    slots = cache_sizes(rollout.max_completion_tokens)
+    caches = [(rows * size + prompts) * token_bytes for size in slots]
+    of_programs = {"prefill": caches[0], "decode": caches[-1]}
+    if len(caches) > 1:
+        of_programs["grow cache"] = caches[-2] + caches[-1]
     chunk = min(config.model.logprob_chunk_tokens, 2 * rollout.max_completion_tokens)
     width = 2 * rollout.max_completion_tokens
     chunk_rows = max(1, tokens // width // fsdp)
-    a, own = architecture, tokens / fsdp
     residual = own * a.embed_dim * sizes.item_bytes / tp
     inside = own * (4 * a.embed_dim + 4 * a.hidden_dim / tp) * _FLOAT32
     kept = {"none": inside / 2, "block": 3 * residual, "decoder": residual}[config.model.remat]
     return MemoryEstimate(
-        weights=sizes.weight_bytes / (fsdp * tp),
-        trained=sizes.trained_bytes / (fsdp * tp),
-        cache=1.5 * cached * sizes.cache_bytes_per_token / (fsdp * tp),
+        weights=weights,
+        trained=3 * _FLOAT32 * adapters,
+        gathered=weights * fsdp if fsdp > 1 else 0.0,
+        caches=of_programs,
+        sampling_copy=weights if samples_merged(config) else 0.0,
+        update_copy=weights if updates_merged(config) else 0.0,
         logits=3 * chunk_rows * chunk * a.num_embed * _FLOAT32 / tp,
         activations=a.num_layers * kept + inside,
     )

@@ -163,6 +163,8 @@ class Resident:
     weights: int
     adapters: int
     moments: int
+    merged: frozenset[str] = frozenset()
+    """Programs during which a copy of the weights is there, with the adapters added."""
 
     @property
     def total(self) -> int:
@@ -171,10 +173,14 @@ class Resident:
 
     def peak(self, program: Footprint) -> int:
         """Of the run while a program runs, which counts some of the residents as arguments."""
-        weights, adapters, moments = _RESIDENTS[program.name]
+        name = program.name
+        weights, adapters, moments = _RESIDENTS[name]
+        if name in self.merged:  # The copy is the argument, or waits; the base waits in any case.
+            weights -= 1
+            adapters = 0 if name in _OF_ROLLOUT else adapters
         counted = weights * self.weights + adapters * self.adapters + moments * self.moments
         # Gradients that are being added up are the argument of some programs and wait for others.
-        waiting = self.adapters if program.name == "update prompts" else 0
+        waiting = self.adapters if name == "update prompts" else 0
         return self.total - counted + program.peak + waiting
 
 
@@ -191,13 +197,19 @@ _RESIDENTS = {
     "optimizer": (0, 1, 1),
 }
 """Which of weights, adapters and moments are arguments of a program."""
+_OF_ROLLOUT = ("prefill", "decode", "grow cache")
+_OF_UPDATE = ("update prompts", "update", "update prompts, back", "optimizer")
 
 
 def resident(programs: Programs) -> Resident:
     """Sizes on one chip, exactly, by the sharding of each variable."""
     lora, base = programs.weights
     moments = nnx.state(programs.optimizer, nnx.OptState)
-    return Resident(_local_bytes(base), _local_bytes(lora), _local_bytes(moments))
+    merged = frozenset(
+        (_OF_ROLLOUT if programs.samples_merged else ())
+        + (_OF_UPDATE if programs.updates_merged else ())
+    )
+    return Resident(_local_bytes(base), _local_bytes(lora), _local_bytes(moments), merged)
 
 
 def _local_bytes(tree: Any) -> int:

@@ -16,6 +16,7 @@ from tunix.rl.rl_cluster import ClusterConfig, Mode, RLCluster, RLTrainingConfig
 from tunix.rl.rollout.base_rollout import RolloutConfig as TunixRolloutConfig
 
 from gemma2_grpo.config import Config
+from gemma2_grpo.engine.lora import samples_merged
 from gemma2_grpo.engine.loss import Advantages, group_advantages, token_weights
 from gemma2_grpo.engine.packing import PromptBatch, choose_shapes, prompt_batches
 from gemma2_grpo.engine.processes import gather, gather_rows, share
@@ -134,12 +135,8 @@ class Learner:
 
     @property
     def is_merged(self) -> bool:
-        """Whether our engine adds the adapters into the weights before sampling.
-
-        In bfloat16 a weight keeps 8 bits, so that small changes of it would be rounded away.
-        """
-        merge = self.config.rollout.merge_lora
-        return merge == "always" or (merge == "auto" and self.config.model.dtype == "float32")
+        """Whether our engine adds the adapters into the weights before sampling."""
+        return samples_merged(self.config)
 
     def _rollout_config(self, temperature: float) -> TunixRolloutConfig:
         rollout = self.config.rollout

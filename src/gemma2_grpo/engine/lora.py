@@ -13,7 +13,7 @@ from flax import nnx
 from jax.sharding import Mesh
 from tunix.models.gemma import model as gemma
 
-from gemma2_grpo.config import ModelConfig, UserError
+from gemma2_grpo.config import Config, ModelConfig, UserError
 from gemma2_grpo.engine.forward import Weights
 from gemma2_grpo.engine.model import on_mesh
 
@@ -97,6 +97,20 @@ def check_patterns(architecture: gemma.ModelConfig, patterns: tuple[str, ...]) -
                 f"lora_modules: {pattern!r} matches no weight matrix; those of a layer are "
                 f"{', '.join(sorted(p for p in paths if p.startswith('layers/0/')))}"
             )
+
+
+def samples_merged(config: Config) -> bool:
+    """Whether the adapters are added into a copy of the weights before sampling.
+
+    In bfloat16 a weight keeps 8 bits, so that small changes of it would be rounded away.
+    """
+    merge = config.rollout.merge_lora
+    return merge == "always" or (merge == "auto" and updates_merged(config))
+
+
+def updates_merged(config: Config) -> bool:
+    """Whether they are for an update too: only in a type that keeps small changes."""
+    return config.model.dtype == "float32"
 
 
 @partial(jax.jit, static_argnames="scale")

@@ -97,6 +97,8 @@ def joined(
         line = str(error).strip().splitlines()[0]
         raise UserError(f"{_NOT_JOINED.removeprefix('error: ')} ({line}); {_MEND}") from None
     _joined.set()
+    # JAX has put a handler of its own there, by which the signal is noted and comes to nothing.
+    signal.signal(signal.SIGTERM, signal.getsignal(signal.SIGTERM))
     _keep_own_programs()
     is_leaving = threading.Event()
     listener = threading.Thread(target=_listen, args=(is_leaving,), daemon=True)
@@ -234,9 +236,10 @@ def check_same(facts: Mapping[str, Any]) -> None:
     first, *others = gather(dict(facts))
     for number, other in enumerate(others, 1):
         for name, value in first.items():
-            if other[name] != value:
+            differing = other.get(name)  # Another version may lack it.
+            if differing != value:
                 raise UserError(
-                    f"process {number} has {name} = {other[name]!r}, but process 0 has {value!r}; "
+                    f"process {number} has {name} = {differing!r}, but process 0 has {value!r}; "
                     "start all processes with the same"
                 )
 

@@ -14,7 +14,7 @@ from tunix.rl.trainer import Trainer
 
 from gemma2_grpo.config import Config, OptimizerConfig
 from gemma2_grpo.engine.forward import Weights, network_of, split_model, weights_of
-from gemma2_grpo.engine.lora import merge_adapters
+from gemma2_grpo.engine.lora import merge_adapters, updates_merged
 from gemma2_grpo.engine.loss import LossTerms
 from gemma2_grpo.engine.model import batch_sharding, on_mesh
 from gemma2_grpo.engine.packing import PromptBatch
@@ -86,8 +86,8 @@ class Updater:
         self._optimizer = trainer.optimizer
         self._mesh = mesh
         self._iterations = config.grpo.num_iterations
-        # Where the type keeps small changes, the adapters' own products are saved.
-        self._are_merged = config.model.dtype == "float32"
+        # Then the adapters' own products are saved.
+        self._are_merged = updates_merged(config)
         self._scale = config.model.lora_scale
         reference_network, self._reference = split_model(reference)
         policy_def, *_ = nnx.split(self._policy, nnx.LoRAParam, ...)

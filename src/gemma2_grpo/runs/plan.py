@@ -131,8 +131,10 @@ def _planned(
     seconds, work = _time(config, target, mean, found.programs)
     hours = None if seconds is None else seconds * config.run.max_steps / 3600
     is_in_time = hours is None or hours <= budget_hours
-    if hours is not None and not is_in_time:
-        changes["max_steps"] = int(config.run.max_steps * budget_hours / hours)
+    if hours is not None and not is_in_time and (found.fits or changes):
+        # Not even one step may have the time.
+        steps = int(config.run.max_steps * budget_hours / hours)
+        changes = changes | {"max_steps": steps} if steps else {}
     fsdp, tp = config.model.mesh_shape
     return Plan(
         target=target.name,

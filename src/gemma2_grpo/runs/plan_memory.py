@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from importlib import metadata
+from importlib.resources import files
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -33,8 +34,12 @@ class Memory:
 
 
 def _cache_file(config: Config, target: str) -> Path:
-    """Where the memory of a configuration on a target is kept, for these versions."""
-    versions = []
+    """Where the memory of a configuration on a target is kept, for these versions and sources."""
+    sources = hashlib.sha256()
+    for path in sorted(files("gemma2_grpo.engine").iterdir(), key=lambda path: path.name):
+        if path.name.endswith(".py"):  # A checkout changes without its version.
+            sources.update(path.read_bytes())
+    versions = [sources.hexdigest()]
     for name in _PACKAGES:
         try:
             versions.append(metadata.version(name))
@@ -117,12 +122,12 @@ def _parts(
     from gemma2_grpo.engine.costs import estimate_memory, model_sizes
 
     estimate = estimate_memory(model_sizes(architecture, config), architecture, config)
-    is_rollout = worst.name in ("prefill", "decode", "grow cache")
     parts = {
-        "weights": kept.weights,
+        "weights": kept.weights * (2 if worst.name in kept.merged else 1),
         "adapters and optimizer": kept.adapters + kept.moments,
-        "key-value cache": int(estimate.cache) if is_rollout else 0,
-        "logits": 0 if is_rollout else int(estimate.logits),
+        "weights brought together": int(estimate.gathered) if worst.name == "decode" else 0,
+        "key-value cache": int(estimate.caches.get(worst.name, 0)),
+        "logits": int(estimate.logits) if worst.name in ("reference", "update") else 0,
     }
     parts["activations and the rest"] = max(0, peak - sum(parts.values()))
     return {name: size for name, size in parts.items() if size}
@@ -141,9 +146,17 @@ def estimated_memory(config: Config, target: "Target") -> Memory:
     ]
     parts = {"weights": estimate.weights, "adapters and optimizer": estimate.trained}
     if estimate.decode > estimate.update:
-        parts |= {"key-value cache": estimate.cache}
+        kept = estimate.weights + estimate.trained + estimate.sampling_copy
+        is_growing = estimate.decode > kept + estimate.gathered + estimate.caches["decode"]
+        gathered = 0.0 if is_growing else estimate.gathered
+        parts |= {
+            "weights with the adapters": estimate.sampling_copy,
+            "weights brought together": gathered,
+            "key-value cache": estimate.decode - kept - gathered,
+        }
     else:
         parts |= {
+            "weights with the adapters": estimate.update_copy,
             "gradients": estimate.trained / 3,
             "logits": estimate.logits,
             "activations": estimate.activations,
@@ -151,7 +164,7 @@ def estimated_memory(config: Config, target: "Target") -> Memory:
     worst = max(rows, key=lambda row: row["run_peak"])
     return Memory(
         rows,
-        {name: int(size) for name, size in parts.items()},
+        {name: int(size) for name, size in parts.items() if size},
         int(worst["run_peak"]),
         worst["name"],
         all(row["fits"] for row in rows),

@@ -116,7 +116,7 @@ def _verdict(plan: "Plan", config: Config, console: Console) -> None:
     if plan.changes:
         console.print(f"The smallest change found: {options(plan.changes)}", soft_wrap=True)
     elif not (plan.fits and plan.is_in_time):
-        console.print("No smaller micro-batch, chunk or group was found that fits.")
+        console.print("Nothing was found that makes it fit and finish.")
 
 
 def _gib(size: float) -> str:

@@ -62,7 +62,9 @@ class Scorer:
         try:
             # Copies: what the function does to its arguments must not change what is trained on.
             values = reward(questions, list(completions), answers)
-        except Exception as error:  # Whatever the user's function raises is the user's to mend.
+        # Whatever the user's function raises is the user's to mend, also if it ends the process:
+        # where several train, the others would wait for it.
+        except (Exception, SystemExit) as error:
             last = traceback.extract_tb(error.__traceback__)[-1]
             raise UserError(
                 f"{name}: raised {type(error).__name__}: {error} ({last.filename}:{last.lineno})"
@@ -123,7 +125,7 @@ def load_reward(spec: str) -> tuple[Reward, str]:
     sys.modules[module.__name__] = module  # Dataclasses look their own module up there.
     try:
         module_spec.loader.exec_module(module)
-    except Exception as error:  # Whatever the user's file raises is the user's to mend.
+    except (Exception, SystemExit) as error:  # Whatever it raises is the user's to mend.
         raise UserError(f"reward = {spec!r}: {type(error).__name__}: {error}") from error
     function = getattr(module, name, None)
     if not callable(function):
