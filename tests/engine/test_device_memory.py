@@ -35,13 +35,14 @@ class Partial:
         return {"bytes_in_use": 10}
 
 
-def test_the_fullest_device_is_recorded() -> None:
+def test_the_devices_and_the_fullest_of_them_are_recorded() -> None:
     mib = 2**20
     monitor = MemoryMonitor([Device(300 * mib, 500 * mib), Device(100 * mib, 750 * mib), Silent()])
     assert monitor.as_record() == {
         "memory_bytes": 100 * mib,
         "peak_memory_bytes": 750 * mib,
         "peak_memory_fraction": 0.75,
+        "peak_memory_bytes_by_device": [500 * mib, 750 * mib],
     }
 
 

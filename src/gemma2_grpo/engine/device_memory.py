@@ -18,24 +18,27 @@ class MemoryMonitor:
         self._devices = jax.local_devices() if devices is None else devices
         self._has_warned = False
 
-    def as_record(self) -> dict[str, float]:
-        """Memory of the fullest device, as metrics.jsonl has it; empty where none says.
+    def as_record(self) -> dict[str, Any]:
+        """Memory of the devices, as metrics.jsonl has it; empty where none says.
 
-        `memory_bytes` is in use now; `peak_memory_bytes` is the most since the process began, and
-        `peak_memory_fraction` its share of what the device gives to programs.
+        Of the fullest device, `memory_bytes` is in use now; `peak_memory_bytes` is the most since
+        the process began, and `peak_memory_fraction` its share of what the device gives to
+        programs. `peak_memory_bytes_by_device` has them all.
         """
-        fullest = self._fullest()
-        if fullest is None:
+        known = self._known()
+        if not known:
             return {}
+        fullest = max(known, key=_peak_fraction)
         return {
             "memory_bytes": fullest["bytes_in_use"],
             "peak_memory_bytes": fullest["peak_bytes_in_use"],
             "peak_memory_fraction": _peak_fraction(fullest),
+            "peak_memory_bytes_by_device": [each["peak_bytes_in_use"] for each in known],
         }
 
     def warning(self) -> str | None:
         """One line when a device first passes 90 % of its memory; None at all other times."""
-        fullest = self._fullest()
+        fullest = max(self._known(), key=_peak_fraction, default=None)
         if self._has_warned or fullest is None or _peak_fraction(fullest) < _WARN_FRACTION:
             return None
         self._has_warned = True
@@ -46,10 +49,9 @@ class MemoryMonitor:
             "prompts_per_step for sampling"
         )
 
-    def _fullest(self) -> dict[str, int] | None:
+    def _known(self) -> list[dict[str, int]]:
         stats = [device.memory_stats() or {} for device in self._devices]
-        known = [each for each in stats if each.keys() >= _NAMES]
-        return max(known, key=_peak_fraction, default=None)
+        return [each for each in stats if each.keys() >= _NAMES]
 
 
 def _peak_fraction(stats: dict[str, int]) -> float:
