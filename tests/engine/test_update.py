@@ -524,6 +524,7 @@ class TestOptimizer:
         np.testing.assert_allclose(nu["b"], [0, 0.01 * (scale * 4) ** 2, 0], rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_losses_do_not_depend_on_the_mesh(
     make_learner: Callable[..., Learner],
     wide_base: gemma.Gemma,

@@ -86,10 +86,10 @@ def test_an_unfinished_run_is_opened_where_its_last_checkpoint_is(
 
 def test_a_model_has_no_adapters(tiny_model_dir: Path) -> None:
     source = find_source(str(tiny_model_dir))
-    config = dataclasses.replace(source.config.model, dtype="float32")
-    opened = open_source(
-        dataclasses.replace(source, config=dataclasses.replace(source.config, model=config))
-    )
+    model = dataclasses.replace(source.config.model, dtype="float32")
+    rollout = dataclasses.replace(source.config.rollout, max_completion_tokens=8)
+    config = dataclasses.replace(source.config, model=model, rollout=rollout)
+    opened = open_source(dataclasses.replace(source, config=config))
     assert opened.policy is None and opened.steps == 0
     assert source.run is None and source.title == str(tiny_model_dir)
     questions = ["How many?"]

@@ -94,6 +94,7 @@ def test_the_embedded_model_is_compiled_for_a_cpu(
     assert status == 0 and "What moves between chips cannot be read" in out
 
 
+@pytest.mark.slow
 def test_a_change_compiles_again_what_it_changes() -> None:
     config, target, notes = load_config("tiny"), find_target("cpu"), []
     compiler = Compiler(notes.append)
