@@ -3,7 +3,6 @@
 import sys
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from rich.console import Console
@@ -15,7 +14,7 @@ from gemma2_grpo.config import EvaluateConfig, UserError, check_evaluate
 from gemma2_grpo.runs.completion_view import render_completion
 from gemma2_grpo.runs.display import inert, open_console
 from gemma2_grpo.runs.host_memory import keep_freed_memory
-from gemma2_grpo.runs.opening import Opened, Source, find_source, open_source
+from gemma2_grpo.runs.opening import Opened, Source, as_asked, find_source, open_source
 from gemma2_grpo.task.answers import extract_number, printable
 from gemma2_grpo.task.prompts import parse_completion, render_prompt
 
@@ -23,8 +22,6 @@ if TYPE_CHECKING:
     from gemma2_grpo.engine.sampler import Sampler
 
 _QUESTION = "question> "
-# A run may have been trained on shorter ones; what fits costs no more for a higher limit.
-_MAX_PROMPT_TOKENS = 512
 
 
 def ask(
@@ -58,12 +55,10 @@ def ask(
         raise UserError(f"samples = {samples} must be at least 1")
     if question is not None and not question.strip():
         raise UserError("the question is blank; write it in quotes, or leave it out to be asked")
-    check_evaluate(
-        EvaluateConfig(
-            temperature=temperature, max_completion_tokens=max_completion_tokens, seed=seed
-        )
+    asked_for = EvaluateConfig(
+        temperature=temperature, max_completion_tokens=max_completion_tokens, seed=seed
     )
-    source = _with_limits(find_source(name), temperature, max_completion_tokens)
+    source = as_asked(find_source(name), check_evaluate(asked_for))
     if compare and source.run is None and not source.config.model.adapter:
         raise UserError(f"{name} is a base model; --compare needs a run, whose base it shows")
     opened = _open(source, console)
@@ -80,20 +75,6 @@ def ask(
             _answer(opened.sampler(adapted=False), asked, samples, seed, console)
             console.print(Rule(f"after {opened.steps} steps", align="left", style="dim"))
         _answer(opened.sampler(adapted=True), asked, samples, seed, console)
-
-
-def _with_limits(
-    source: Source, temperature: float | None, max_completion_tokens: int | None
-) -> Source:
-    """The source with what the command line says of sampling."""
-    rollout = source.config.rollout
-    rollout = replace(
-        rollout,
-        temperature=temperature or rollout.temperature,
-        max_prompt_tokens=max(_MAX_PROMPT_TOKENS, rollout.max_prompt_tokens),
-        max_completion_tokens=max_completion_tokens or rollout.max_completion_tokens,
-    )
-    return replace(source, config=replace(source.config, rollout=rollout))
 
 
 def _open(source: Source, console: Console) -> Opened:

@@ -3,7 +3,7 @@
 import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,11 +17,11 @@ from gemma2_grpo.runs.evaluation_folder import RESULT, EvaluationFolder
 from gemma2_grpo.runs.host_memory import keep_freed_memory
 from gemma2_grpo.runs.opening import (
     Source,
+    as_asked,
     find_source,
     finished_adapter,
     open_source,
     trained_steps,
-    with_adapter,
 )
 from gemma2_grpo.runs.run_directory import command_facts
 from gemma2_grpo.task.data import Example, drop_long, hash_of, load_held_out
@@ -29,9 +29,6 @@ from gemma2_grpo.task.scoring import Scorer
 
 if TYPE_CHECKING:  # A mistake is reported before JAX has loaded.
     from gemma2_grpo.runs.opening import Opened
-
-# No prompt of GSM8K is longer; what fits costs no more for a higher limit.
-_MAX_PROMPT_TOKENS = 512
 
 
 def evaluate(
@@ -61,7 +58,7 @@ def evaluate(
         UserError: for anything that the user can mend.
     """
     display = Display(console or open_console(stderr=as_json))
-    source = _as_asked(find_source(name), asked)
+    source = as_asked(find_source(name), asked)
     path = to or source.run or Path("evaluations") / _file_name(name)
     folder = EvaluationFolder(path, overwrite=overwrite)
     try:
@@ -84,34 +81,6 @@ def evaluate(
     if as_json:
         print(json.dumps(folder.result, indent=1))
     return folder.result or {}
-
-
-def _as_asked(source: Source, asked: EvaluateConfig) -> Source:
-    """The source with what the command line sets in place of what its run has."""
-    if asked.adapter:
-        source = with_adapter(source, asked.adapter)
-    config = source.config
-    data = {"dataset": asked.data, "eval_split": asked.split}
-    rollout = {
-        "temperature": asked.temperature,
-        "max_prompt_tokens": asked.max_prompt_tokens
-        or max(_MAX_PROMPT_TOKENS, config.rollout.max_prompt_tokens),
-        "max_completion_tokens": asked.max_completion_tokens,
-    }
-    run = {"seed": asked.seed, "eval_batch_prompts": asked.batch_prompts}
-    return replace(
-        source,
-        config=replace(
-            config,
-            data=replace(config.data, **_set(data)),
-            rollout=replace(config.rollout, **_set(rollout)),
-            run=replace(config.run, **_set(run)),
-        ),
-    )
-
-
-def _set(values: Mapping[str, Any]) -> dict[str, Any]:
-    return {name: value for name, value in values.items() if value is not None}
 
 
 def _file_name(model: str) -> str:

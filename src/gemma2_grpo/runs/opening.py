@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
-from gemma2_grpo.config import Config, ModelConfig, UserError
+from gemma2_grpo.config import Config, EvaluateConfig, ModelConfig, UserError
 from gemma2_grpo.engine.fetch import check_model
 from gemma2_grpo.presets import from_mapping, load_config, read_toml
 from gemma2_grpo.runs.run_directory import read_json
@@ -19,6 +19,8 @@ if TYPE_CHECKING:  # A source is found without JAX.
 
 EMBEDDED = "embedded"
 ADAPTER = "adapter"
+# No prompt of GSM8K is longer; what fits costs no more for a higher limit.
+_MAX_PROMPT_TOKENS = 512
 
 
 @dataclass(frozen=True)
@@ -74,6 +76,38 @@ def with_adapter(source: Source, folder: str) -> Source:
     shape = adapter_shape(Path(folder).expanduser())
     model = replace(source.config.model, adapter=str(Path(folder).expanduser()), **shape)
     return replace(source, config=replace(source.config, model=model))
+
+
+def as_asked(source: Source, asked: EvaluateConfig) -> Source:
+    """The source with what a command line sets in place of what the run has.
+
+    Raises:
+        UserError: for an adapter that does not go with the source.
+    """
+    if asked.adapter:
+        source = with_adapter(source, asked.adapter)
+    config = source.config
+    data = {"dataset": asked.data, "eval_split": asked.split}
+    rollout = {
+        "temperature": asked.temperature,
+        "max_prompt_tokens": asked.max_prompt_tokens
+        or max(_MAX_PROMPT_TOKENS, config.rollout.max_prompt_tokens),
+        "max_completion_tokens": asked.max_completion_tokens,
+    }
+    run = {"seed": asked.seed, "eval_batch_prompts": asked.batch_prompts}
+    return replace(
+        source,
+        config=replace(
+            config,
+            data=replace(config.data, **_set(data)),
+            rollout=replace(config.rollout, **_set(rollout)),
+            run=replace(config.run, **_set(run)),
+        ),
+    )
+
+
+def _set(values: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in values.items() if value is not None}
 
 
 def _of_run(name: str, path: Path) -> Source:
