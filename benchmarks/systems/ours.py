@@ -22,7 +22,7 @@ def run(session: Session) -> Scorer:
     learner = _build(session)
     _instrument(session, learner)
 
-    def score(_: Sequence[Example], __: Sequence[str]) -> Mapping[str, np.ndarray]:
+    def score(_: Sequence[Example], __: Sequence[str], ___: np.ndarray) -> Mapping[str, np.ndarray]:
         return {"total": np.array(session.batch.rewards)}
 
     for step, batch in enumerate(session.steps()):

@@ -239,7 +239,7 @@ def test_a_resumed_run_is_a_straight_run(
     """
     config = changed(config, num_iterations=iterations, max_steps=4, warmup_fraction=0.5)
 
-    def score(examples: Any, texts: list[str]) -> dict[str, np.ndarray]:
+    def score(examples: Any, texts: list[str], _: Any) -> dict[str, np.ndarray]:
         del examples
         return {"total": np.array([sum(map(ord, text)) % 97 / 97 for text in texts])}
 

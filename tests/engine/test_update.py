@@ -464,7 +464,7 @@ class TestWhatIsLearned:
         policy = learner.cluster.actor_trainer.model
         before = by_path(nnx.state(policy, nnx.LoRAParam))
         result = learner.step(
-            5, examples[:2], lambda examples, texts: {"total": np.arange(len(texts)) ** 2.0}
+            5, examples[:2], lambda examples, texts, _: {"total": np.arange(len(texts)) ** 2.0}
         )
         values = np.random.default_rng([0, Stream.CONTROL, 5]).permutation(np.arange(8) ** 2.0)
         assert values.tolist() != (np.arange(8) ** 2).tolist()

@@ -35,6 +35,15 @@ def scored(path: Path, *, as_json: bool, weights: RewardConfig | None = None) ->
     return output.getvalue()
 
 
+def test_a_completion_that_was_cut_off_may_say_so(tmp_path: Path):
+    path = write(tmp_path / "rows.jsonl", {**ROWS[0], "truncated": True}, ROWS[0])
+    first, second = map(json.loads, scored(path, as_json=True).splitlines())
+    assert (first["format"], second["format"]) == (0.6, 1.0)
+    path = write(tmp_path / "faulty.jsonl", {**ROWS[0], "truncated": "yes"})
+    with pytest.raises(UserError, match=r":1: field 'truncated' is 'yes'; write true or false"):
+        read_completions(path)
+
+
 def test_json_has_every_component_before_its_weight(tmp_path: Path):
     path = write(tmp_path / "rows.jsonl", *ROWS)
     weights = RewardConfig(format_weight=0.5)
@@ -92,7 +101,7 @@ def test_standard_output_by_default(tmp_path: Path, capsys: pytest.CaptureFixtur
 def test_blank_lines_bom_and_line_separators_are_no_fault(tmp_path: Path):
     row = json.dumps({"completion": "one\u2028line", "answer": "76"}, ensure_ascii=False)
     path = write(tmp_path / "rows.jsonl", b"\xef\xbb\xbf" + row.encode(), "", "  \r", row, "")
-    assert [tuple(found) for found in read_completions(path)] == [("one\u2028line", "76", None)] * 2
+    assert list(read_completions(path)) == [("one\u2028line", "76", None, False)] * 2
 
 
 def test_half_characters_are_printable(tmp_path: Path):

@@ -91,6 +91,45 @@ STATED = {
     "\\boxed{18 \\text{ dollars}}": 18,
     "\\(18\\%\\)": 18,
     "\\frac{1}{2}": Fraction(1, 2),
+    "<b>18</b>": 18,
+    "<strong>18</strong> eggs<br>": 18,
+    # LaTeX's commas
+    "1{,}080": 1080,
+    "\\$1{,}080{,}000": 1_080_000,
+    "1\\,080": 1080,
+    "\\boxed{1,\\!080}": 1080,
+    # fractions in other writings
+    "1 / 2": Fraction(1, 2),
+    "3/ 4 cup": Fraction(3, 4),
+    "\\frac12": Fraction(1, 2),
+    "\\dfrac{1}2": Fraction(1, 2),
+    "2\\frac{1}{2}": Fraction(5, 2),
+    "½": Fraction(1, 2),
+    "18½": Fraction(37, 2),
+    "⅔ of a cup": Fraction(2, 3),
+    # signs in other writings
+    "- 18": -18,
+    "− 18": -18,
+    "= - $18": -18,
+    "minus 18": -18,
+    "The answer is negative 18.": -18,
+    "Answer: - 18": -18,
+    # words
+    "eighteen": 18,
+    "Six hundred": 600,
+    "six hundred and twenty-five dollars": 625,
+    "two million five hundred thousand": 2_500_000,
+    "a dozen eggs": 12,
+    "three dozen": 36,
+    "zero": 0,
+    "minus five": -5,
+    "It is twenty.": 20,
+    "one": 1,
+    "One egg": 1,
+    # exclamation
+    "18!": 18,
+    "**18**!": 18,
+    "The answer is 18!!": 18,
     # sentences
     "= 18": 18,
     "x = 18": 18,
@@ -105,11 +144,22 @@ STATED = {
 
 DOUBTFUL = [
     "",
-    "eighteen",
     "none",
     "inf",
     "nan",
     "-inf",
+    # words that state no number, or several
+    "no one knows",
+    "the first one",
+    "two three",
+    "two or three",
+    "two million, five hundred thousand",
+    "between one and two",
+    "not eighteen",
+    "eighteen and a half",
+    "at least eighteen",
+    "x minus eighteen",
+    "eighteen times two",
     # several
     "18 or 20",
     "20, 18",
@@ -142,22 +192,17 @@ DOUBTFUL = [
     "> 18",
     "≤18",
     # other numbers than they look
-    "minus 18",
     "18 below zero",
     "18 and a half",
     "18 dollars and fifty cents",
     "half of 18",
     "twice 18",
     "18 squared",
-    "18½",
-    "½",
     "18²",
-    "18!",
     "√18",
     "\\sqrt{324}",
     "\\pm 18",
     "|18|",
-    "- 18",
     "--18",
     "—18",
     "-$-18",
@@ -172,7 +217,6 @@ DOUBTFUL = [
     "2^3",
     "9**9**9",
     "$9^{9^{9}}$",
-    "99999999!",
     # malformed
     "1,08",
     "1,0800",
@@ -193,7 +237,6 @@ DOUBTFUL = [
     "1" * 20_000,
     "18" + " and so on" * 100,
     "<answer>18</answer>",
-    "<b>18</b>",
 ]
 
 
@@ -226,7 +269,8 @@ def test_no_number_in_doubt(text: str):
         ("17.999999999999999999", "18", False),
         (None, "18", False),
         ("", "18", False),
-        ("eighteen", "eighteen", False),
+        ("eighteen", "18", True),
+        ("nothing", "nothing", False),
     ],
 )
 def test_correct_is_exact(text: str | None, gold: str, correct: bool):
@@ -251,7 +295,7 @@ def test_a_printed_fraction_is_read_back(top: int, bottom: int):
 
 @given(st.text(alphabet="0189.,/-+−$%eE_!()^ ao½١\n\0", max_size=40))
 def test_extraction_never_raises(text: str):
-    assert extract_number(text) is None or any(c in "0189" for c in text)
+    assert extract_number(text) is None or any(c in "0189½" for c in text)
 
 
 @pytest.mark.parametrize(

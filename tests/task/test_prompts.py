@@ -139,3 +139,18 @@ def test_time_is_linear(start: str, unit: str):
         parse_completion(text)
         seconds.append(time.process_time() - start)
     assert min(seconds) < 0.05
+
+
+def test_the_form_of_a_truncated_completion_is_not_perfect():
+    text = render_solution(["1 + 1 = 2"], "2")
+    assert parse_completion(text, is_truncated=True).format == 0.6
+    assert parse_completion(f"Sure! {text}", is_truncated=True).format == 0.6
+    assert parse_completion("<answer>2</answer>", is_truncated=True).format == 0.2
+
+
+def test_blank_matter_after_the_answer_is_stray_text():
+    text = render_solution(["1 + 1 = 2"], "2")
+    assert parse_completion(f"\n\n {text}\n \n<end_of_turn>").format == 1.0
+    for stray in ("\n" * 300, " " * 300, "<pad>" * 3):
+        assert parse_completion(f"{text}{stray}<end_of_turn>").format == 0.6
+        assert parse_completion(f"{stray}{text}").format == 0.6

@@ -53,6 +53,12 @@ def test_columns_are_the_scores_of_each_completion():
     assert table["correct"].tolist() == [1, 0, 0, 0]
 
 
+def test_truncated_completions_are_told_apart():
+    table = Scorer(RewardConfig())(EXAMPLES, [RIGHT] * 4, np.array([False, True, False, True]))
+    assert table["format"].tolist() == [1.0, 0.6, 1.0, 0.6]
+    assert table["accuracy"].tolist() == [1.0] * 4
+
+
 def test_each_completion_is_scored_by_its_own_example():
     examples = [Example(QUESTION, "15"), Example(QUESTION, "13")]
     assert Scorer(RewardConfig())(examples, [WRONG] * 2)["correct"].tolist() == [0, 1]

@@ -65,8 +65,9 @@ class Completions:
         return np.array([len(row) for row in self.tokens])
 
 
-Scores = Callable[[Sequence[Example], Sequence[str]], Mapping[str, np.ndarray]]
-"""Scores completions, aligned with their examples: columns [N], of which `total` is trained on."""
+Scores = Callable[[Sequence[Example], Sequence[str], np.ndarray], Mapping[str, np.ndarray]]
+"""Scores completions, aligned with their examples, by text and by whether they were cut off:
+columns [N], of which `total` is trained on."""
 
 
 @dataclass(frozen=True)
@@ -215,7 +216,7 @@ class Learner:
         if self.config.grpo.beta:
             packed = self.pack(prompts, completions, [True] * len(prompts))
             references = self.updater.reference_logps(packed)
-        scores = score(examples[rows], completions.texts)
+        scores = score(examples[rows], completions.texts, completions.is_truncated)
         everyones, scores = _from_all(completions, scores)
         values = scores["total"]
         if self.config.rewards.shuffle_rewards:

@@ -27,8 +27,14 @@ class Tokenizer:
         return self.backend.encode(text, add_special_tokens=False).ids
 
     def decode(self, ids: Any, **_: Any) -> str:
-        """Text of token ids, special tokens left out."""
-        return self.backend.decode([int(i) for i in ids], skip_special_tokens=True)
+        """Text of token ids without the stop tokens at its end.
+
+        Other special tokens stay: a completion with padding in it should be seen to have some.
+        """
+        tokens = [int(i) for i in ids]
+        while tokens and tokens[-1] in self.stop_ids:
+            tokens.pop()
+        return self.backend.decode(tokens, skip_special_tokens=False)
 
     def pad_id(self) -> int:
         """Id of the padding token."""

@@ -267,7 +267,7 @@ class Evaluation:
         )
         indices = [batch.first + i // group for i in range(batch.completions)]
         asked = [self._examples[index] for index in indices]
-        scores = self._scorer(asked, completions.texts)
+        scores = self._scorer(asked, completions.texts, completions.is_truncated)
         return [
             {
                 "system": batch.system,

@@ -158,7 +158,8 @@ def _complete(
             is_truncated += completions.is_truncated.tolist()
         on_batch(kept)
     # A user's reward need not cope with no completions at all.
-    scores = score([examples[row // group] for row in rows], texts) if rows else {}
+    asked = [examples[row // group] for row in rows]
+    scores = score(asked, texts, np.array(is_truncated)) if rows else {}
     done = gather_rows({"row": rows, "text": texts, "tokens": tokens, "cut": is_truncated})
     columns = gather_rows({name: column.tolist() for name, column in scores.items()})
     order = np.argsort(done["row"])

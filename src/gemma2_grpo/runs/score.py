@@ -23,6 +23,7 @@ class CompletionRow(NamedTuple):
     completion: str
     answer: str
     question: str | None
+    is_truncated: bool = False
 
 
 def score_file(
@@ -32,7 +33,8 @@ def score_file(
 
     Args:
         path: JSONL with `completion`, `answer` (a number or a GSM8K solution) and, optionally,
-            `question`, without which the numbers in the reasoning all count as given.
+            `question`, without which the numbers in the reasoning all count as given, and
+            `truncated`, true where the completion ran into a limit.
         as_json: Print one JSON object a line; else a table and a summary.
         weights: Weights of the components.
         output: Where to print; standard output if None.
@@ -42,7 +44,12 @@ def score_file(
     """
     output = sys.stdout if output is None else output
     rows = read_completions(path)
-    scores = (score_completion(*row, weights) for row in rows)
+    scores = (
+        score_completion(
+            row.completion, row.answer, row.question, weights, is_truncated=row.is_truncated
+        )
+        for row in rows
+    )
     if as_json:
         for score in scores:
             print(json.dumps(as_record(score, weights)), file=output)
@@ -89,7 +96,10 @@ def _checked(content: dict[str, Any], place: str) -> CompletionRow:
         )
     has_question = content.get("question") is not None
     question = _text(content, "question", place) if has_question else None
-    return CompletionRow(completion, answer, question)
+    is_truncated = content.get("truncated") or False
+    if is_truncated not in (True, False):
+        raise UserError(f"{place}: field 'truncated' is {is_truncated!r}; write true or false")
+    return CompletionRow(completion, answer, question, bool(is_truncated))
 
 
 def _text(content: dict[str, Any], name: str, place: str) -> str:

@@ -5,10 +5,17 @@ have at most 30 digits, and nothing is evaluated but one division.
 """
 
 import re
+import unicodedata
 from decimal import Context, Decimal
 from fractions import Fraction
 from itertools import islice
 
+from gemma2_grpo.task.number_words import (
+    NUMBER_WORDS,
+    SCALE_WORDS,
+    NumberPhrase,
+    number_phrases,
+)
 from gemma2_grpo.task.prompts import parse_completion
 
 MAX_DIGITS = 30
@@ -16,44 +23,45 @@ MAX_DIGITS = 30
 _MAX_ANSWER_CHARS = 500
 
 # ASCII digits only: Python would read other scripts' digits as well, but a reader of a
-# benchmark would not. A comma must part whole thousands.
-NUMBER = r"(?:[1-9][0-9]{0,2}(?:,[0-9]{3})+(?![0-9])|[0-9]+)(?:\.[0-9]+)?|\.[0-9]+"
-SCALES = {
-    "hundred": 100,
-    "thousand": 10**3,
-    "k": 10**3,
-    "K": 10**3,
-    "million": 10**6,
-    "M": 10**6,
-    "billion": 10**9,
-}
-_WORDS = """zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen
-fifteen sixteen seventeen eighteen nineteen"""
-_TENS = "twenty thirty forty fifty sixty seventy eighty ninety"
-NUMBER_WORDS = {word: value for value, word in enumerate(_WORDS.split())} | {
-    word: 10 * value for value, word in enumerate(_TENS.split(), start=2)
-}
+# benchmark would not. A comma must part whole thousands; LaTeX writes it in three more ways.
+_COMMA = r"(?:,|\{,\}|\\,|,\\!)"
+NUMBER = rf"(?:[1-9][0-9]{{0,2}}(?:{_COMMA}[0-9]{{3}})+(?![0-9])|[0-9]+)(?:\.[0-9]+)?|\.[0-9]+"
+SCALES = SCALE_WORDS | {"hundred": 100, "k": 10**3, "K": 10**3, "M": 10**6}
+VULGAR_FRACTIONS = "¼½¾⅐⅑⅒⅓⅔⅕⅖⅗⅘⅙⅚⅛⅜⅝⅞"
 
 # Everything that looks like a number, well formed or not, with what belongs to it.
 _CURRENCY = r"(?:\b[A-Z]{1,2}\$|\b(?i:usd|eur|gbp|rs\.?)|\\?\$|[€£¥₹])\s?"
 # In place of a minus sign people write hyphens and dashes of many kinds, but no em dash.
 _DASH = r"[-‐‑‒–−﹣－]"
 _DIGITS = r"(?:(?<![A-Za-z])\.)?[0-9][0-9.,]*"
+# A sign that a space parts from its number, or a word for it, opens the statement.
+_OPENING = r"(?:\A|(?<=[=:(*$])|(?<=[=:] )|(?<=\bis ))"
 _CANDIDATE = re.compile(
-    rf"(?P<sign>{_DASH}|\+|)(?:{_CURRENCY})?(?P<inner>{_DASH}?)"
+    rf"(?P<sign>{_OPENING}(?:{_DASH}\s|(?i:minus|negative)\s)|{_DASH}|\+|)"
+    rf"(?:{_CURRENCY})?(?P<inner>{_DASH}?)"
     r"(?:(?P<whole>[0-9]{1,4})[ ](?=[0-9]{1,4}/[0-9]))?"
     rf"(?P<top>{_DIGITS})(?:/(?P<bottom>{_DIGITS}))?"
     r"(?P<scale>[kKM]\b|\s+(?i:hundred|thousand|million|billion)\b)?"
 )
-_LATEX_FRACTION = re.compile(r"\\[dt]?frac\{([0-9]{1,30})\}\{([0-9]{1,30})\}")
+_LATEX_FRACTION = re.compile(
+    r"\\[dt]?frac(?:\{([0-9]{1,30})\}|([0-9]))(?:\{([0-9]{1,30})\}|([0-9]))"
+)
+_LATEX_COMMA = re.compile(r"(?<=[0-9])(?:\{,\}|\\,|,\\!)(?=[0-9]{3})")
+_SPACED_SLASH = re.compile(r"(?<=[0-9]) ?/ ?(?=[0-9])")
+_VULGAR = re.compile(f"[{VULGAR_FRACTIONS}]")
+_HTML = re.compile(
+    r"</?(?:b|big|code|em|font|i|mark|p|small|span|strong|u)>|<br ?/?>", re.IGNORECASE
+)
 _AREA_OR_VOLUME = re.compile(r"(?:(?<=[A-Za-z][A-Za-z])|(?<= m))(?:[²³]|\^[23])")
 _LATEX = re.compile(r"\\([A-Za-z]+)")
 _LATEX_MARKUP = frozenset(
     "approx boxed bf dollars left mathbf mathrm quad right rm text textbf textrm".split()
 )
 
+_SIGN_IN_WORDS = re.compile(rf"{_OPENING}(?:minus|negative|{_DASH})\s*\Z", re.IGNORECASE)
+
 # What makes the one number something else than the answer. NUL stands for the number.
-_ANY_WORD = "|".join(NUMBER_WORDS)
+_ANY_WORD = "|".join(NUMBER_WORDS | SCALES)
 _HEDGE = re.compile(
     rf"""
     (?:\b(?:not|never|cannot|neither)|n['’]t)\b.*\0                        # denied
@@ -65,7 +73,7 @@ _HEDGE = re.compile(
     | \b(?:minus|negative|plus|below\ zero|factorial|squared|cubed)\b       # a term of a formula
     | \b(?:half|third|quarter|twice|double|triple|times|root|sqrt|log)\ (?:of\ )?\W{{0,4}}\0
     | \band\ (?:an?\ )?(?:half|third|quarter|{_ANY_WORD})\b
-    | [+^<>≤≥≠±×÷·√∞|] | != | \s\*\s | /(?![A-Za-z]) | \A[^A-Za-z]*\0!
+    | [+^<>≤≥≠±×÷·√∞|] | != | \s\*\s | /(?![A-Za-z])
     | (?<![A-Za-z\0]){_DASH} | {_DASH}(?![A-Za-z]) | —\0     # a dash, neither sign nor hyphen
     | [A-Za-z]\(?\0                                         # part of a name, or an argument
     """,
@@ -78,33 +86,70 @@ OFFICIAL_INVALID = "[invalid]"
 
 
 def extract_number(text: str) -> Fraction | None:
-    """Reads the one number that an answer block states.
+    """Reads the one number that an answer block states, in digits or in words.
 
-    Currency, percent (72% is 72), units, markdown, LaTeX markup, thousands commas, a/b, "1 1/2",
-    "5 million" and a sentence around it are allowed, "about 18" too. A doubt gives None: no
-    number or several, a malformed one ("1,08"), more than 30 digits, non-ASCII digits, a
-    formula, a negation, an alternative or a bound ("not 18", "18 or 20", "less than 18").
+    Currency, percent (72% is 72), units, markdown, HTML and LaTeX markup, thousands commas, a/b,
+    "1 1/2", "½", "5 million", "six hundred", "minus 5" and a sentence around it are allowed,
+    "about 18" too. A doubt gives None: no number or several, a malformed one ("1,08"), more than
+    30 digits, non-ASCII digits, a formula, a negation, an alternative or a bound ("not 18", "18
+    or 20", "less than 18").
     """
     text = text.strip()
     if len(text) > _MAX_ANSWER_CHARS:
         return None
-    text = _AREA_OR_VOLUME.sub("", _LATEX_FRACTION.sub(r"\1/\2", text))
+    text = _plain(text)
     found = list(islice(_CANDIDATE.finditer(text), 2))
-    if len(found) != 1 or _has_foreign_number(text):
+    phrases = [] if found else list(islice(number_phrases(text), 2))
+    if len(found) + len(phrases) != 1 or _has_foreign_number(text):
         return None
     if not _LATEX_MARKUP.issuperset(_LATEX.findall(text)):
         return None
+    if phrases:
+        return _value_in_words(text, phrases[0])
     start, end = found[0].span()
-    if _HEDGE.search(f"{text[:start]}\0{text[end:]}"):
+    return None if _is_doubtful(text, start, end) else _value(found[0])
+
+
+def _plain(text: str) -> str:
+    """Writes fractions as a/b, and drops markup that says nothing of the number."""
+    text = _LATEX_FRACTION.sub(
+        lambda match: f" {match[1] or match[2]}/{match[3] or match[4]}", _HTML.sub(" ", text)
+    )
+    text = _SPACED_SLASH.sub("/", _LATEX_COMMA.sub(",", plain_fractions(text)))
+    return _AREA_OR_VOLUME.sub("", text).strip()
+
+
+def plain_fractions(text: str) -> str:
+    """Writes "½" as "1/2" and "1½" as "1 1/2"."""
+    return _VULGAR.sub(
+        lambda match: (
+            " " * (text[match.start() - 1 : match.start()].isdigit())
+            + unicodedata.normalize("NFKC", match[0]).replace("⁄", "/")
+        ),
+        text,
+    )
+
+
+def _is_doubtful(text: str, start: int, end: int) -> bool:
+    """Whether what surrounds the only number makes it something else than the answer."""
+    return _HEDGE.search(f"{text[:start]}\0{text[end:]}") is not None
+
+
+def _value_in_words(text: str, phrase: NumberPhrase) -> Fraction | None:
+    """Value of a number in words, which a sign in words may precede."""
+    sign = _SIGN_IN_WORDS.search(text, 0, phrase.start)
+    start = sign.start() if sign else phrase.start
+    # "One" is a pronoun unless the statement begins with it: "no one knows", "the first one".
+    if (phrase.value == 1 and start > 0) or _is_doubtful(text, start, phrase.end):
         return None
-    return _value(found[0])
+    return Fraction(-phrase.value if sign else phrase.value)
 
 
 def parse_number(text: str) -> Fraction | None:
     """Value of a number written with ASCII digits; None if malformed or over 30 digits."""
     if len(text) > 2 * MAX_DIGITS or not re.fullmatch(NUMBER, text):
         return None
-    whole, _, decimals = text.replace(",", "").partition(".")
+    whole, _, decimals = re.sub(r"[^0-9.]", "", text).partition(".")
     digits = whole + decimals
     return Fraction(int(digits), 10 ** len(decimals)) if len(digits) <= MAX_DIGITS else None
 

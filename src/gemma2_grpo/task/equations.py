@@ -1,30 +1,35 @@
 """Written equations: finds every `A = B` in a text and decides it exactly.
 
-One letter stands for each token's kind, so that a regular expression over the kinds finds the
-expressions with their units ("3 red hats + 2 hats"). What cannot be read as plain arithmetic,
-such as algebra or powers, is left unjudged rather than called false.
+What is true in one reading is true: "Step 2 - 150 × 4 = 600" says nothing of 2. What is false is
+called so only where no other reading is left; algebra, powers, clock times, ratios and remainders
+are left unjudged.
 """
 
 import re
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fractions import Fraction
-from typing import NamedTuple
+from itertools import chain, pairwise
+from typing import Any, Literal, NamedTuple
 
-from gemma2_grpo.task.expressions import (
-    Token,
+from gemma2_grpo.task.algebra import stated_values, substitute
+from gemma2_grpo.task.arithmetic import (
+    cancels,
+    converted,
     evaluate,
-    numbers,
-    plain_latex,
-    read_number,
-    tokenise,
+    is_trivial,
+    mixes_units,
+    percent_off,
+    split_terms,
+    without_words,
 )
+from gemma2_grpo.task.sides import Side, split_sides
+from gemma2_grpo.task.tokens import Token, numbers, plain_latex, tokenise
 
 # Far beyond any solution of a word problem (GSM8K's longest has 1,228 characters). They bound
 # the time that one text can take.
 MAX_CHARS = 8_000
 MAX_EQUALS_SIGNS = 100
-_MAX_TOKENS = 100
 
 
 @dataclass(frozen=True)
@@ -40,31 +45,42 @@ class Equation:
     """The calculation without units and spaces, the same for every restatement."""
     operands: tuple[Fraction, ...]
     """Numbers that the calculation starts from."""
+    terms: tuple[tuple[Fraction, ...], ...]
+    """The same, parted at each plus and minus."""
     results: tuple[Fraction, ...]
     """What it is said to equal; of "20%" and "2 million" also the 20 and the 2."""
     rewritten: tuple[Fraction, ...]
     """Numbers of the other side where that is a calculation too, as in `2 * (3 + 4) = 2 * 7`."""
     is_trivial: bool
     """Adds or subtracts 0, multiplies by 0 or 1, or divides by 1."""
+    cancels: Literal["sum", "product", ""]
+    """A number of it makes no difference: in "48 - 48 + 72" or "72 * 48 / 48"."""
     start: int
     end: int
     """Offsets in the text."""
+    has_letters: bool
+    """Letters stand for numbers of it; then their values are among the results."""
+
+    @property
+    def key(self) -> tuple[str, Fraction]:
+        """What makes two equations the same."""
+        return self.expression, self.results[0]
+
+    @property
+    def uses(self) -> tuple[Fraction, ...]:
+        """Numbers that it calculates with: its operands, and the values of its letters."""
+        return (*self.operands, *self.results) if self.has_letters else self.operands
 
 
-class _Side(NamedTuple):
-    """An expression that may stand on one side of an equals sign."""
-
-    tokens: list[Token]
-    stands_alone: bool
-    """Only a break or an equals sign stands before it, and no unit after it."""
-
-
+_EQUALS = re.compile("[=≈]|equal")
 _ANNOTATION = re.compile(r"<<([^<>\n]*)>>")
 
-# Over the kinds of tokens. An operand has up to five words of unit. Quantifiers are possessive:
-# what was read once is not tried again.
-_OPERAND = r"(?:S?+L)*+S?+NR*+[WP]{0,5}+R*+"
-_PIECE = re.compile(rf"(?P<run>{_OPERAND}(?:[OS]{_OPERAND})*+)|(?:S?+L)++|.")
+# After a quotient, such words say that it was cut to a whole number.
+_REST = re.compile(
+    r"[^\n=]{0,40}?\b(?:r ?[0-9]|rem(?:ainder)?\b|remaining|left|round)", re.IGNORECASE
+)
+# Letters that are units as long as nothing says that they are variables.
+_UNIT_LETTERS = frozenset("cdghjklmpstwyABCFJKLMNVW")
 
 
 def find_equations(text: str) -> list[Equation]:
@@ -77,7 +93,7 @@ def find_equations(text: str) -> list[Equation]:
     if len(text) > MAX_CHARS:
         return []
     text = plain_latex(text)
-    if text.count("=") + text.count("≈") > MAX_EQUALS_SIGNS:
+    if len(_EQUALS.findall(text)) > MAX_EQUALS_SIGNS:
         return []
     found = _find(_ANNOTATION.sub(lambda match: " " * len(match[0]), text), 0)
     for match in _ANNOTATION.finditer(text):
@@ -87,109 +103,211 @@ def find_equations(text: str) -> list[Equation]:
 
 def _find(text: str, offset: int) -> list[Equation]:
     """Equations of a text that stands at `offset` of the whole."""
-    if not re.search("[=≈]", text):
+    if not _EQUALS.search(text):
         return []
-    parts = _split(tokenise(text))
+    tokens = tokenise(text)
+    return [
+        replace(equation, start=equation.start + offset, end=equation.end + offset)
+        for equation in _judge_all(tokens, text) + _solved(tokens, text)
+    ]
+
+
+def _judge_all(tokens: list[Token], text: str) -> list[Equation]:
+    """Equations between neighbouring expressions."""
+    parts = split_sides(tokens)
     found: list[Equation | None] = []
     for left, sign, right in zip(parts, parts[1:], parts[2:], strict=False):
-        if isinstance(left, _Side) and isinstance(sign, str) and isinstance(right, _Side):
+        if isinstance(left, Side) and isinstance(sign, Token) and isinstance(right, Side):
             # Unmatched brackets, a division by zero or unwieldy numbers decide nothing.
             with suppress(ArithmeticError):
-                found.append(_decide(left, sign, right, text, offset))
+                found.append(_decide(left, sign, right, text))
     return [equation for equation in found if equation]
 
 
-def _split(tokens: list[Token]) -> list[_Side | str | None]:
-    """Expressions, equals signs ("E", "A") and None for all that cannot be judged."""
-    kinds = "".join(token.kind for token in tokens)
-    parts: list[_Side | str | None] = []
-    opens, spoilt = True, False
-    for piece in _PIECE.finditer(kinds):
-        kind, (start, end) = piece[0], piece.span()
-        if piece["run"]:
-            before, after = kinds[start - 1 : start], kinds[end : end + 1]
-            # Half of an expression, such as the "3" of "x + 3", must not be judged.
-            spoilt |= before in ("N", "P", "X") or after in ("O", "S", "V", "X")
-            spoilt |= kind[-1] + after == "NN" or len(kind) > _MAX_TOKENS
-            parts.append(None if spoilt else _Side(tokens[start:end], opens and kind[-1] != "W"))
-            opens = False
-            continue
-        parts.append(kind if kind in "EA" else None)
-        opens = kind in "EAB"
-        spoilt = not opens and (spoilt or kind[0] in "OSVX")
-    return parts
+def _solved(tokens: list[Token], text: str) -> list[Equation]:
+    """Equations with letters that the values which the text states for them make true.
+
+    Nothing is called false: the text may state other things about the letter. What holds for
+    other values as well, such as "x + 3 + 3 = x + 6", says nothing about it.
+    """
+    with suppress(ArithmeticError):
+        values = stated_values(tokens)
+        if values:
+            others = {letter: value + 1 for letter, value in values.items()}
+            always = {e.start for e in _judge_all(substitute(tokens, others), text) if e.is_true}
+            found = _judge_all(substitute(tokens, values), text)
+            return [e for e in found if e.is_true and e.has_letters and e.start not in always]
+    return []
 
 
-def _decide(left: _Side, sign: str, right: _Side, text: str, offset: int) -> Equation | None:
-    """Judges `left sign right`; None if neither side is a calculation.
+def _decide(left: Side, sign: Token, right: Side, text: str) -> Equation | None:
+    """Judges `left sign right` in each reading; what is false in the whole one may be excused.
 
     Raises:
         ArithmeticError: if a side has no value.
     """
-    sides = _calculation(left.tokens, "L"), _calculation(right.tokens, "R")
-    left_is_bare, right_is_bare = (len(numbers(side)) == 1 for side in sides)
-    # Two bare numbers calculate nothing, and "Day 1 = 5 + 3" does not say that 1 is 8.
-    if left_is_bare and (right_is_bare or not left.stands_alone):
+    whole = None
+    for start in (0, *left.cuts):
+        for end in (len(right.tokens), *right.claim_ends):
+            reading = left._replace(tokens=left.tokens[start:]), right.tokens[:end]
+            equation = _judge(*reading, sign, text)
+            if equation and equation.is_true:
+                return equation
+            whole = equation if (start, end) == (0, len(right.tokens)) else whole
+    is_certain = left.is_certain and right.is_certain
+    return None if not is_certain or _is_excused(left.tokens, sign, right.tokens, text) else whole
+
+
+def _judge(left: Side, right: list[Token], sign: Token, text: str) -> Equation | None:
+    """Judges one reading; None if neither side is a calculation.
+
+    Raises:
+        ArithmeticError: if a side has no value.
+    """
+    if _has_variable(left.tokens, right):
         return None
-    calculation, claim = reversed(sides) if left_is_bare else sides
-    value, result, is_true, is_scaled = _compare(calculation, claim, sign)
-    operands = tuple(number.read(is_scaled) for number in numbers(calculation))
-    claimed = tuple(number.read(is_scaled) for number in numbers(claim))
-    scale = numbers(claim)[-1].scale if len(claimed) == 1 else 1
+    sides = without_words(left.tokens, "L"), without_words(right, "R")
+    left_is_bare, right_is_bare = (len(numbers(side)) == 1 for side in sides)
+    # Two bare numbers calculate nothing but a change of units ("2 hours = 120 minutes"), and
+    # "Day 1 = 5 + 3" does not say that 1 is 8.
+    is_change = left_is_bare and right_is_bare
+    if left_is_bare and not (is_change or left.stands_alone):
+        return None
+    is_swapped = left_is_bare and not is_change
+    calculation, claim = reversed(sides) if is_swapped else sides
+    found = _compare(calculation, claim, sign)
+    if is_change and not (found.is_true and found.is_converted):
+        return None
     start, end = sides[0][0].start, sides[1][-1].end
+    values = (found.result, found.value) if is_swapped else (found.value, found.result)
     return Equation(
         text=" ".join(text[start:end].split()),
-        left=result if left_is_bare else value,
-        right=value if left_is_bare else result,
-        is_true=is_true,
-        expression="".join(
-            str(token.value) if token.kind == "N" else token.text for token in calculation
-        ),
-        operands=operands,
-        results=(result, result / scale if is_scaled else result * scale),
-        rewritten=claimed if len(claimed) > 1 else (),
-        is_trivial=len(operands) == 2 and _is_trivial(calculation, *operands),
-        start=offset + start,
-        end=offset + end,
+        left=values[0],
+        right=values[1],
+        is_true=found.is_true,
+        start=start,
+        end=end,
+        **_numbers_of(calculation, claim, found),
     )
 
 
-def _compare(
-    calculation: list[Token], claim: list[Token], sign: str
-) -> tuple[Fraction, Fraction, bool, bool]:
-    """Values of both sides, whether they agree, and whether scales were read as factors.
+def _numbers_of(
+    calculation: list[Token], claim: list[Token], found: "_Comparison"
+) -> dict[str, Any]:
+    """What an equation starts from and arrives at, by the fields of `Equation`."""
+    letters = {n.text: n.value for n in numbers(calculation + claim) if n.text.isalpha()}
+    terms = tuple(
+        tuple(n.read(found.is_scaled) for n in numbers(term) if n.text not in letters)
+        for side in ((calculation, claim) if letters else (calculation,))
+        for term in split_terms(side)
+    )
+    operands = tuple(chain.from_iterable(terms))
+    claimed = tuple(number.read(found.is_scaled) for number in numbers(claim))
+    scale = numbers(claim)[-1].scale if len(claimed) == 1 else 1
+    other = found.result / scale if found.is_scaled else found.result * scale
+    return {
+        "expression": "".join(
+            str(token.value) if token.kind == "N" else token.text for token in calculation
+        ),
+        "has_letters": bool(letters),
+        "operands": operands,
+        "terms": terms,
+        "results": (*letters.values(), found.result, other),
+        "rewritten": claimed if len(claimed) > 1 else (),
+        "is_trivial": len(operands) == 2 and not letters and is_trivial(calculation, *operands),
+        "cancels": "" if letters else cancels(calculation, found.is_scaled),
+    }
+
+
+class _Comparison(NamedTuple):
+    """How two sides compare in one reading of their scales and units."""
+
+    value: Fraction
+    """Of the calculation."""
+    result: Fraction
+    """Of the claim."""
+    is_true: bool
+    is_scaled: bool
+    """Scales were read as factors."""
+    is_converted: bool = False
+    """The calculation was brought to the unit of the claim."""
+
+
+def _compare(calculation: list[Token], claim: list[Token], sign: Token) -> _Comparison:
+    """Compares two sides in the first reading that holds, or else in the last plain one.
 
     "10 / 50 = 20%" takes % for a hundredth and "10 / 50 * 100 = 20%" for a unit: either will do.
     A single number may be rounded to its decimals; one without only after "about equal".
     """
     *others, stated = numbers(claim)
-    may_round = not others and (sign == "A" or stated.decimals > 0)
+    may_round = not others and (sign.kind == "A" or stated.decimals > 0)
     half = Fraction(may_round, 2 * 10**stated.decimals)
-    has_scale = any(number.scale != 1 for number in numbers(calculation + claim))
-    value, result = evaluate(calculation, True), evaluate(claim, True)
-    is_true = abs(value - result) <= half * stated.scale
-    if is_true or not has_scale:
-        return value, result, is_true, True
-    value, result = evaluate(calculation, False), evaluate(claim, False)
-    return value, result, abs(value - result) <= half, False
+
+    def compared(value: Fraction, is_scaled: bool, is_converted: bool = False) -> _Comparison:
+        result = evaluate(claim, is_scaled)
+        unit = stated.scale if is_scaled else 1
+        is_true = abs(value - result) <= half * unit
+        if stated.is_cut and not others:  # "16.66..." may go on with any digits.
+            is_true |= 0 <= (abs(value) - abs(result)) / unit < Fraction(1, 10**stated.decimals)
+        return _Comparison(value, result, is_true, is_scaled, is_converted)
+
+    plain = compared(evaluate(calculation, True), True)
+    if plain.is_true and len(calculation) > 1:
+        return plain
+    if any(number.scale != 1 for number in numbers(calculation + claim)):
+        plain = compared(evaluate(calculation, False), False)
+        if plain.is_true:
+            return plain
+        off = compared(percent_off(calculation), True)
+        if off.is_true and stated.scale == 1:
+            return off
+    if not others:
+        for value in converted(calculation, stated):
+            change = compared(value, True, True)
+            if change.is_true:
+                return change
+    return plain
 
 
-def _calculation(tokens: list[Token], bracket: str) -> list[Token]:
-    """Reads the numbers, drops the units, and outer brackets closed beyond the equals sign."""
-    kept = (token for token in tokens if token.kind not in "WP")
-    tokens = [read_number(token) if token.kind == "N" else token for token in kept]
-    surplus = sum({"L": 1, "R": -1}.get(token.kind, 0) for token in tokens)
-    if bracket == "L":
-        return tokens[max(surplus, 0) :]
-    return tokens[: len(tokens) + min(surplus, 0)]
+def _has_variable(left: list[Token], right: list[Token]) -> bool:
+    """Whether a letter after a number is no unit, as in "2x + 3 = 11"; "2x + 3x = 5x" is plain."""
+    return bool((_letters(left) ^ _letters(right)) - _UNIT_LETTERS)
 
 
-def _is_trivial(tokens: list[Token], a: Fraction, b: Fraction) -> bool:
-    """Whether `a op b` holds without calculating: x + 0, x - 0, x * 0, x * 1, x / 1, 0 / x."""
-    sign = next(token.text for token in reversed(tokens) if token.kind in "OS")
-    return {
-        "+": a == 0 or b == 0,
-        "-": b == 0,
-        "*": not {a, b}.isdisjoint({0, 1}),
-        "/": b == 1 or a == 0,
-    }[sign]
+def _letters(tokens: list[Token]) -> frozenset[str]:
+    """Single letters that stand after numbers."""
+    return frozenset(token.text.strip("/ ")[0] for token in tokens if token.kind == "U")
+
+
+def _is_excused(left: list[Token], sign: Token, right: list[Token], text: str) -> bool:
+    """Whether an equation that is false as numbers may be true as it is meant."""
+    sides = without_words(left, "L"), without_words(right, "R")
+    return (
+        _may_have_variable(left + right)
+        or _names_a_part(left, sides[0], sign)
+        or (any(t.text == "/" for t in left + right) and bool(_REST.match(text, right[-1].start)))
+        or mixes_units(*sides)
+    )
+
+
+def _may_have_variable(tokens: list[Token]) -> bool:
+    """Whether a letter or a word in brackets right after a number may be a variable.
+
+    Where every number has a letter, as in "200g + 50g = 260g", they are units.
+    """
+    glued = [b for a, b in pairwise(tokens) if a.kind == "N" and a.end == b.start]
+    units = [token for token in tokens if token.kind == "U"]
+    return any(token.text[0] == "(" for token in glued) or (
+        any(token.kind == "U" for token in glued) and len(units) < len(numbers(tokens))
+    )
+
+
+def _names_a_part(tokens: list[Token], calculation: list[Token], sign: Token) -> bool:
+    """Whether a fraction stands for a part of something: "2/3 of the tank = 16 gallons".
+
+    "is equal to" says so of numbers and percentages as well: "1% is equal to $450 / 90".
+    """
+    *parts, last = calculation
+    is_fraction = [token.text for token in parts[1:]] == ["/"] and last.value > parts[0].value
+    in_words = sign.text[0] in "eai"
+    return (is_fraction and (in_words or tokens[-1].kind in "WDP")) or (in_words and not parts)

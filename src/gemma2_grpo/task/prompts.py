@@ -42,6 +42,9 @@ _EVENT = re.compile(
     r"<\s*+/?\s*+(?P<block>reasoning|answer)\b[^<>]*>|" + "|".join(map(re.escape, STOP_TOKENS)),
     re.IGNORECASE,
 )
+_FORM_OF_TRUNCATED = 0.6
+# More white space outside of the blocks is text as well: it costs time and says nothing.
+_MAX_BLANKS = 40
 _REASONING_TAGS = (REASONING_START, REASONING_END)
 _ANSWER_TAGS = (ANSWER_START, ANSWER_END)
 
@@ -55,16 +58,21 @@ class Completion:
     answer: str | None
     """Text of the only answer block; None if there is none, or more than one."""
     format: float
-    """1.0 both blocks in order and nothing else; 0.6 with other text outside; 0.3 in the wrong
-    order; 0.2 an answer block alone; 0 otherwise: a repeated, stray or misspelt tag, or an
-    empty block."""
+    """1.0 both blocks in order and nothing else; 0.6 with other text outside, or if it was cut
+    off; 0.3 in the wrong order; 0.2 an answer block alone; 0 otherwise: a repeated, stray or
+    misspelt tag, or an empty block."""
 
 
-def parse_completion(text: str) -> Completion:
+def parse_completion(text: str, *, is_truncated: bool = False) -> Completion:
     """Splits a completion into its blocks and judges its form, in one scan over the tags.
 
     Stop tokens at the end are not part of the completion. Tags count only as INSTRUCTION
     writes them; a block holds no other tag.
+
+    Args:
+        text: The completion.
+        is_truncated: It did not end with a stop token. Then its form is not perfect, whatever it
+            holds: a model that never ends its turn costs its user every token up to the limit.
     """
     events = list(_EVENT.finditer(text))
     end = len(text)
@@ -74,6 +82,7 @@ def parse_completion(text: str) -> Completion:
     reasoning = _only_block(text, tags, _REASONING_TAGS)
     answer = _only_block(text, tags, _ANSWER_TAGS)
     form = _judge_form(text[:end], tags, reasoning, answer)
+    form = min(form, _FORM_OF_TRUNCATED) if is_truncated else form
     return Completion(reasoning=reasoning, answer=answer, format=form)
 
 
@@ -104,4 +113,4 @@ def _judge_form(
     edges = [0, *(edge for tag in tags for edge in tag.span()), len(text)]
     # Edges 0-1, 4-5 and 8-9 bound the text before, between and after the blocks.
     outside = "".join(text[edges[i] : edges[i + 1]] for i in (0, 4, 8))
-    return 0.6 if outside.strip() else 1.0
+    return 0.6 if outside.strip() or len(outside) > _MAX_BLANKS else 1.0

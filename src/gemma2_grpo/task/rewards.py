@@ -8,16 +8,14 @@ from itertools import groupby
 
 from gemma2_grpo.config import RewardConfig
 from gemma2_grpo.task.answers import (
-    NUMBER,
-    NUMBER_WORDS,
     extract_number,
     is_correct,
     official_is_correct,
-    parse_number,
     printable,
 )
 from gemma2_grpo.task.equations import Equation, find_equations
 from gemma2_grpo.task.prompts import parse_completion
+from gemma2_grpo.task.steps import known_shares, stated_numbers, steps_of
 
 DEFAULT_WEIGHTS = RewardConfig()
 
@@ -26,6 +24,8 @@ _RELEVANCE, _FOLLOWS, _TRANSITIONS = 0.75, 0.20, 0.05
 # What one false equation leaves of it. A share of the equations could be diluted by writing
 # more of them; a fixed price cannot.
 _AFTER_ERROR = 0.7
+# With a wrong answer, so many sound steps earn all that logic can.
+_ENOUGH_STEPS = 2
 # The answer must be the result of one of so many last equations.
 _LAST_EQUATIONS = 3
 
@@ -50,19 +50,6 @@ _WORDS_FROM, _WORDS_TO, _WORDS_END = 20, 200, 300
 
 _STEP_LABEL = re.compile(r"^\W*(?:step\s*)?[0-9]{0,3}[.:)]\s*")
 _SENTENCE_END = re.compile(r"\n|(?<=[.!?;])\s")
-
-# A solution may bring these along: neutral factors, the calendar, the clock, metric prefixes.
-_COMMON = frozenset(map(Fraction, (1, 2, 7, 10, 12, 24, 30, 31, 52, 60, 100, 365, 1000)))
-_WORDS = NUMBER_WORDS | {
-    **dict.fromkeys(["half", "halves", "halved", "twice", "double", "doubled", "doubles"], 2),
-    **dict.fromkeys(["couple", "pair"], 2),
-    **dict.fromkeys(["third", "thirds", "thrice", "triple", "tripled", "triples"], 3),
-    **dict.fromkeys(["fourth", "fourths", "quarter", "quarters", "quadruple"], 4),
-    **dict.fromkeys(["fifth", "fifths"], 5),
-    **dict.fromkeys(["sixth", "sixths"], 6),
-    **dict.fromkeys(["dozen", "dozens"], 12),
-}
-
 
 COMPONENTS = ("format", "logic", "accuracy", "self_correction", "length")
 # Those whose rise a run reports.
@@ -94,6 +81,8 @@ def score_completion(
     answer: str,
     question: str | None = None,
     weights: RewardConfig = DEFAULT_WEIGHTS,
+    *,
+    is_truncated: bool = False,
 ) -> Score:
     """Scores one completion. Never raises, whatever the model wrote, and takes linear time.
 
@@ -102,8 +91,9 @@ def score_completion(
         answer: The right answer: a number, or a GSM8K solution.
         question: The problem, to see where numbers come from; without it all count as given.
         weights: Weights of the components.
+        is_truncated: The completion ran into the limit instead of ending its turn.
     """
-    parsed = parse_completion(completion)
+    parsed = parse_completion(completion, is_truncated=is_truncated)
     reasoning = parsed.reasoning or ""
     value = extract_number(parsed.answer or "")
     correct = is_correct(parsed.answer, answer)
@@ -131,13 +121,8 @@ def _distinct(equations: Iterable[Equation]) -> list[Equation]:
     """Drops repetitions, such as a calculation that a GSM8K annotation repeats."""
     first: dict[tuple[str, Fraction], Equation] = {}
     for equation in equations:
-        first.setdefault(_key(equation), equation)
+        first.setdefault(equation.key, equation)
     return list(first.values())
-
-
-def _key(equation: Equation) -> tuple[str, Fraction]:
-    """What makes two equations the same."""
-    return equation.expression, equation.results[0]
 
 
 def _logic(
@@ -150,70 +135,26 @@ def _logic(
     """Whether the written equations are true, start from what is given and lead to the answer.
 
     Nothing is paid without one true step that counts. Halved if the answer is wrong or does not
-    follow; scaled by the share of sentences that are no repetition.
+    follow. With a wrong answer only the number of sound steps counts: GRPO would blow up any
+    other difference within a group that has no right answer.
     """
-    steps = _steps(equations, question)
-    relevance = _relevance(steps, answer, None if question is None else _stated_numbers(question))
-    if relevance == 0:
+    steps = steps_of(equations, question)
+    given = None if question is None else stated_numbers(question)
+    if not correct:
+        sound = known_shares(steps, answer, given, is_strict=True).count(1.0)
+        return 0.5 * min(1.0, sound / _ENOUGH_STEPS)
+    shares = known_shares(steps, answer, given)
+    if not any(shares):
         return 0.0
     follows = any(answer in step.results for step in steps[-_LAST_EQUATIONS:])
     quality = (
-        _RELEVANCE * relevance + _FOLLOWS * follows + _TRANSITIONS * _has_transition(reasoning)
+        _RELEVANCE * sum(shares) / len(shares)
+        + _FOLLOWS * follows
+        + _TRANSITIONS * _has_transition(reasoning)
     )
     errors = sum(not step.is_true for step in steps)
-    halved = 1.0 if correct and follows else 0.5
+    halved = 1.0 if follows else 0.5
     return quality * _AFTER_ERROR**errors * halved * _distinct_share(reasoning)
-
-
-def _steps(equations: list[Equation], question: str | None) -> list[Equation]:
-    """Drops what is no work: equations of the question, and trivial ones.
-
-    "1 x 6 = 6" is a step all the same where an earlier one has found the 1.
-    """
-    copied = set(map(_key, find_equations(question or "")))
-    steps: list[Equation] = []
-    found: set[Fraction] = set()
-    for equation in equations:
-        is_idle = equation.is_trivial and found.isdisjoint({0, 1}.intersection(equation.operands))
-        if _key(equation) in copied or (equation.is_true and is_idle):
-            continue
-        steps.append(equation)
-        if equation.is_true:
-            found.update(equation.results)
-    return steps
-
-
-def _relevance(
-    steps: list[Equation], answer: Fraction | None, given: frozenset[Fraction] | None
-) -> float:
-    """Mean over the true steps of how much of each is known before and of use after it.
-
-    A step counts by the share of its operands that the question states or an earlier true step
-    has found, if its result is the answer or an operand of a later step; else it counts 0. A
-    corrected step stands where the error stood.
-    """
-    last_use = {operand: i for i, step in enumerate(steps) for operand in step.operands}
-    place = {step.expression: i for i, step in reversed(list(enumerate(steps)))}
-    known = set(given or ())
-    counts: list[float] = []
-    for step in (step for step in steps if step.is_true):
-        first = place[step.expression]
-        is_used = any(r == answer or last_use.get(r, -1) > first for r in step.results)
-        is_known = [given is None or operand in known for operand in step.operands]
-        # Calendar and metric numbers are welcome, but start no calculation.
-        shared = [k or o in _COMMON for k, o in zip(is_known, step.operands, strict=True)]
-        counts.append(sum(shared) / len(shared) if is_used and any(is_known) else 0.0)
-        known.update(step.results, step.rewritten)
-    return sum(counts) / len(counts) if counts else 0.0
-
-
-def _stated_numbers(question: str) -> frozenset[Fraction]:
-    """Numbers that a question states in digits or words, with their hundredths and inverses."""
-    numbers = [parse_number(match[0]) for match in re.finditer(NUMBER, question)]
-    numbers += [Fraction(_WORDS[w]) for w in re.findall("[a-z]+", question.lower()) if w in _WORDS]
-    stated = {number for number in numbers if number is not None}
-    stated |= {number / 100 for number in stated}
-    return frozenset(stated | {1 / number for number in stated if number})
 
 
 def _is_corrected(reasoning: str, equations: list[Equation], answer: Fraction | None) -> bool:

@@ -27,9 +27,17 @@ class Scorer:
     reward: Reward | None = None
 
     def __call__(
-        self, examples: Sequence[Example], completions: Sequence[str]
+        self,
+        examples: Sequence[Example],
+        completions: Sequence[str],
+        is_truncated: Sequence[bool] | np.ndarray | None = None,
     ) -> Mapping[str, np.ndarray]:
         """Scores completions, aligned with their examples.
+
+        Args:
+            examples: The problem of each completion.
+            completions: What the model wrote.
+            is_truncated: Which of them ran into the limit; None if none did.
 
         Returns:
             Float64 arrays [N] by name: each component in [0, 1] before its weight; `total`, what
@@ -37,9 +45,12 @@ class Scorer:
             `official_correct` by our grader and GSM8K's; `equations` and `true_equations`, how
             many were written and how many of them hold.
         """
+        cuts = [False] * len(completions) if is_truncated is None else is_truncated
         scores = [
-            score_completion(text, example.answer, example.question, self.weights)
-            for example, text in zip(examples, completions, strict=True)
+            score_completion(
+                text, example.answer, example.question, self.weights, is_truncated=bool(cut)
+            )
+            for example, text, cut in zip(examples, completions, cuts, strict=True)
         ]
         columns = (*COMPONENTS, "correct", "official_correct", "total")
         table = {n: np.array([getattr(s, n) for s in scores], np.float64) for n in columns}
