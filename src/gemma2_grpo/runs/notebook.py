@@ -46,10 +46,13 @@ def find_machine() -> Machine:
     """
     import jax
 
+    from gemma2_grpo.engine.devices import start_devices
+
     # Without ipywidgets tqdm warns when it is imported, although no bar of its is shown here.
     warnings.filterwarnings("ignore", "IProgress not found")
     host = _host()
     _take_secret(host)
+    start_devices(print)
     kind, count = jax.default_backend(), jax.local_device_count()
     devices = f"{count} x {jax.local_devices()[0].device_kind}"
     name = _FLAGSHIP.get(kind)
