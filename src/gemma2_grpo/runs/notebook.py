@@ -138,12 +138,12 @@ def _can_be_had(model: str) -> bool:
     """Whether a model is attached, in a cache, or can be asked for with a token."""
     from huggingface_hub import get_token
 
-    from gemma2_grpo.engine.fetch import find_model
+    from gemma2_grpo.engine.fetch import check_model
 
     if get_token():
         return True
     try:
-        find_model(model)
+        check_model(model)
     except UserError:
         return False
     return True
