@@ -83,6 +83,8 @@ def joined(
     Raises:
         UserError: if the others cannot be joined.
     """
+    if os.name == "nt":
+        raise UserError("several processes train together on Linux only; on Windows, use WSL2")
     is_told = None not in (coordinator, num_processes, process_id)
     # JAX aborts from a thread of its own, where no handler of Python's would be called in time.
     ctypes.CDLL(None).signal(signal.SIGABRT, _on_abort)
