@@ -6,9 +6,13 @@ There is no Windows here: what it lacks is taken away instead.
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+
+from gemma2_grpo.config import Config
+from gemma2_grpo.presets import to_toml
 
 # Modules that Windows lacks.
 WITHOUT_POSIX = """
@@ -45,12 +49,14 @@ def test_every_module_can_be_imported(tmp_path: Path) -> None:
     assert run(IMPORTS, folder=tmp_path).endswith("all imported\n")
 
 
-def test_a_run_from_training_to_its_report(tmp_path: Path) -> None:
+def test_a_run_from_training_to_its_report(
+    make_config: Callable[..., Config], tmp_path: Path
+) -> None:
     """Its output goes into a pipe, which on Windows cannot take every character."""
-    sizes = "--max-steps 1 --eval-every-steps 0 --eval-samples 0 --sample-every-steps 1"
-    sizes += " --num-test-samples 2 --num-generations 2 --prompts-per-step 2"
-    cp1252 = {"PYTHONIOENCODING": "cp1252"}
-    train = ["train", "--run", "run", *sizes.split()]
+    steps = {"max_steps": 1, "eval_every_steps": 0, "eval_samples": 0, "sample_every_steps": 1}
+    (tmp_path / "small.toml").write_text(to_toml(make_config(run=steps)), encoding="utf-8")
+    cp1252 = {"PYTHONIOENCODING": "cp1252", "XLA_FLAGS": ""}
+    train = ["train", "small.toml", "--run", "run"]
     assert "step 1/1: reward" in run(COMMAND, *train, folder=tmp_path, **cp1252)
     assert "is finished" in run(COMMAND, *train, folder=tmp_path, **cp1252)
     run(COMMAND, "report", "run", folder=tmp_path, **cp1252)
@@ -66,7 +72,7 @@ def test_what_cannot_be_encoded_is_replaced(tmp_path: Path) -> None:
 
 def test_text_is_read_and_written_as_utf8() -> None:
     """Python warns of each file that it opens in the encoding of the system."""
-    source = Path(__file__).parents[1] / "src"
+    source = Path(__file__).parents[2] / "src"
     done = subprocess.run(
         [sys.executable, "-m", "ruff", "check", "--preview", "--select", "PLW1514", source],
         capture_output=True,
