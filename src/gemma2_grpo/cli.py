@@ -5,6 +5,7 @@ Parses first and imports heavy libraries after, so that `--help` and mistakes an
 
 import dataclasses
 import difflib
+import io
 import os
 import re
 import sys
@@ -45,6 +46,7 @@ if TYPE_CHECKING:
     from tyro._arguments import ArgumentDefinition
 
 OLDEST_JAX = (0, 10)
+_UNICODE = ("utf-8", "utf8", "utf-16", "utf-32")
 
 T = TypeVar("T")
 Sections = Annotated[OmitArgPrefixes[T], arg(name="")]
@@ -380,6 +382,7 @@ COMMANDS: dict[str, type[Command]] = {
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the command line and returns the exit status; users' mistakes are one line and 2."""
+    _print_anywhere()
     try:
         status = parse(sys.argv[1:] if arguments is None else arguments)()
     except UserError as error:
@@ -391,6 +394,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     return status or 0
+
+
+def _print_anywhere() -> None:
+    """Prints a `?` for what an output cannot encode, such as a pipe on Windows."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper) and stream.encoding.lower() not in _UNICODE:
+            stream.reconfigure(errors="replace")
 
 
 def parse(arguments: Sequence[str]) -> Command:

@@ -247,6 +247,20 @@ def test_a_mistake_of_one_ends_the_others_with_its_words(
     assert other[2].splitlines()[-1].startswith(f"error: process 0: {line}")
 
 
+@pytest.mark.parametrize("number", [0, 1])
+def test_a_device_that_one_lacks_ends_all_with_its_words(
+    number: int, write_config: Callable[..., Path], tmp_path: Path
+) -> None:
+    """The other one waits for it in JAX, for minutes, unless it is told."""
+    environments = [{"JAX_PLATFORMS": "cud" if each == number else "cpu"} for each in (0, 1)]
+    pair = start_pair(write_config(run=STEPS), tmp_path / "run", environments=environments)
+    outcomes = [ended(process, 60) for process in pair]
+    line = "JAX_PLATFORMS = cud: JAX knows no backend 'cud'; did you mean cuda?"
+    assert [status for status, _, _ in outcomes] == [2, 2]
+    assert outcomes[number][2].splitlines()[-1] == f"error: {line}"
+    assert outcomes[1 - number][2].splitlines()[-1] == f"error: process {number}: {line}"
+
+
 JOINED = """
 import os, signal, sys, time
 from gemma2_grpo.engine.processes import joined

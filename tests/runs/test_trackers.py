@@ -1,12 +1,13 @@
 """Metrics reach every tracker, without a network."""
 
 import importlib.util
+import shutil
 from pathlib import Path
 
 import pytest
 
 from gemma2_grpo.config import Config, RunConfig, UserError
-from gemma2_grpo.runs.trackers import check_trackers, tracking
+from gemma2_grpo.runs.trackers import _identity, check_trackers, tracking
 
 STEPS = [
     ("held_out", {"step": 0, "accuracy": 0.25, "interval": [0.1, 0.4], "sampled": None}),
@@ -61,6 +62,64 @@ def test_trackio_offline(trackio_folder: Path, tmp_path: Path) -> None:
     written = b"".join(f.read_bytes() for f in trackio_folder.rglob("*") if f.is_file())
     for name in (b"train/reward", b"held_out/accuracy", b"0.125"):
         assert name in written
+
+
+def trackio_runs(project: str) -> dict[str, list[float]]:
+    """Rewards of each run of the project, as trackio itself reads them."""
+    from trackio.sqlite_storage import SQLiteStorage
+
+    runs = [record["name"] for record in SQLiteStorage.get_run_records(project)]
+    logs = {name: SQLiteStorage.get_logs(project, name) for name in runs}
+    key = "train/reward"
+    return {name: [row[key] for row in rows if key in row] for name, rows in logs.items()}
+
+
+@pytest.mark.skipif(not importlib.util.find_spec("trackio"), reason="extra `trackers`")
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.usefixtures("trackio_folder")
+def test_runs_of_one_name_are_kept_apart_and_a_resumed_one_goes_on(tmp_path: Path) -> None:
+    for parent in ("one", "two", "one"):
+        track_all(tmp_path / parent / "words", trackio="apart")
+    shown = trackio_runs("apart")
+    assert sorted(shown.values()) == [[0.5, 0.75], [0.5, 0.75, 0.5, 0.75]]
+    assert all(name.startswith("words-") for name in shown)
+
+
+@pytest.mark.skipif(not importlib.util.find_spec("wandb"), reason="extra `trackers`")
+def test_wandb_gets_the_id_of_the_directory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    for parent in ("one", "two", "one"):
+        track_all(tmp_path / parent / "words", wandb="project")
+    ids = {
+        parent: {
+            path.name.rpartition("-")[2]
+            for path in (tmp_path / parent / "words/wandb").glob("offline-run-*")
+        }
+        for parent in ("one", "two")
+    }
+    assert len(ids["one"]) == 1 and len(ids["two"]) == 1 and ids["one"] != ids["two"]
+
+
+def test_the_id_of_a_run_that_is_moved_copied_or_made_again(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    first = _identity(run)
+    assert _identity(run) == first
+    moved = run.rename(tmp_path / "moved")
+    assert _identity(moved) == first
+    copy = Path(shutil.copytree(moved, tmp_path / "copy"))
+    assert _identity(copy) not in (first, "") and _identity(copy) == _identity(copy)
+    assert _identity(moved) == first
+    shutil.rmtree(moved)
+    assert _identity(moved) != first
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", "{}"])
+def test_a_damaged_id_is_drawn_again(text: str, tmp_path: Path) -> None:
+    (tmp_path / "trackers.json").write_text(text)
+    assert _identity(tmp_path) == _identity(tmp_path) != ""
 
 
 @pytest.mark.parametrize("name", ["wandb", "trackio"])

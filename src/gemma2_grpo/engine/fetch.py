@@ -1,20 +1,19 @@
 """Where model weights come from: the package, a directory, Hugging Face, Kaggle."""
 
 import json
-import os
 import re
-from collections.abc import Iterator
 from importlib import resources
 from pathlib import Path
 
 from gemma2_grpo.config import UserError
+from gemma2_grpo.engine.kaggle import check_on_kaggle, find_attached, from_kaggle, google_id
+from gemma2_grpo.task.reach import ask_hub, disk_is_full, http_status, quiet
 from gemma2_grpo.task.sources import KAGGLE_PREFIX, reason
 
 EMBEDDED = "embedded"
 # Gated on Hugging Face: whoever has no token need not ask the network.
 _GEMMA_2 = "google/gemma-2-"
 _HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*", re.ASCII)
-_KAGGLE_MODEL = re.compile(r"(\w[\w.-]*)" + r"/(\w[\w.-]*)" * 3 + r"(?:/(\d+))?", re.ASCII)
 _WANTED = [
     "config.json",
     "generation_config.json",
@@ -23,7 +22,6 @@ _WANTED = [
     "*.safetensors",
     "*.safetensors.index.json",
 ]
-_FULL_DISK = ("No space left", "quota exceeded")
 
 
 def find_model(name: str, *, needs_weights: bool = True) -> Path:
@@ -47,18 +45,21 @@ def find_model(name: str, *, needs_weights: bool = True) -> Path:
 
 
 def check_model(name: str) -> None:
-    """Refuses what can be no model, and a local directory without the files of one.
+    """Refuses, within seconds and before anything loads, a model that cannot be had.
 
-    It asks no network, so that a misspelt name is told before anything is fetched or loaded.
+    What is neither here nor attached nor in a cache is asked for where it is: whether there is a
+    network, such a model, and an account that may have it.
 
     Raises:
         UserError: naming the mend.
     """
     try:
         if name.startswith(KAGGLE_PREFIX):
-            _kaggle_parts(name)
+            check_on_kaggle(name)
         elif directory := _find_local(name):
             check_files(directory)
+        else:
+            _check_on_hub(name)
     except (OSError, RuntimeError) as error:
         raise UserError(f"model {name!r}: cannot be read ({reason(error)})") from None
 
@@ -66,9 +67,7 @@ def check_model(name: str) -> None:
 def hub_id(name: str) -> str | None:
     """The Hugging Face id under which others find a model; None for one that is only here."""
     if name.startswith(KAGGLE_PREFIX):
-        parts = _KAGGLE_MODEL.fullmatch(name.removeprefix(KAGGLE_PREFIX))
-        is_googles = parts and parts[1] == "google" and parts[3].lower() == "transformers"
-        return f"google/{parts[4]}" if parts and is_googles else None
+        return google_id(name)
     is_id = _HUB_ID.fullmatch(name) and not Path(name).exists()
     return name if is_id else None
 
@@ -124,7 +123,7 @@ def read_index(directory: Path) -> dict[str, str] | None:
 def _locate(name: str) -> Path:
     """The directory of a model, its files not yet checked."""
     if name.startswith(KAGGLE_PREFIX):
-        return _from_kaggle(name)
+        return from_kaggle(name)
     return _find_local(name) or _from_hub(name)
 
 
@@ -143,85 +142,73 @@ def _find_local(name: str) -> Path | None:
     )
 
 
-def _from_kaggle(name: str) -> Path:
-    """A Kaggle model: attached to the notebook, in kagglehub's cache, or downloaded."""
-    handle = name.removeprefix(KAGGLE_PREFIX)
-    owner, model, framework, variation, version = _kaggle_parts(name).groups()
-    attached = _find_attached(owner, f"{model}/{framework.lower()}/{variation}", version or "*")
-    if attached:
-        return attached
-    import kagglehub
-
-    try:
-        return Path(kagglehub.model_download(handle))
-    # kagglehub raises plain ValueErrors, its HTTP library's errors and its own.
-    except Exception as error:
-        page = f"kaggle.com/models/{owner}/{model}"
-        raise UserError(f"model {name}: {_explain_kaggle(error, page)}") from None
-
-
-def _kaggle_parts(name: str) -> re.Match[str]:
-    """Owner, model, framework, variation, and perhaps the version, of a Kaggle model's name."""
-    parts = _KAGGLE_MODEL.fullmatch(name.removeprefix(KAGGLE_PREFIX))
-    if parts is None:
-        raise UserError(
-            f"model {name!r}: not a Kaggle handle; write {KAGGLE_PREFIX}OWNER/MODEL/FRAMEWORK/"
-            f"VARIATION, such as {KAGGLE_PREFIX}google/gemma-2/transformers/gemma-2-2b-it"
-        )
-    return parts
-
-
-def _find_attached(owner: str, variation: str, version: str = "*") -> Path | None:
-    """The newest version of a model that is attached to this Kaggle notebook.
-
-    Args:
-        owner: Owner on Kaggle.
-        variation: MODEL/FRAMEWORK/VARIATION, perhaps with wildcards.
-        version: One version, or a wildcard.
-    """
-    inputs = Path(os.environ.get("KAGGLE_INPUT", "/kaggle/input"))
-    # Kaggle mounts by kind and owner, or has mounted by name, with the owner for second of a name.
-    for place in (f"models/{owner}", f"m/{owner}", "."):
-        found = (inputs / place).glob(f"{variation}/{version}")
-        versions = [path for path in found if path.name.isdecimal() and path.is_dir()]
-        if versions:
-            return max(versions, key=lambda path: int(path.name))
-    return None
-
-
-def _explain_kaggle(error: Exception, page: str) -> str:
-    """Says what went wrong on Kaggle, and the mend."""
-    status = _http_status(error)
-    if status in (401, 403):
-        return (
-            f"Kaggle refuses it ({status}); attach it to the notebook, or accept its licence at "
-            f"{page} and export KAGGLE_API_TOKEN from kaggle.com/settings"
-        )
-    if status == 404:
-        return f"no such model on Kaggle; check the framework and the variation at {page}"
-    if _disk_is_full(error):
-        return "no space left on the disk; free some, or set KAGGLEHUB_CACHE to a larger disk"
-    return (
-        f"cannot be fetched ({reason(error)}); attach it to the notebook, check the network, "
-        "or pass a local directory as model"
-    )
-
-
 def _from_hub(name: str) -> Path:
     """A Hugging Face model: attached on Kaggle, in the cache (HF_HOME), or downloaded."""
-    if name.startswith(_GEMMA_2):
-        variation = name.removeprefix("google/")
-        attached = _find_attached("google", f"gemma-2*/transformers/{variation}")
-        if attached:
-            return attached
-    from huggingface_hub import get_token, snapshot_download
+    if attached := _attached_for(name):
+        return attached
+    from huggingface_hub import snapshot_download
 
     try:
-        cached_only = name.startswith(_GEMMA_2) and get_token() is None
-        return Path(snapshot_download(name, allow_patterns=_WANTED, local_files_only=cached_only))
+        cached_only = _lacks_token(name) or (_is_cached(name) and not _answers(name))
+        with quiet():
+            found = snapshot_download(name, allow_patterns=_WANTED, local_files_only=cached_only)
+        return Path(found)
     # The hub's client, its HTTP library and the disk each raise errors of their own.
     except Exception as error:
         raise UserError(f"model {name}: {_explain_hub(error, name)}") from None
+
+
+def _check_on_hub(name: str) -> None:
+    """Asks for config.json, unless all is here or there is no token to ask with."""
+    if _attached_for(name) or _is_cached(name):
+        return
+    from huggingface_hub import constants, errors
+
+    try:
+        if constants.HF_HUB_OFFLINE or _lacks_token(name):
+            raise errors.LocalEntryNotFoundError(name)
+        ask_hub(name, "config.json", "model")
+    except errors.RemoteEntryNotFoundError:
+        raise UserError(f"model {name}: no config.json in it; name a whole model") from None
+    except Exception as error:
+        raise UserError(f"model {name}: {_explain_hub(error, name)}") from None
+
+
+def _attached_for(name: str) -> Path | None:
+    """What is attached on Kaggle in place of a model of Hugging Face."""
+    if not name.startswith(_GEMMA_2):
+        return None
+    variation = name.removeprefix("google/")
+    return find_attached("google", f"gemma-2*/transformers/{variation}")
+
+
+def _lacks_token(name: str) -> bool:
+    """Whether Hugging Face need not be asked; a mirror may give Gemma to anybody."""
+    from huggingface_hub import constants, get_token
+
+    is_gated = name.startswith(_GEMMA_2) and constants.ENDPOINT == constants._HF_DEFAULT_ENDPOINT
+    return is_gated and get_token() is None
+
+
+def _is_cached(name: str) -> bool:
+    """Whether all of a model is in the cache of Hugging Face."""
+    from huggingface_hub import snapshot_download
+
+    try:
+        with quiet():
+            check_files(Path(snapshot_download(name, local_files_only=True)))
+    except Exception:  # Whatever is wrong with it, it is not all there.
+        return False
+    return True
+
+
+def _answers(name: str) -> bool:
+    """Whether a newer version of a cached model can be asked for."""
+    try:
+        ask_hub(name, "config.json", "model")
+    except Exception:
+        return False
+    return True
 
 
 def _explain_hub(error: Exception, name: str) -> str:
@@ -229,26 +216,30 @@ def _explain_hub(error: Exception, name: str) -> str:
     from huggingface_hub import constants, get_token
     from huggingface_hub import errors as hub
 
-    if _disk_is_full(error):
+    if disk_is_full(error):
         return "no space left on the disk; free some, or set HF_HOME to a larger disk"
-    uncached, status = isinstance(error, hub.LocalEntryNotFoundError), _http_status(error)
+    uncached, status = isinstance(error, hub.LocalEntryNotFoundError), http_status(error)
     if uncached and constants.HF_HUB_OFFLINE:
         return (
             "not complete in the cache of Hugging Face while HF_HUB_OFFLINE is set; unset it, "
             "or pass a local directory as model"
         )
-    gated = isinstance(error, hub.GatedRepoError) or status == 403
-    if (gated or (uncached and name.startswith(_GEMMA_2))) and get_token() is None:
+    is_refused = status == 403 or (status == 401 and name.startswith(_GEMMA_2))
+    gated = isinstance(error, hub.GatedRepoError) or is_refused
+    if (gated and get_token() is None) or (uncached and _lacks_token(name)):
         return (
             "HF_TOKEN is not set; make a token at huggingface.co/settings/tokens, accept Gemma's "
             f"licence at huggingface.co/{name} and export HF_TOKEN, or attach the model on Kaggle"
         )
-    if gated:
+    if isinstance(error, hub.GatedRepoError) or status == 403:
         return (
             "the account of this HF_TOKEN has no access; accept Gemma's licence at "
             f"huggingface.co/{name}, and let a fine-grained token read public gated repositories"
         )
-    if isinstance(error, hub.RepositoryNotFoundError | hub.HFValidationError):
+    is_unknown = status == 404 or isinstance(
+        error, hub.RepositoryNotFoundError | hub.HFValidationError
+    )
+    if is_unknown and not (status == 401 and get_token()):
         return (
             "no such directory and no such repository on Hugging Face; check the spelling, "
             "or HF_TOKEN if it is private"
@@ -257,24 +248,9 @@ def _explain_hub(error: Exception, name: str) -> str:
         return (
             "Hugging Face refuses this HF_TOKEN; make a new token at "
             "huggingface.co/settings/tokens and export HF_TOKEN"
+            + ("; or there is no such repository: check the spelling" if is_unknown else "")
         )
     return (
         f"cannot be fetched ({reason(error.__cause__ or error)}); check the network and run "
         "again, which resumes the download, or pass a local directory as model"
     )
-
-
-def _http_status(error: BaseException) -> int | None:
-    """The HTTP status behind an error of either library, if there is one."""
-    responses = (getattr(cause, "response", None) for cause in _causes(error))
-    return next((response.status_code for response in responses if response is not None), None)
-
-
-def _disk_is_full(error: BaseException) -> bool:
-    return any(words in str(cause) for cause in _causes(error) for words in _FULL_DISK)
-
-
-def _causes(error: BaseException | None) -> Iterator[BaseException]:
-    while error is not None:
-        yield error
-        error = error.__cause__

@@ -246,8 +246,11 @@ def available_bytes(cgroup: Path = Path("/sys/fs/cgroup")) -> int:
     """Memory that this process can still take, by the machine and by its container's limit."""
     machine = psutil.virtual_memory().available
     try:
-        limit = int((cgroup / "memory.max").read_text())
-        used = dict(line.split() for line in (cgroup / "memory.stat").read_text().splitlines())
+        limit = int((cgroup / "memory.max").read_text(encoding="utf-8"))
+        used = dict(
+            line.split()
+            for line in (cgroup / "memory.stat").read_text(encoding="utf-8").splitlines()
+        )
         return min(machine, limit - int(used["anon"]))
     except (OSError, ValueError, LookupError):  # Another system, or no limit.
         return machine

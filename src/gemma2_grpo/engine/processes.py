@@ -27,6 +27,7 @@ from jax.experimental.multihost_utils import process_allgather
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from gemma2_grpo.config import UserError
+from gemma2_grpo.engine.devices import start_devices
 
 # A process that has not been heard of for so long is taken for dead, and ends the others.
 HEARTBEAT_SECONDS = 30
@@ -82,6 +83,8 @@ def joined(
     Raises:
         UserError: if the others cannot be joined.
     """
+    if os.name == "nt":
+        raise UserError("several processes train together on Linux only; on Windows, use WSL2")
     is_told = None not in (coordinator, num_processes, process_id)
     # JAX aborts from a thread of its own, where no handler of Python's would be called in time.
     ctypes.CDLL(None).signal(signal.SIGABRT, _on_abort)
@@ -97,13 +100,16 @@ def joined(
         line = str(error).strip().splitlines()[0]
         raise UserError(f"{_NOT_JOINED.removeprefix('error: ')} ({line}); {_MEND}") from None
     _joined.set()
+    # Where the devices cannot be started, JAX cannot be asked for it.
+    number: Any = distributed.global_state.process_id
     # JAX has put a handler of its own there, by which the signal is noted and comes to nothing.
     signal.signal(signal.SIGTERM, signal.getsignal(signal.SIGTERM))
-    _keep_own_programs()
     is_leaving = threading.Event()
-    listener = threading.Thread(target=_listen, args=(is_leaving,), daemon=True)
+    listener = threading.Thread(target=_listen, args=(number, is_leaving), daemon=True)
     listener.start()
     try:
+        start_devices(print)
+        _keep_own_programs()
         yield jax.process_count()
     except BaseException as error:
         is_leaving.set()
@@ -111,7 +117,7 @@ def joined(
             jax.distributed.shutdown()  # All have agreed to stop here.
             raise
         status = _status(error)
-        _tell(status, str(error) or type(error).__name__)
+        _tell(number, status, str(error) or type(error).__name__)
         # Not JAX's own way out, which would wait for processes that no longer come. The error is
         # still printed first: what was registered last is called first, but after that.
         atexit.register(_exit, status)
@@ -138,7 +144,7 @@ def _status(error: BaseException) -> int:
     return 130 if isinstance(error, KeyboardInterrupt) else 1
 
 
-def _listen(is_leaving: threading.Event) -> None:
+def _listen(own_number: int, is_leaving: threading.Event) -> None:
     """Ends this process when another one says why it stops. JAX ends it if one dies silently."""
     client: Any = distributed.global_state.client
     while not is_leaving.wait(1):
@@ -150,23 +156,23 @@ def _listen(is_leaving: threading.Event) -> None:
             return
         text = " ".join(text.removeprefix("error: ").split())
         print(f"error: process {number}: {text}", file=sys.stderr)
-        _part(client)
+        _part(client, own_number)
         _exit(status)
 
 
-def _tell(status: int, text: str) -> None:
+def _tell(number: int, status: int, text: str) -> None:
     """Tells the other processes why this one stops."""
     client: Any = distributed.global_state.client
     with suppress(RuntimeError):  # Another one may have told the same, or be gone.
-        client.key_value_set(_STOPPED, json.dumps([jax.process_index(), status, text]))
-    _part(client)
+        client.key_value_set(_STOPPED, json.dumps([number, status, text]))
+    _part(client, number)
 
 
-def _part(client: Any) -> None:
+def _part(client: Any, number: int) -> None:
     """Waits until all processes know; process 0 leaves last, since all speak through it."""
     with suppress(RuntimeError):
         client.wait_at_barrier(f"{_STOPPED}/by_all", _FAREWELL_SECONDS * 1000)
-    if jax.process_index() == 0:
+    if number == 0:
         time.sleep(1)
 
 

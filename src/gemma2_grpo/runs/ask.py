@@ -13,8 +13,8 @@ from rich.text import Text
 from gemma2_grpo.config import EvaluateConfig, UserError, check_evaluate
 from gemma2_grpo.runs.completion_view import render_completion
 from gemma2_grpo.runs.display import inert, open_console
-from gemma2_grpo.runs.host_memory import keep_freed_memory
 from gemma2_grpo.runs.opening import Opened, Source, as_asked, find_source, open_source
+from gemma2_grpo.runs.start import start_jax
 from gemma2_grpo.task.answers import extract_number, printable
 from gemma2_grpo.task.prompts import parse_completion, render_prompt
 
@@ -78,9 +78,9 @@ def ask(
 
 
 def _open(source: Source, console: Console) -> Opened:
+    start_jax(lambda text: console.print(inert(text)))
     from gemma2_grpo.engine.compilation import use_program_cache
 
-    keep_freed_memory()
     use_program_cache(source.config.run.compilation_cache, console.print)
     with console.status(f"loading {inert(source.title)}"):
         return open_source(source)

@@ -12,6 +12,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 from rich.text import Text
 
+from gemma2_grpo.config import ModelConfig
 from gemma2_grpo.runs.completion_view import render_completion, without_controls
 from gemma2_grpo.runs.live import TrainingPanel, in_words, step_line
 from gemma2_grpo.runs.outcome import measure_rows, result_of
@@ -66,6 +67,13 @@ class Display:
     def note(self, text: str) -> None:
         """Prints one line, which a path may make long."""
         self.console.print(inert(text), soft_wrap=True)
+
+    def warn_of_cpu(self, model: ModelConfig, name: str) -> None:
+        """Warns before a configuration for an accelerator trains without one; JAX has started."""
+        from gemma2_grpo.engine.devices import cpu_warning
+
+        if text := cpu_warning(model, name):
+            self.console.print(f"warning: {inert(text)}", style="bold yellow", soft_wrap=True)
 
     @contextmanager
     def measuring(self, label: str, total: int) -> Iterator[Any]:

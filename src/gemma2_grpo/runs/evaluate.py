@@ -14,7 +14,6 @@ from gemma2_grpo.runs.display import Display, open_console
 from gemma2_grpo.runs.evaluation import ADAPTER, BASE, summarize
 from gemma2_grpo.runs.evaluation_display import Progress, show_evaluation
 from gemma2_grpo.runs.evaluation_folder import RESULT, EvaluationFolder
-from gemma2_grpo.runs.host_memory import keep_freed_memory
 from gemma2_grpo.runs.opening import (
     Source,
     as_asked,
@@ -24,6 +23,7 @@ from gemma2_grpo.runs.opening import (
     trained_steps,
 )
 from gemma2_grpo.runs.run_directory import command_facts
+from gemma2_grpo.runs.start import start_jax
 from gemma2_grpo.task.data import Example, drop_long, hash_of, load_held_out
 from gemma2_grpo.task.scoring import Scorer
 
@@ -129,8 +129,8 @@ def _run(
 ) -> None:
     """Loads the weights, and evaluates what is not evaluated yet."""
     config = source.config
+    start_jax(display.note)
     display.note(f"loading {config.model.model}")
-    keep_freed_memory()
     from gemma2_grpo.engine.compilation import use_program_cache
     from gemma2_grpo.engine.export import fingerprint
     from gemma2_grpo.engine.fetch import find_model

@@ -11,6 +11,7 @@ from gemma2_grpo.runs.display import Display
 from gemma2_grpo.runs.hub import confirm_upload, upload
 from gemma2_grpo.runs.opening import Opened, Source, find_source, open_source
 from gemma2_grpo.runs.staging import check_empty, check_target, staged
+from gemma2_grpo.runs.start import start_jax
 from gemma2_grpo.runs.verification import (
     NOT_VERIFIED,
     Verify,
@@ -83,6 +84,7 @@ def export(
         check_packages(format)
     if push:
         confirm_upload(push, public=public, yes=yes)
+    start_jax(display.note)
     display.note(f"loading {source.config.model.model}")
     opened, wanted = _open(source, to, format, dtype, max_shard_gb, verify=verify)
     with staged(to) as folder:

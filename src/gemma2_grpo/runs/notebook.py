@@ -46,10 +46,13 @@ def find_machine() -> Machine:
     """
     import jax
 
+    from gemma2_grpo.engine.devices import start_devices
+
     # Without ipywidgets tqdm warns when it is imported, although no bar of its is shown here.
     warnings.filterwarnings("ignore", "IProgress not found")
     host = _host()
     _take_secret(host)
+    start_devices(print)
     kind, count = jax.default_backend(), jax.local_device_count()
     devices = f"{count} x {jax.local_devices()[0].device_kind}"
     name = _FLAGSHIP.get(kind)
@@ -135,12 +138,12 @@ def _can_be_had(model: str) -> bool:
     """Whether a model is attached, in a cache, or can be asked for with a token."""
     from huggingface_hub import get_token
 
-    from gemma2_grpo.engine.fetch import find_model
+    from gemma2_grpo.engine.fetch import check_model
 
     if get_token():
         return True
     try:
-        find_model(model)
+        check_model(model)
     except UserError:
         return False
     return True

@@ -2,7 +2,6 @@
 
 import dataclasses
 import errno
-import fcntl
 import json
 import math
 import os
@@ -15,6 +14,8 @@ from contextlib import suppress
 from importlib import metadata
 from pathlib import Path
 from typing import Any
+
+from filelock import FileLock, Timeout
 
 from gemma2_grpo.config import Config, ConfigError, UserError
 from gemma2_grpo.presets import from_mapping, read_toml, to_toml
@@ -53,20 +54,24 @@ class LockedFolder:
         try:
             self._made = [folder for folder in (path, *path.parents) if not folder.exists()]
             path.mkdir(parents=True, exist_ok=True)
-            self._lock = (path / lock).open("a")
+            # The system's own lock, which ends with the process, however that ends. A lock by the
+            # mere presence of a file would outlive a process that was killed.
+            # A folder that cannot be written is refused for that, not for its lock.
+            probe = path / f"{lock}.tmp"
+            probe.open("a", encoding="utf-8").close()
+            probe.unlink(missing_ok=True)
+            self._lock = FileLock(path / lock, thread_local=False)
+            self._lock.acquire(blocking=False)
+        except Timeout:
+            raise UserError(
+                f"{kind} {path}: another process is writing to it; choose another {option}"
+            ) from None
         except OSError as error:
             # A file in its place already exists, but that is not what is wrong with it.
             is_file = isinstance(error, FileExistsError)
             why = os.strerror(errno.ENOTDIR) if is_file else error.strerror
             raise UserError(
                 f"{kind} {path}: cannot be written ({why}); choose another {option}"
-            ) from None
-        try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            self._lock.close()
-            raise UserError(
-                f"{kind} {path}: another process is writing to it; choose another {option}"
             ) from None
 
     def append(self, name: str, *records: Mapping[str, Any]) -> None:
@@ -110,14 +115,15 @@ class LockedFolder:
 
     def close(self) -> None:
         """Lets another process have the folder; removes a new one that nothing is in."""
-        lock = Path(self._lock.name)
-        if self._made and list(self.path.iterdir()) == [lock]:
-            lock.unlink()
+        lock = Path(self._lock.lock_file)
+        is_empty = bool(self._made) and list(self.path.iterdir()) == [lock]
+        self._lock.release()  # First, since Windows removes no file that is open.
+        if is_empty:
             with suppress(OSError):  # Another process may write there by now.
+                lock.unlink(missing_ok=True)
                 for folder in self._made:
                     folder.rmdir()
         self._made = []
-        self._lock.close()
 
 
 class RunDirectory(LockedFolder):

@@ -9,7 +9,7 @@ from tunix.models.gemma import model as gemma
 
 from gemma2_grpo.config import OptimizerConfig, SftConfig, UserError
 from gemma2_grpo.engine.compilation import counting_programs, use_program_cache
-from gemma2_grpo.engine.fetch import find_model
+from gemma2_grpo.engine.fetch import check_model, find_model
 from gemma2_grpo.engine.hf_model import save_model, write_settings
 from gemma2_grpo.engine.lora import add_lora
 from gemma2_grpo.engine.model import (
@@ -24,6 +24,7 @@ from gemma2_grpo.engine.tokenizer import Tokenizer, load_tokenizer
 from gemma2_grpo.engine.update import make_optimizer
 from gemma2_grpo.runs.display import Display
 from gemma2_grpo.runs.staging import check_target, staged
+from gemma2_grpo.runs.start import start_jax
 from gemma2_grpo.task.data import PROCEDURAL, batch_indices, load_splits
 from gemma2_grpo.task.problems import bare_equations, generate, sloppy
 from gemma2_grpo.task.prompts import render_prompt
@@ -57,6 +58,10 @@ def sft(config: SftConfig, to: Path, *, display: Display | None = None) -> Path:
     if any(to.glob("*.safetensors")):
         raise UserError(f"{to}: holds a model already; choose another --to")
     check_target(to)
+    if config.sft.init == "pretrained":
+        check_model(config.model.model)
+    start_jax(display.note)
+    display.warn_of_cpu(config.model, "this configuration")
     source = find_model(config.model.model, needs_weights=config.sft.init == "pretrained")
     tokenizer = load_tokenizer(source)
     phases = _phases(config, tokenizer)

@@ -1,7 +1,8 @@
 """Where metrics go besides metrics.jsonl: TensorBoard, Weights & Biases, trackio."""
 
-import hashlib
 import importlib.util
+import json
+import secrets
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict
@@ -9,11 +10,13 @@ from pathlib import Path
 from typing import Any
 
 from gemma2_grpo.config import Config, RunConfig, UserError
+from gemma2_grpo.runs.run_directory import read_json
 
 Track = Callable[[str, Mapping[str, Any]], None]
 """Takes a kind (`train`, `held_out`) and a record with its `step`."""
 
 _HOSTED = ("wandb", "trackio")
+_IDENTITY = "trackers.json"
 
 
 def check_trackers(run: RunConfig) -> None:
@@ -88,7 +91,7 @@ def _wandb(project: str, config: Config, path: Path) -> Iterator[Track]:
     try:
         run = wandb.init(
             project=project,
-            name=path.name,
+            name=path.resolve().name,
             id=_identity(path),
             resume="allow",
             dir=path,
@@ -110,7 +113,12 @@ def _trackio(project: str, config: Config, path: Path) -> Iterator[Track]:
 
     try:
         run = trackio.init(
-            project=project, name=path.name, config=asdict(config), resume="allow", embed=False
+            project=project,
+            # trackio knows a run by its name alone, and would go on with another one of that name.
+            name=f"{path.resolve().name}-{_identity(path)}",
+            config=asdict(config),
+            resume="allow",
+            embed=False,
         )
     except Exception as error:  # The library raises nothing narrower.
         raise UserError(f"trackio = {project!r}: cannot start ({error})") from None
@@ -121,5 +129,26 @@ def _trackio(project: str, config: Config, path: Path) -> Iterator[Track]:
 
 
 def _identity(path: Path) -> str:
-    """The same for every launch of one run directory."""
-    return hashlib.sha256(str(path.resolve()).encode()).hexdigest()[:16]
+    """The id of a run at the trackers: drawn once, and kept in its directory.
+
+    A run that was moved keeps its id. A copy gets one of its own, if the original is still where
+    it was: else both would write to the same run.
+
+    Raises:
+        UserError: if it cannot be kept.
+    """
+    file, here = path / _IDENTITY, path.resolve()
+    kept = read_json(file) or {}
+    before = Path(str(kept.get("path", here)))
+    is_copy = before != here and (read_json(before / _IDENTITY) or {}).get("id") == kept.get("id")
+    identity = secrets.token_hex(4) if is_copy else kept.get("id") or secrets.token_hex(4)
+    if kept != (new := {"id": identity, "path": str(here)}):
+        try:
+            path.mkdir(parents=True, exist_ok=True)
+            file.write_text(json.dumps(new), encoding="utf-8")
+        except OSError as error:
+            raise UserError(
+                f"run directory {path}: {_IDENTITY} cannot be written ({error.strerror}); "
+                "make room or choose another --run"
+            ) from None
+    return identity

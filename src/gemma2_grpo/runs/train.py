@@ -13,6 +13,7 @@ from gemma2_grpo.runs.display import Display
 from gemma2_grpo.runs.follower import UnseenDirectory, silent_display
 from gemma2_grpo.runs.host_memory import keep_freed_memory
 from gemma2_grpo.runs.run_directory import RunDirectory
+from gemma2_grpo.runs.start import start_jax
 from gemma2_grpo.runs.trackers import check_trackers, tracking
 from gemma2_grpo.task.data import load_splits
 from gemma2_grpo.task.scoring import Reward, Scorer, load_reward
@@ -54,14 +55,18 @@ def train(
         else:
             display, directory = silent_display(), UnseenDirectory(path)
         try:
-            _run(config, directory, display, cluster)
+            _run(config, config_name, directory, display, cluster)
         finally:
             directory.close()
     return path
 
 
 def _run(
-    config: Config, directory: RunDirectory, display: Display, cluster: Cluster | None
+    config: Config,
+    config_name: str,
+    directory: RunDirectory,
+    display: Display,
+    cluster: Cluster | None,
 ) -> None:
     result = directory.result
     if cluster:
@@ -77,8 +82,9 @@ def _run(
     check_model(config.model.model)
     splits = load_splits(config.data)
     reward, reward_sha256 = _load_reward(config, directory, display)
+    start_jax(display.note)
+    display.warn_of_cpu(config.model, config_name)
     display.note(f"loading {config.model.model}")
-    keep_freed_memory()
     from gemma2_grpo.engine.compilation import counting_programs, use_program_cache
     from gemma2_grpo.engine.processes import check_same, is_first
     from gemma2_grpo.runs.loop import Run

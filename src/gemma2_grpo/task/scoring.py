@@ -1,6 +1,5 @@
 """Scores of a batch of completions: our components, and a user's own reward if there is one."""
 
-import hashlib
 import importlib.util
 import sys
 import traceback
@@ -14,6 +13,7 @@ import numpy as np
 from gemma2_grpo.config import RewardConfig, UserError
 from gemma2_grpo.task.data import Example
 from gemma2_grpo.task.rewards import COMPONENTS, score_completion
+from gemma2_grpo.task.siblings import Siblings
 
 Reward = Callable[[list[str], list[str], list[str]], Sequence[float | None]]
 """A user's reward: (questions, completions, answers) -> one number, or None, per completion."""
@@ -119,8 +119,10 @@ def _describe(values: Any) -> str:
 def load_reward(spec: str) -> tuple[Reward, str]:
     """Loads `path.py:function`. This runs the file: it is trusted code.
 
+    The file may import what is next to it, when it is loaded and whenever the function is called.
+
     Returns:
-        The function and the SHA-256 of its file.
+        The function and the SHA-256 of its file and of what that imports from its folder.
 
     Raises:
         UserError: if there is no such file or function, or it does not load.
@@ -134,11 +136,18 @@ def load_reward(spec: str) -> tuple[Reward, str]:
         raise UserError(f"reward = {spec!r}: not a Python file")
     module = importlib.util.module_from_spec(module_spec)
     sys.modules[module.__name__] = module  # Dataclasses look their own module up there.
+    siblings = Siblings(path)
     try:
-        module_spec.loader.exec_module(module)
+        with siblings.importable():
+            module_spec.loader.exec_module(module)
     except (Exception, SystemExit) as error:  # Whatever it raises is the user's to mend.
         raise UserError(f"reward = {spec!r}: {type(error).__name__}: {error}") from error
     function = getattr(module, name, None)
     if not callable(function):
         raise UserError(f"reward = {spec!r}: {path} has no function {name!r}")
-    return cast(Reward, function), hashlib.sha256(path.read_bytes()).hexdigest()
+
+    def reward(questions: list[str], completions: list[str], answers: list[str]) -> Any:
+        with siblings.importable():
+            return function(questions, completions, answers)
+
+    return cast(Reward, reward), siblings.sha256()

@@ -10,11 +10,15 @@ from typing import Any
 from gemma2_grpo.config import UserError
 from gemma2_grpo.task.jsonl import read_jsonl
 from gemma2_grpo.task.problems import Split, split_by_hash
+from gemma2_grpo.task.reach import ask_hub, cached_by_kagglehub, check_kaggle, http_status, quiet
 
 GSM8K = "openai/gsm8k"
+_GSM8K_FILES = tuple(f"main/{split}-00000-of-00001.parquet" for split in ("train", "test"))
 KAGGLE_PREFIX = "kaggle:"
 # What a message of a library may hold: headers, tokens, and the signatures of download addresses.
 _SECRET = re.compile(r"Bearer\s+[^'\"]+|\bhf_[\w.-]{16,}|(?<=\?)[^\s'\"]+")
+# What is wrong, in the last words of an error of requests.
+_BURIED = re.compile(r"""^.*\(Caused by \w+\(["'](?:\w+\(.*?\): )?(.*)["']\)\)$""")
 _SUFFIXES = (".jsonl", ".parquet")
 # JSON can escape half of a surrogate pair, which no encoding can write again.
 _HALF_CHARACTER = re.compile("[\ud800-\udfff]")
@@ -61,15 +65,29 @@ def read_source(dataset: str) -> dict[Split, list[Row]]:
 def _fetch_gsm8k() -> dict[Split, list[Path]]:
     """Downloads the official splits, or finds them in the cache of Hugging Face (HF_HOME)."""
     from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import LocalEntryNotFoundError
 
-    def fetch(split: str) -> list[Path]:
-        name = f"main/{split}-00000-of-00001.parquet"
-        return [Path(hf_hub_download(GSM8K, name, repo_type="dataset"))]
+    def fetch(*, cached_only: bool) -> dict[Split, list[Path]]:
+        with quiet():
+            found = [
+                Path(hf_hub_download(GSM8K, f, repo_type="dataset", local_files_only=cached_only))
+                for f in _GSM8K_FILES
+            ]
+        return {"train": found[:1], "test": found[1:]}
 
     try:
-        return {"train": fetch("train"), "test": fetch("test")}
+        try:
+            return fetch(cached_only=True)  # It has not changed since 2022.
+        except LocalEntryNotFoundError:
+            ask_hub(GSM8K, _GSM8K_FILES[0], "dataset")
+            return fetch(cached_only=False)
     # The hub's client, its HTTP library and the disk each raise errors of their own.
     except Exception as error:
+        if http_status(error) == 401:  # It is open to all, but not with a token that is none.
+            raise UserError(
+                f"dataset {GSM8K}: Hugging Face refuses this HF_TOKEN; make a new token at "
+                "huggingface.co/settings/tokens and export HF_TOKEN, or unset it"
+            ) from None
         raise UserError(
             f"dataset {GSM8K}: cannot be fetched ({reason(error)}); check the network and "
             "HF_TOKEN, or pass a local directory with train and test files as dataset"
@@ -93,9 +111,14 @@ def _fetch_kaggle(dataset: str) -> Path:
     import kagglehub
 
     try:
-        return Path(kagglehub.dataset_download(handle))
+        check_kaggle()
+        with quiet():
+            return Path(kagglehub.dataset_download(handle))
     # kagglehub raises plain ValueErrors, its HTTP library's errors and its own.
     except Exception as error:
+        cached = cached_by_kagglehub(f"datasets/{owner}/{name}", "versions")
+        if cached and http_status(error) is None and "/versions/" not in handle:
+            return cached
         raise UserError(
             f"dataset {dataset}: cannot be fetched ({reason(error)}); attach it to the "
             "notebook, check the network and KAGGLE_API_TOKEN, or pass a local directory as dataset"
@@ -191,4 +214,5 @@ def _checked(content: dict[str, Any], place: str) -> Row:
 def reason(error: BaseException) -> str:
     """The first line of an error, without secrets."""
     line = (str(error).strip() or type(error).__name__).splitlines()[0]
+    line = _BURIED.sub(r"\1", line)
     return _SECRET.sub("...", line)
