@@ -19,7 +19,7 @@ from gemma2_grpo.task.data import Example
 from gemma2_grpo.task.prompts import render_prompt
 
 
-def by_length(_: Sequence[Example], texts: Sequence[str], _: Any) -> Mapping[str, np.ndarray]:
+def by_length(_: Sequence[Example], texts: Sequence[str], __: Any) -> Mapping[str, np.ndarray]:
     return {"total": np.array([len(text) % 7 for text in texts], np.float64)}
 
 
