@@ -122,7 +122,7 @@ def test_completions_are_handed_out_in_the_order_of_their_examples():
         EXAMPLES,
         SCORE,
         samples=2,
-        on_scored=lambda texts, scores: seen.extend(zip(texts, scores["total"], strict=True)),
+        on_scored=lambda texts, _, scores: seen.extend(zip(texts, scores["total"], strict=True)),
     )
     texts = [answer_of(render_prompt(e.question), 0) for e in EXAMPLES]
     assert seen == [
@@ -180,7 +180,7 @@ def test_the_same_seed_measures_the_same_and_training_draws_are_left_alone(sessi
             session.held_out,
             SCORE,
             samples=4,
-            on_scored=lambda greedy, _, texts=texts: texts.extend(greedy),
+            on_scored=lambda greedy, _, __, texts=texts: texts.extend(greedy),
         )
         assert first in (None, again)
         first = again

@@ -110,8 +110,8 @@ class Run:
                 self._scorer,
                 samples=samples,
                 on_batch=on_batch,
-                on_scored=lambda texts, scores: self._record_completions(
-                    step, "held_out", held_out, texts, scores
+                on_scored=lambda texts, cuts, scores: self._record_completions(
+                    step, "held_out", held_out, texts, cuts, scores
                 ),
             )
         self._display.held_out(step, measurement)
@@ -164,7 +164,8 @@ class Run:
         )
         result = session.learner.step(step, [session.train[i] for i in indices], self._scorer)
         texts = result.completions.texts
-        self._record_completions(step + 1, "train", result.examples, texts, result.scores)
+        cuts = result.completions.is_truncated
+        self._record_completions(step + 1, "train", result.examples, texts, cuts, result.scores)
         every = config.run.sample_every_steps
         if every and (step + 1) % every == 0:
             scores = {name: float(column[0]) for name, column in result.scores.items()}
@@ -177,6 +178,7 @@ class Run:
         kind: str,
         examples: Sequence[Example],
         texts: Sequence[str],
+        is_truncated: np.ndarray,
         scores: Mapping[str, np.ndarray],
     ) -> None:
         records = [
@@ -186,6 +188,7 @@ class Run:
                 "question": example.question,
                 "answer": example.answer,
                 "completion": text,
+                "truncated": bool(is_truncated[i]),
                 **{name: float(column[i]) for name, column in scores.items()},
             }
             for i, (example, text) in enumerate(zip(examples, texts, strict=True))

@@ -14,8 +14,9 @@ from gemma2_grpo.task.data import Example
 from gemma2_grpo.task.prompts import render_prompt
 from gemma2_grpo.task.statistics import pass_at_k, wilson_interval
 
-OnScored = Callable[[Sequence[str], Mapping[str, np.ndarray]], None]
-"""Takes completions and columns of their scores, aligned with the examples."""
+OnScored = Callable[[Sequence[str], np.ndarray, Mapping[str, np.ndarray]], None]
+"""Takes completions, whether each was cut off, and columns of their scores, aligned with the
+examples."""
 
 
 @dataclass(frozen=True)
@@ -76,7 +77,7 @@ def measure(
     *,
     samples: int = 0,
     on_batch: Callable[[int], None] = lambda done: None,
-    on_scored: OnScored = lambda texts, scores: None,
+    on_scored: OnScored = lambda texts, cuts, scores: None,
 ) -> Measurement:
     """Measures the policy on examples; the same examples and seed give the same result.
 
@@ -90,7 +91,7 @@ def measure(
     """
     done = _complete(learner, examples, 1, score, on_batch, greedy=True)
     table = done.scores
-    on_scored(done.texts, table)
+    on_scored(done.texts, done.is_truncated, table)
     return Measurement(
         problems=len(examples),
         correct=int(table["correct"].sum()),
