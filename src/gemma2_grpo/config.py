@@ -50,6 +50,9 @@ class ModelConfig:
         "mlp/(gate_proj|up_proj|down_proj)",
     )
     """Regular expressions on module paths; each must match at least one module."""
+    lora_init: Literal["peft", "qwix"] = "peft"
+    """How the adapters' first matrix (A) is drawn; the second (B) starts at zero. `peft` is uniform
+    within 1/sqrt(inputs), as PEFT and TRL have it; `qwix`, Qwix's own, is 2.45 times as wide."""
     adapter: str | None = None
     """Directory of a saved adapter to start from, made on the same base with the same shape."""
     mesh_shape: tuple[int, int] = (2, 4)
@@ -149,7 +152,7 @@ class OptimizerConfig:
     warmup_fraction: float = 0.1
     """Part of all updates over which the learning rate rises from 0."""
     final_lr_fraction: float = 0.0
-    """Learning rate at the end, as a part of `learning_rate`."""
+    """Part of `learning_rate` to which it falls, one update after the last."""
     weight_decay: float = 0.1
     """Of AdamW, which multiplies it by the learning rate."""
     adam_b1: float = 0.9
@@ -157,7 +160,8 @@ class OptimizerConfig:
     adam_b2: float = 0.99
     """Decay of the mean of squared gradients."""
     max_grad_norm: float = 0.1
-    """Gradients of a greater norm, over all adapters together, are scaled down to it."""
+    """Gradients of a greater norm, over all adapters together, are scaled down to it. One whose
+    norm is not a finite number is left out."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -252,7 +256,7 @@ class SupervisedConfig:
     sloppy_steps: int = 0
     """Last steps that follow a sloppy teacher (procedural data only)."""
     sloppy_learning_rate: float = 1e-3
-    """Learning rate at the start of those steps; it decays to a twentieth."""
+    """Learning rate at the start of those steps; it falls to a twentieth."""
     seed: int = 0
     """Seed of weights, adapters and the order of problems."""
     compilation_cache: bool = True

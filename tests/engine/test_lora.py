@@ -18,7 +18,7 @@ from safetensors import safe_open
 from safetensors.numpy import save_file
 from tunix.models.gemma import model as gemma
 
-from gemma2_grpo.config import Config, UserError
+from gemma2_grpo.config import Config, ModelConfig, UserError
 from gemma2_grpo.engine.export import check_adapter, load_adapter, save_adapter
 from gemma2_grpo.engine.forward import (
     Network,
@@ -174,6 +174,138 @@ class TestSeeds:
             policy = qwix.apply_lora_to_model(base, provider, **base.get_model_input())
             drawn.append(jax.tree.leaves(nnx.state(policy, nnx.LoRAParam))[0])
         np.testing.assert_array_equal(drawn[0], drawn[1])
+
+
+# Inputs of each matrix of a model of width 32 with 8 heads of 8 and an MLP of 64.
+INPUTS = {
+    "q_einsum": 32,
+    "kv_einsum": 32,
+    "qkv_einsum": 32,
+    "attn_vec_einsum": 8 * 8,
+    "gate_proj": 32,
+    "up_proj": 32,
+    "down_proj": 64,
+}
+# What transformers calls them.
+PEFT_NAMES = {
+    "q_proj": "q_einsum",
+    "k_proj": "kv_einsum",
+    "v_proj": "kv_einsum",
+    "o_proj": "attn_vec_einsum",
+    **{name: name for name in ("gate_proj", "up_proj", "down_proj")},
+}
+
+
+class TestInitialisation:
+    """Matrices A are drawn as PEFT draws them, or as Qwix does."""
+
+    @pytest.fixture
+    def wide(self, config: Config) -> ModelConfig:
+        """Of a rank that gives a variance enough samples."""
+        return dataclasses.replace(config.model, lora_rank=64, lora_alpha=64.0)
+
+    @staticmethod
+    def drawn(
+        base: gemma.Gemma, model: ModelConfig, mesh: Mesh, **changes: Any
+    ) -> dict[tuple[Any, ...], np.ndarray]:
+        policy = add_lora(base, dataclasses.replace(model, **changes), mesh, 0)
+        flat = nnx.to_flat_state(nnx.state(policy, nnx.LoRAParam))
+        return {path: np.asarray(v.get_value()) for path, v in flat if str(path[-1]).endswith("_a")}
+
+    @staticmethod
+    def check_uniform(values: np.ndarray, inputs: int) -> None:
+        bound = inputs**-0.5
+        assert values.size >= 2048
+        assert 0.98 * bound < abs(values).max() <= bound
+        assert values.var() == pytest.approx(bound**2 / 3, rel=0.12)
+        assert abs(values.mean()) < 0.06 * bound
+
+    @pytest.mark.parametrize("kind", ["float32", "bfloat16", "fused"])
+    def test_peft_by_default(
+        self,
+        kind: str,
+        base: gemma.Gemma,
+        fused_base: gemma.Gemma,
+        mesh: Mesh,
+        wide: ModelConfig,
+    ) -> None:
+        """Uniform within 1/sqrt(inputs), in float32 whatever the type of the base."""
+        model = fused_base if kind == "fused" else base
+        if kind == "bfloat16":
+            model = in_bfloat16(model)
+        found = self.drawn(model, wide, mesh)
+        assert len(found) == 2 * (5 if kind == "fused" else 6)
+        for path, values in found.items():
+            self.check_uniform(values, INPUTS[str(path[-2])])
+            assert values.dtype == np.float32
+            assert len(np.unique(values)) > 0.99 * values.size
+
+    @pytest.mark.oracle
+    def test_as_peft_itself(
+        self, tiny_directory: Path, base: gemma.Gemma, mesh: Mesh, wide: ModelConfig
+    ) -> None:
+        torch = pytest.importorskip("torch")
+        peft = pytest.importorskip("peft")
+        transformers = pytest.importorskip("transformers")
+        torch.manual_seed(0)
+        theirs = peft.get_peft_model(
+            transformers.Gemma2ForCausalLM.from_pretrained(tiny_directory, dtype=torch.float32),
+            peft.LoraConfig(r=64, lora_alpha=64, target_modules=list(PEFT_NAMES)),
+        )
+        ours = {str(path[-2]): v for path, v in self.drawn(base, wide, mesh).items()}
+        compared = 0
+        for name, weight in theirs.named_parameters():
+            if "lora_A" not in name:
+                continue
+            [kind] = [ours_name for peft_name, ours_name in PEFT_NAMES.items() if peft_name in name]
+            values = weight.detach().numpy()
+            self.check_uniform(values, INPUTS[kind])
+            assert ours[kind].std() == pytest.approx(values.std(), rel=0.08)
+            compared += 1
+        assert compared == 2 * 7
+
+    @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+    def test_qwix_as_qwix_itself(
+        self, dtype: str, base: gemma.Gemma, mesh: Mesh, wide: ModelConfig
+    ) -> None:
+        """To the last bit, and 2.45 times as wide."""
+        model = base if dtype == "float32" else in_bfloat16(base)
+        found = self.drawn(model, wide, mesh, lora_init="qwix")
+        provider = qwix.LoraProvider(
+            module_path=".*(" + "|".join(wide.lora_modules) + ")", rank=64, alpha=64.0
+        )
+        stock = qwix.apply_lora_to_model(
+            model, provider, **model.get_model_input(), rngs=nnx.Rngs(0)
+        )
+        for path, variable in nnx.to_flat_state(nnx.state(stock, nnx.LoRAParam)):
+            if str(path[-1]).endswith("_a"):
+                expected = np.asarray(variable.get_value().astype(jnp.float32))
+                np.testing.assert_array_equal(found[path], expected)
+                bound = np.sqrt(6 / INPUTS[str(path[-2])])
+                assert 0.97 * bound < abs(expected).max() < 1.01 * bound
+
+    @pytest.mark.parametrize("lora_init", ["peft", "qwix"])
+    def test_no_mesh_changes_it(
+        self,
+        lora_init: str,
+        base: gemma.Gemma,
+        mesh: Mesh,
+        wide_base: gemma.Gemma,
+        wide_mesh: Mesh,
+        config: Config,
+    ) -> None:
+        one = self.drawn(base, config.model, mesh, lora_init=lora_init)
+        eight = self.drawn(wide_base, config.model, wide_mesh, lora_init=lora_init)
+        assert one.keys() == eight.keys() and len(one) == 12
+        for path, values in one.items():
+            np.testing.assert_array_equal(eight[path], values)
+
+
+def in_bfloat16(model: gemma.Gemma) -> gemma.Gemma:
+    """A copy in bfloat16."""
+    copy = nnx.merge(*nnx.split(model), copy=True)
+    nnx.update(copy, jax.tree.map(lambda x: x.astype(jnp.bfloat16), nnx.state(copy)))
+    return copy
 
 
 class TestPatterns:

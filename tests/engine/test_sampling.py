@@ -11,6 +11,9 @@ import pytest
 
 from gemma2_grpo.engine.sampling import Sampling, draw_tokens, pick, truncate
 
+UNIFORMS = 1 << 23
+"""Values that a float32 uniform takes: the multiples of 2^-23 below 1."""
+VOCABULARY = 256_000
 GREEDY = Sampling(temperature=0.0, top_p=1.0, top_k=0, stop_ids=(1,), pad_id=0)
 # Of eight tokens, the likeliest first.
 LOGITS = np.log([0.3, 0.2, 0.15, 0.12, 0.1, 0.06, 0.04, 0.03]).astype(np.float32)
@@ -94,3 +97,106 @@ def test_pick_inverts_the_cumulative_distribution(size: int) -> None:
     assert (uniforms < ends[picked] + 1e-5).all()
     assert (uniforms > (ends - masses / masses.sum())[picked] - 1e-5).all()
     assert picked[-2] == masses.nonzero()[0][0] and picked[-1] == masses.nonzero()[0][-1]
+
+
+KNOWN = 0.41560316
+
+
+def fifty_of_many() -> np.ndarray:
+    """What top-k 50 leaves of a large vocabulary.
+
+    With the last scaled so, the float32 sum of the blocks rises above KNOWN of the total where
+    nothing is added.
+    """
+    random = np.random.default_rng(2)
+    kept = np.sort(random.choice(VOCABULARY, 50, replace=False))
+    masses = np.zeros(VOCABULARY, np.float32)
+    masses[kept] = random.random(50, np.float32)
+    masses[kept[12:]] *= np.float32(0.4467256963253021)
+    return masses
+
+
+def long_tail(size: int) -> np.ndarray:
+    """In random order, half of it excluded."""
+    random = np.random.default_rng(size)
+    masses = 1 / random.permutation(np.arange(1, size + 1)) ** 1.5
+    return (masses * (random.random(size) < 0.5)).astype(np.float32)
+
+
+def only(*tokens: int) -> np.ndarray:
+    masses = np.zeros(1000, np.float32)
+    masses[list(tokens)] = np.linspace(0.2, 1, len(tokens))
+    return masses
+
+
+DISTRIBUTIONS: dict[str, Callable[[], np.ndarray]] = {
+    "50 of 256,000": fifty_of_many,
+    "a long tail": lambda: long_tail(2000),
+    "one": lambda: only(300),
+    "the first and the last": lambda: only(0, 999),
+    "some of one block": lambda: only(130, 131, 200, 255),
+    "all alike": lambda: np.ones(500, np.float32),
+    "one beside specks": lambda: only(500) + np.float32(1e-30),
+    "tiny, not normalised": lambda: long_tail(1000) * np.float32(1e-30),
+}
+
+
+def boundaries(masses: np.ndarray) -> np.ndarray:
+    """Multiples of 2^-23 near which the token changes, with the first and the last ones."""
+    ends = np.cumsum(masses, dtype=np.float64) / masses.sum(dtype=np.float64) * UNIFORMS
+    near = ends[masses > 0].astype(np.int64)[:, None] + np.arange(-4, 5)
+    return np.unique(np.clip(np.append(near, [0, UNIFORMS - 1]), 0, UNIFORMS - 1))
+
+
+@jax.jit
+def draw(uniforms: jax.Array, masses: jax.Array) -> jax.Array:
+    """Draws a token of one distribution with each of the uniforms [C, U]."""
+
+    def one(uniform: jax.Array) -> jax.Array:
+        return pick(uniform[None], masses[None])[0]
+
+    return jax.lax.map(jax.vmap(one), uniforms)
+
+
+def check_drawn(masses: np.ndarray, uniforms: np.ndarray) -> np.ndarray:
+    """Draws with some of the values that a uniform takes, which are given as whole numbers."""
+    padded = np.pad(uniforms, (0, -len(uniforms) % (1 << 10)), mode="edge").reshape(-1, 1 << 10)
+    drawn = draw(jnp.asarray(padded / UNIFORMS, jnp.float32), jnp.asarray(masses))
+    tokens = np.asarray(drawn).ravel()[: len(uniforms)]
+    assert (masses[tokens] > 0).all()
+    assert (np.diff(tokens) >= 0).all()
+    ends = np.cumsum(masses, dtype=np.float64) / masses.sum(dtype=np.float64)
+    starts = ends - masses / masses.sum(dtype=np.float64)
+    # Within the rounding of sums in float32.
+    assert (uniforms / UNIFORMS > starts[tokens] - 3e-7).all()
+    assert (uniforms / UNIFORMS < ends[tokens] + 3e-7).all()
+    return tokens
+
+
+def test_a_uniform_is_one_of_2_to_the_23() -> None:
+    drawn = np.asarray(jax.random.uniform(jax.random.key(0), (10_000,))) * UNIFORMS
+    assert (drawn == drawn.round()).all() and drawn.max() < UNIFORMS
+
+
+def test_a_rounding_error_draws_nothing() -> None:
+    masses = fifty_of_many()
+    [token] = jax.jit(pick)(jnp.array([KNOWN], jnp.float32), jnp.asarray(masses[None]))
+    assert masses[token] > 0
+
+
+@pytest.mark.parametrize("name", DISTRIBUTIONS)
+def test_uniforms_at_boundaries_draw_what_has_mass(name: str) -> None:
+    masses = DISTRIBUTIONS[name]()
+    tokens = check_drawn(masses, boundaries(masses))
+    likely = masses / masses.sum(dtype=np.float64) > 2**-22
+    assert np.isin(np.flatnonzero(likely), tokens).all()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", DISTRIBUTIONS)
+def test_every_uniform_draws_what_has_mass(name: str) -> None:
+    jax.config.update("jax_disable_most_optimizations", False)
+    masses = DISTRIBUTIONS[name]()
+    tokens = check_drawn(masses, np.arange(UNIFORMS))
+    shares = np.bincount(tokens, minlength=len(masses)) / UNIFORMS
+    np.testing.assert_allclose(shares, masses / masses.sum(dtype=np.float64), atol=3e-7)

@@ -127,6 +127,7 @@ def test_metrics_have_a_line_per_step_of_finite_numbers(straight_run):
     assert metrics[0]["max_ratio"] == 1 if mu == 1 else metrics[0]["max_ratio"] > 1
     assert any(record["grad_norm"] > 0 for record in metrics)
     assert len({record["loss"] for record in metrics}) == 5
+    assert all(record["learning_rate"] > 0 for record in metrics)
 
 
 def test_the_optimizer_has_counted_every_update(straight_run, session):

@@ -127,8 +127,8 @@ def hidden_states(
     weights: Weights,
     tokens: jax.Array,
     positions: jax.Array,
-    seen: Visible | jax.Array,
-    cache: Mapping[str, LayerCache] | None,
+    seen: Visible,
+    cache: Mapping[str, LayerCache],
 ) -> tuple[jax.Array, Prefix]:
     """Runs the model up to its final norm.
 
@@ -140,8 +140,8 @@ def hidden_states(
         weights: Its variables.
         tokens: Token ids [R, T].
         positions: Position of each token [R, T].
-        seen: What each token may attend to; for Tunix's own layers its mask [R, T, T].
-        cache: Keys and values from before, by layer; None for Tunix's own layers.
+        seen: What each token may attend to.
+        cache: Keys and values from before, by layer.
 
     Returns:
         Hidden states [R, T, D] after the final norm, and each layer's keys and values of the rows.

@@ -17,6 +17,8 @@ from gemma2_grpo.config import Config, ModelConfig, UserError
 from gemma2_grpo.engine.forward import Weights
 from gemma2_grpo.engine.model import on_mesh
 
+_KAIMING_UNIFORM = jax.nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform")
+
 
 @dataclass(frozen=True)
 class AdapterSize:
@@ -34,7 +36,7 @@ def add_lora(base: gemma.Gemma, config: ModelConfig, mesh: Mesh, seed: int) -> g
 
     Args:
         base: The frozen model.
-        config: Rank, scale and module patterns.
+        config: Rank, scale, module patterns and how A is drawn.
         mesh: Mesh on which the base lies.
         seed: Seed of the A matrices.
 
@@ -42,10 +44,14 @@ def add_lora(base: gemma.Gemma, config: ModelConfig, mesh: Mesh, seed: int) -> g
         UserError: if a pattern matches no weight matrix; Qwix would pass over it in silence.
     """
     check_patterns(base.config, config.lora_modules)
+    initializer: dict[str, Any] = {}
+    if config.lora_init == "peft":
+        initializer["lora_a_initializer"] = _like_peft
     provider = qwix.LoraProvider(
         module_path=".*(" + "|".join(config.lora_modules) + ")",
         rank=config.lora_rank,
         alpha=config.lora_alpha,
+        **initializer,
     )
     with on_mesh(mesh):
         # Qwix runs the model once to see its shapes; Tunix's example has two rows, too few for a
@@ -61,6 +67,20 @@ def add_lora(base: gemma.Gemma, config: ModelConfig, mesh: Mesh, seed: int) -> g
             # Qwix keeps it to itself, and our layers apply the adapters without Qwix.
             cast(Any, module).lora_scale = config.lora_scale
     return cast(gemma.Gemma, policy)
+
+
+def _like_peft(key: jax.Array, shape: tuple[int, ...], _: Any = None) -> jax.Array:
+    """Draws A as PEFT does: uniform within 1/sqrt(inputs), in float32.
+
+    Source: `reset_lora_parameters` of PEFT, which calls kaiming_uniform_ with a = sqrt(5); its
+    variance is 1/3 over the inputs. Qwix draws with he_uniform, in the type of the base, whose
+    variance is 2 over the inputs.
+
+    Args:
+        key: Key of this matrix.
+        shape: [I, r], or [N, H, r], which has N * H inputs.
+    """
+    return _KAIMING_UNIFORM(key, shape, jnp.float32)
 
 
 def adapters_of(policy: gemma.Gemma) -> dict[str, Any]:

@@ -56,19 +56,40 @@ def pick(uniforms: jax.Array, masses: jax.Array) -> jax.Array:
         masses: Unnormalised probabilities [R, V], not all zero.
 
     Returns:
-        Indices [R], never of a mass of zero.
+        Indices [R], never of a mass of zero. They never fall as the uniform rises.
     """
     rows, size = masses.shape
     blocks = jnp.pad(masses, [(0, 0), (0, -size % _BLOCK)]).reshape(rows, -1, _BLOCK)
-    cumulated = jnp.cumsum(blocks.sum(axis=-1), axis=-1)
+    sums = blocks.sum(axis=-1)
+    cumulated = jnp.cumsum(sums, axis=-1)
     target = uniforms[:, None] * cumulated[:, -1:]
-    block = jnp.sum(cumulated <= target, axis=-1, keepdims=True)
-    before = jnp.take_along_axis(jnp.pad(cumulated, [(0, 0), (1, 0)]), block, axis=-1)
+    block = _first_above(cumulated, sums, target)
+    before = jnp.take_along_axis(cumulated - sums, block, axis=-1)
     within = jnp.take_along_axis(blocks, block[..., None], axis=1)[:, 0]
-    index = jnp.sum(jnp.cumsum(within, axis=-1) <= target - before, axis=-1)
-    # The two sums are rounded differently, so that the second may end below the target.
-    last = _BLOCK - 1 - jnp.argmax(within[:, ::-1] > 0, axis=-1)
-    return block[:, 0] * _BLOCK + jnp.minimum(index, last)
+    index = _first_above(jnp.cumsum(within, axis=-1), within, target - before)
+    return (block * _BLOCK + index)[:, 0]
+
+
+def _first_above(cumulated: jax.Array, masses: jax.Array, target: jax.Array) -> jax.Array:
+    """First index with a mass whose cumulated sum exceeds the target, or the last with a mass.
+
+    Parallel sums in float32 are not monotone: where nothing is added, the sum may still rise by a
+    rounding error. So an index without mass is excluded as such, not by its sum.
+
+    Args:
+        cumulated: Sums up to and with each index [R, N].
+        masses: What each index adds [R, N].
+        target: [R, 1].
+
+    Returns:
+        Indices [R, 1].
+    """
+    indices = jnp.arange(masses.shape[-1])
+    has_mass = masses > 0
+    is_above = has_mass & (cumulated > target)
+    first = jnp.where(is_above, indices, masses.shape[-1]).min(axis=-1, keepdims=True)
+    last = jnp.where(has_mass, indices, 0).max(axis=-1, keepdims=True)
+    return jnp.minimum(first, last)
 
 
 def truncate(logits: jax.Array, sampling: Sampling) -> jax.Array:

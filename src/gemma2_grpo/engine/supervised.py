@@ -15,12 +15,13 @@ from tunix.models.gemma import model as gemma
 from gemma2_grpo.engine.forward import (
     Network,
     Weights,
-    hidden_states,
     map_chunks,
+    network_of,
     output_logits,
+    run_from_start,
     weights_of,
 )
-from gemma2_grpo.engine.layers import Remat, with_remat
+from gemma2_grpo.engine.layers import Remat
 from gemma2_grpo.engine.model import batch_sharding, on_mesh
 
 
@@ -51,10 +52,7 @@ def next_token_loss(
     chunk_tokens: int,
 ) -> jax.Array:
     """Mean negative log-likelihood in nats of the target tokens of right-padded rows [R, L]."""
-    rows, length = tokens.shape
-    positions = jnp.broadcast_to(jnp.arange(length), tokens.shape)
-    mask = jnp.broadcast_to(jnp.tri(length, dtype=bool), (rows, length, length))
-    hidden, _ = hidden_states(network, weights, tokens, positions, mask, None)
+    hidden, _ = run_from_start(network, weights, tokens)
 
     @jax.checkpoint
     def chunk_losses(chunk: tuple[jax.Array, jax.Array]) -> jax.Array:
@@ -93,8 +91,7 @@ def train_supervised(
         remat: What the backward pass recomputes instead of keeping.
         on_step: Called with the number of finished steps and the loss of the last.
     """
-    # Tunix's own layers, with which the embedded model can be made again to the last bit.
-    network = Network(nnx.split(with_remat(model, remat))[0], model.config)
+    network = network_of(model, remat)
     weights = weights_of(model)
     trained, frozen = (weights.base, weights.lora) if train_base else weights
 

@@ -109,7 +109,7 @@ LEFT_OUT = Signal(
     "updates_left_out",
     1.0,
     math.inf,
-    "{value:.0f} updates of one step had a loss or gradient that is no number, and were left out",
+    "{value:.0f} updates of one step had a gradient without a finite norm, and were left out",
     'Lower learning_rate; if it goes on, set dtype = "float32".',
 )
 
