@@ -20,6 +20,8 @@ _WANTED = [
     "generation_config.json",
     "tokenizer*",
     "special_tokens_map.json",
+    "chat_template.jinja",
+    "additional_chat_templates/*",
     "*.safetensors",
     "*.safetensors.index.json",
 ]

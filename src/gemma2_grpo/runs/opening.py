@@ -160,6 +160,7 @@ def open_source(source: Source) -> Opened:
     Raises:
         UserError: for anything that the user can mend, before the weights load.
     """
+    from gemma2_grpo.engine.architecture import read_architecture
     from gemma2_grpo.engine.export import fingerprint
     from gemma2_grpo.engine.fetch import find_model
     from gemma2_grpo.engine.model import (
@@ -167,7 +168,6 @@ def open_source(source: Source) -> Opened:
         load_weights,
         make_mesh,
         mesh_shape_at_hand,
-        read_architecture,
     )
     from gemma2_grpo.engine.tokenizer import load_tokenizer
 
