@@ -164,7 +164,7 @@ def test_a_finished_evaluation_is_shown_after_a_move(
     again = moved.rename(moved.parent / "again")
     monkeypatch.chdir(again)
     assert quiet_evaluate("runs/one") == result
-    with pytest.raises(UserError, match=r"was made with data = '.*/again/rows.jsonl', not 'proced"):
+    with pytest.raises(UserError, match=r"was made with data = '.*/rows.jsonl', not 'proced"):
         quiet_evaluate("runs/one", data="procedural")
 
 

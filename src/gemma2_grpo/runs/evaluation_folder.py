@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from gemma2_grpo.config import ConfigError
-from gemma2_grpo.runs.recorded_paths import find_moved
+from gemma2_grpo.runs.recorded_paths import is_moved
 from gemma2_grpo.runs.run_directory import LockedFolder, read_json, utc_now
 
 RESULT = "evaluation.json"
@@ -47,9 +47,7 @@ class EvaluationFolder(LockedFolder):
         before = self._begun.get(section, values)
         for name, value in values.items():
             earlier = before.get(name)
-            if isinstance(earlier, str):
-                earlier = find_moved(earlier, self._begun.get("directory"), self.path)
-            if earlier != value:
+            if earlier != value and not is_moved(earlier, value, self.path):
                 raise ConfigError(
                     f"evaluation in {self.path}: was made with {name} = {earlier!r}, not "
                     f"{value!r}; choose another --to, or begin anew with --overwrite"
@@ -69,8 +67,7 @@ class EvaluationFolder(LockedFolder):
             # In this order, so that what is there always belongs together.
             for name in (RESULT, _BEGUN, COMPLETIONS):
                 (self.path / name).unlink(missing_ok=True)
-            place = str(self.path.resolve())
-            self._begun = {**facts, "directory": place, "started": utc_now(), "seconds": 0.0}
+            self._begun = {**facts, "started": utc_now(), "seconds": 0.0}
             self.write(_BEGUN, json.dumps(self._begun, indent=1))
         self._earlier_seconds = self._begun["seconds"]
         self._since = time.perf_counter()

@@ -29,18 +29,34 @@ def moved_along(config: Config, before: str | None, now: Path) -> Config:
         before: Directory of the run at that time; None where it was not recorded.
         now: Its directory now.
     """
-    return _map_paths(config, lambda name: find_moved(name, before, now))
+    if before is None:
+        return config
+    return _map_paths(config, lambda name: _find_moved(name, before, now))
 
 
-def find_moved(name: str, before: str | None, now: Path) -> str:
-    """Where a recorded path is, if it was moved or copied together with what recorded it.
+def is_moved(earlier: object, value: object, folder: Path) -> bool:
+    """Whether a recorded path has gone, and another is what it is after a move.
 
     Args:
-        name: A recorded path, or any other text, which stays as it is.
-        before: Directory that it was recorded in; None where that is not known.
-        now: That directory now.
+        earlier: The recorded path.
+        value: The other.
+        folder: Where `earlier` is recorded. It was moved together with the path if `value` leads
+            on from a folder above it as `earlier` did.
     """
-    if before is None or not Path(name).is_absolute():
+    if not (isinstance(earlier, str) and isinstance(value, str)):
+        return False
+    old, new = Path(earlier), Path(value)
+    if not (old.is_absolute() and new.is_absolute()) or _exists(old):
+        return False
+    place = folder.resolve()
+    above = next((each for each in (place, *place.parents) if new.is_relative_to(each)), None)
+    tail = new.relative_to(above).parts if above else ()
+    return bool(tail) and old.parts[-len(tail) :] == tail
+
+
+def _find_moved(name: str, before: str, now: Path) -> str:
+    """Where a recorded path is, if it was moved or copied together with the run."""
+    if not Path(name).is_absolute():
         return name
     try:
         moved = os.path.normpath(now.resolve() / os.path.relpath(name, before))
