@@ -81,8 +81,8 @@ ADDED: dict[str, dict[str, Any]] = {
 REFUSED: dict[str, tuple[Any, str]] = {
     "layer_types": (
         ["full_attention"] * 26,
-        "is not supported; only sliding_attention and full_attention in turns are, for each of "
-        "the 26 layers",
+        "is not supported; only sliding_attention in turn with full_attention, 26 layers in all, "
+        "is",
     ),
     "rope_scaling": (
         {"factor": 2.0, "rope_type": "linear"},

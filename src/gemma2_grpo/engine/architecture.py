@@ -111,7 +111,7 @@ def read_architecture(directory: Path) -> gemma.ModelConfig:
     values = read_config(directory)
     for name, computed in _COMPUTED.items():
         if values.get(name, computed[0]) not in computed:
-            _refuse(path, name, values[name], f"only {computed[0]!r} is")
+            _refuse(path, name, values[name], repr(computed[0]))
     _check_sizes(path, values)
     _check_rope(path, values)
     _check_layers(path, values)
@@ -184,10 +184,10 @@ def _check_sizes(path: Path, values: dict[str, Any]) -> None:
         may_be_broken = name in _SOFTCAPS or name == "query_pre_attn_scalar"
         if not value > 0 or not (may_be_broken or isinstance(value, int)):
             kind = "number" if may_be_broken else "whole number"
-            _refuse(path, name, value, f"only a {kind} above 0 is")
+            _refuse(path, name, value, f"a {kind} above 0")
     heads, kv_heads = values["num_attention_heads"], values["num_key_value_heads"]
     if heads % kv_heads:
-        _refuse(path, "num_key_value_heads", kv_heads, f"only what divides the {heads} heads is")
+        _refuse(path, "num_key_value_heads", kv_heads, f"what divides the {heads} heads")
 
 
 def _check_rope(path: Path, values: dict[str, Any]) -> None:
@@ -208,7 +208,7 @@ def _check_rope(path: Path, values: dict[str, Any]) -> None:
             value in _ROPE.get(field, ()) for field, value in block.items() if field != "rope_theta"
         )
         if not is_default:
-            _refuse(path, name, block, "only rope_type default is")
+            _refuse(path, name, block, "rope_type default")
 
 
 def _check_layers(path: Path, values: dict[str, Any]) -> None:
@@ -220,11 +220,11 @@ def _check_layers(path: Path, values: dict[str, Any]) -> None:
             path,
             "layer_types",
             values["layer_types"],
-            f"only {_SLIDING} and {_FULL} in turns are, for each of the {layers} layers",
+            f"{_SLIDING} in turn with {_FULL}, {layers} layers in all,",
         )
     if values.get("sliding_window_size") not in (window, None):
-        _refuse(path, "sliding_window_size", values["sliding_window_size"], f"only {window} is")
+        _refuse(path, "sliding_window_size", values["sliding_window_size"], str(window))
 
 
-def _refuse(path: Path, name: str, value: Any, instead: str) -> None:
-    raise UserError(f"{path}: {name} = {reprlib.repr(value)} is not supported; {instead}")
+def _refuse(path: Path, name: str, value: Any, only: str) -> None:
+    raise UserError(f"{path}: {name} = {reprlib.repr(value)} is not supported; only {only} is")
