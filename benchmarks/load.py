@@ -137,7 +137,8 @@ def load(system: str, folder: Path, shape: tuple[int, int]) -> Cost:
     from flax import nnx
     from tunix.models.gemma import params_safetensors
 
-    from gemma2_grpo.engine.model import load_weights, make_mesh, read_architecture
+    from gemma2_grpo.engine.architecture import read_architecture
+    from gemma2_grpo.engine.model import load_weights, make_mesh
 
     mesh = make_mesh(shape)
     jax.device_put(jnp.zeros(8))

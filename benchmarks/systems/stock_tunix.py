@@ -96,7 +96,8 @@ def _models(session: Session) -> Any:
     from flax import nnx
     from tunix.models.gemma import params_safetensors
 
-    from gemma2_grpo.engine.model import make_mesh, read_architecture
+    from gemma2_grpo.engine.architecture import read_architecture
+    from gemma2_grpo.engine.model import make_mesh
 
     sizes, directory = session.workload.sizes, session.workload.directory
     mesh = make_mesh(sizes.mesh)

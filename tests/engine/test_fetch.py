@@ -378,6 +378,8 @@ def test_only_what_is_needed_is_downloaded(hub):
         "config.json",
         "generation_config.json",
         "special_tokens_map.json",
+        "chat_template.jinja",
+        "additional_chat_templates/tool_use.jinja",
         "tokenizer.json",
         "tokenizer.model",
         "tokenizer_config.json",
@@ -387,7 +389,8 @@ def test_only_what_is_needed_is_downloaded(hub):
     files = dict.fromkeys((*needed, "README.md", "pytorch_model.bin", "model.gguf"), b"{}")
     hub(serving(files, asked))
     directory = find_model("someone/tiny")
-    assert set(asked) == set(needed) == {path.name for path in directory.iterdir()}
+    found = [path for path in directory.rglob("*") if path.is_file()]
+    assert set(asked) == set(needed) == {str(path.relative_to(directory)) for path in found}
 
 
 def test_a_repository_of_pytorch_weights_only(tmp_path, hub):

@@ -18,6 +18,7 @@ from safetensors.numpy import load_file
 from tunix.models.gemma import model as gemma
 from tunix.models.gemma import params_safetensors
 
+from gemma2_grpo.engine.architecture import query_scale, read_architecture
 from gemma2_grpo.engine.export import fingerprint
 from gemma2_grpo.engine.forward import output_logits, run_from_start, split_model
 from gemma2_grpo.engine.hf_model import save_model
@@ -25,9 +26,7 @@ from gemma2_grpo.engine.model import (
     load_weights,
     make_mesh,
     on_mesh,
-    query_scale,
     random_weights,
-    read_architecture,
 )
 from gemma2_grpo.engine.tokenizer import Tokenizer, load_tokenizer
 

@@ -17,10 +17,11 @@ from safetensors.numpy import load_file
 from tunix.models.gemma import model as gemma
 
 from gemma2_grpo.config import ModelConfig, UserError
+from gemma2_grpo.engine.architecture import query_scale
 from gemma2_grpo.engine.forward import output_logits, run_from_start, split_model
 from gemma2_grpo.engine.hf_model import check_written, save_model
 from gemma2_grpo.engine.lora import add_lora
-from gemma2_grpo.engine.model import load_weights, query_scale
+from gemma2_grpo.engine.model import load_weights
 from gemma2_grpo.engine.peft_adapter import save_peft
 from gemma2_grpo.engine.pretrained import tensor_shapes
 

@@ -21,7 +21,8 @@ from safetensors.numpy import load_file, save_file
 from tunix.models.gemma import model as gemma
 from tunix.models.gemma import params_safetensors
 
-from gemma2_grpo.engine.model import load_weights, make_mesh, read_architecture
+from gemma2_grpo.engine.architecture import read_architecture
+from gemma2_grpo.engine.model import load_weights, make_mesh
 from gemma2_grpo.engine.pretrained import available_bytes
 
 EMBEDDED = Path(str(resources.files("gemma2_grpo") / "assets" / "tiny-gemma2"))

@@ -5,6 +5,7 @@ import io
 import json
 import re
 import shutil
+from collections.abc import Callable
 from contextlib import redirect_stdout
 from pathlib import Path
 from types import SimpleNamespace
@@ -18,8 +19,10 @@ from flax import nnx
 from rich.console import Console
 from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
+from tokenizers import Tokenizer
 
 from gemma2_grpo.config import UserError
+from gemma2_grpo.engine import chat_template
 from gemma2_grpo.engine.checkpoint import save_checkpoint
 from gemma2_grpo.engine.export import fingerprint, save_adapter
 from gemma2_grpo.engine.fetch import hub_id
@@ -172,6 +175,90 @@ def test_an_unfinished_run_gives_its_last_checkpoint(
     assert "after 40 steps" not in card and "there is nothing yet to compare that with" in card
 
 
+def snippets(page: Path) -> list[str]:
+    return re.findall(r"^```python\n(.*?)^```", page.read_text(), re.DOTALL | re.MULTILINE)
+
+
+def run_snippet(code: str) -> tuple[dict[str, Any], str]:
+    """Runs the snippet of a card in float32; returns its names and what it prints."""
+    said, names = io.StringIO(), {}
+    with redirect_stdout(said):
+        exec(code.replace('dtype="auto"', 'dtype="float32"'), names)
+    return names, said.getvalue()
+
+
+def answer(opened: Opened, question: str) -> str:
+    """Our greedy answer."""
+    sampler = opened.sampler(adapted=True)
+    prompts = [render_prompt(question)]
+    return sampler.generate(prompts, 1, jax.random.key(0), greedy=True).texts[0]
+
+
+def on_another_base(run: Path, folder: Path, change: Callable[[Path], None]) -> Path:
+    """The run as if it had been trained on a changed copy of its base, whose weights are alike."""
+    base, path = folder / "base", folder / "run"
+    shutil.copytree(EMBEDDED, base)
+    change(base)
+    shutil.copytree(run, path)
+    config = (path / "config.toml").read_text()
+    assert 'model = "embedded"' in config
+    (path / "config.toml").write_text(config.replace('"embedded"', json.dumps(str(base))))
+    return path
+
+
+def spoil(base: Path) -> None:
+    """What people's tools leave in a model directory: all that must not get into an export."""
+    backend = Tokenizer.from_file(str(base / "tokenizer.json"))
+    backend.enable_truncation(30)
+    backend.enable_padding(length=30)
+    backend.save(str(base / "tokenizer.json"))
+    sampling = {"do_sample": True, "temperature": 1.5, "repetition_penalty": 1.3, "max_length": 9}
+    (base / "generation_config.json").write_text(json.dumps({"eos_token_id": 1, **sampling}))
+    config = json.loads((base / "config.json").read_text())
+    (base / "config.json").write_text(json.dumps(config | sampling | {"eos_token_id": 1}))
+    (base / "chat_template.jinja").write_text("[INST]{{ messages[0]['content'] }}[/INST]")
+
+
+@pytest.mark.oracle
+@pytest.mark.parametrize("kind", ["merged", "peft"])
+def test_a_base_with_other_settings_gives_an_export_that_chats_as_it_was_trained(
+    kind: str,
+    run: Path,
+    opened: Opened,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    pytest.importorskip("torch")
+    pytest.importorskip("peft")
+    # Prompts are compared all the same.
+    monkeypatch.setattr(verification, "_PACKAGES", {kind: ("no_such_package",)})
+    trained, to = on_another_base(run, tmp_path, spoil), tmp_path / "to"
+    shown = quiet_export(trained, to, format=kind, dtype="float32", verify="auto")
+    told = "The base's chat template renders other prompts than the run was trained on; Gemma's"
+    assert told in shown and told in (to / "README.md").read_text()
+    assert (to / "tokenizer.json").read_bytes() == (EMBEDDED / "tokenizer.json").read_bytes()
+    monkeypatch.chdir(tmp_path)
+    [code] = snippets(to / "README.md")
+    names, said = run_snippet(code)
+    # It ended by itself, at the end of the turn, and is what the run answers.
+    assert names["output"][0, -1].item() == 107
+    assert said == f"{answer(opened, names['question'])}\n"
+
+
+@pytest.mark.oracle
+def test_a_chat_template_that_makes_other_prompts_is_not_exported(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where no logits are compared."""
+    pytest.importorskip("transformers")
+    monkeypatch.setattr(chat_template, "_is_gemmas", lambda *_: True)
+    monkeypatch.setattr(verification, "_PACKAGES", {"merged": ("no_such_package",)})
+    trained = on_another_base(run, tmp_path, spoil)
+    with pytest.raises(UserError, match=r"the chat template gives transformers another prompt for"):
+        quiet_export(trained, tmp_path / "to", verify="auto")
+    assert not (tmp_path / "to").exists()
+
+
 # --- Elsewhere ---
 
 
@@ -255,10 +342,6 @@ def test_an_export_that_does_not_agree_is_not_written(
     assert list(tmp_path.iterdir()) == []
 
 
-def snippets(page: Path) -> list[str]:
-    return re.findall(r"^```python\n(.*?)^```", page.read_text(), re.DOTALL | re.MULTILINE)
-
-
 @pytest.mark.oracle
 @pytest.mark.parametrize("kind", ["merged", "adapter"])
 def test_the_snippet_of_the_card_runs(
@@ -272,14 +355,10 @@ def test_the_snippet_of_the_card_runs(
     folder = request.getfixturevalue(kind)
     [code] = snippets(folder / "README.md")
     monkeypatch.chdir(folder.parent)
-    said, names = io.StringIO(), {}
-    with redirect_stdout(said):
-        exec(code.replace('dtype="auto"', 'dtype="float32"'), names)
+    names, said = run_snippet(code)
     prompt = render_prompt(names["question"])
     assert names["inputs"]["input_ids"][0].tolist() == opened.tokenizer.encode(prompt)
-    sampler = opened.sampler(adapted=True)
-    [answer] = sampler.generate([prompt], 1, jax.random.key(0), greedy=True).texts
-    assert said.getvalue() == f"{answer}\n"
+    assert said == f"{answer(opened, names['question'])}\n"
 
 
 @pytest.mark.oracle
@@ -330,6 +409,10 @@ def test_the_card_of_an_adapter_names_its_library(adapter: Path) -> None:
         "README.md",
         "adapter_config.json",
         "adapter_model.safetensors",
+        "generation_config.json",
+        "special_tokens_map.json",
+        "tokenizer.json",
+        "tokenizer_config.json",
     ]
     with safe_open(adapter / "adapter_model.safetensors", framework="numpy") as file:
         assert file.metadata() == {"format": "pt"}

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 from rich.console import Console
 from safetensors.numpy import load_file
+from tokenizers import Tokenizer
 
 from gemma2_grpo.config import SftConfig, UserError, check_sft
 from gemma2_grpo.engine.forward import output_logits, run_from_start, split_model
@@ -237,6 +238,28 @@ def test_another_seed_gives_other_weights(from_scratch, tmp_path):
     losses_of(other, tmp_path / "other")
     weights = (folder / "model.safetensors").read_bytes()
     assert (tmp_path / "other" / "model.safetensors").read_bytes() != weights
+
+
+def test_a_base_as_tools_leave_it_gives_a_model_that_chats(
+    make, tiny_model_dir, tmp_path, monkeypatch
+):
+    """No chat template, a fixed length, one stop token."""
+    monkeypatch.setattr(sft_module, "train_supervised", lambda *_, **__: None)
+    base, to = tmp_path / "base", tmp_path / "to"
+    shutil.copytree(tiny_model_dir, base)
+    settings = json.loads((base / "tokenizer_config.json").read_text())
+    del settings["chat_template"]
+    (base / "tokenizer_config.json").write_text(json.dumps(settings))
+    backend = Tokenizer.from_file(str(base / "tokenizer.json"))
+    backend.enable_truncation(30)
+    backend.save(str(base / "tokenizer.json"))
+    (base / "generation_config.json").write_text('{"eos_token_id": 1, "temperature": 2.0}')
+    display = Losses()
+    sft(make(model={"model": str(base)}), to, display=display)
+    assert (to / "chat_template.jinja").is_file()
+    assert json.loads((to / "tokenizer.json").read_text())["truncation"] is None
+    generation = json.loads((to / "generation_config.json").read_text())
+    assert generation == {"bos_token_id": 2, "eos_token_id": [1, 107], "pad_token_id": 0}
 
 
 # --- Mistakes ---

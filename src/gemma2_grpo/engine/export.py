@@ -96,6 +96,15 @@ def adapter_shape(folder: Path) -> dict[str, Any]:
         ) from None
 
 
+def adapter_base(folder: Path) -> str:
+    """The model that a saved adapter was made on, as it was recorded; empty if it was not.
+
+    Raises:
+        UserError: if it is unreadable.
+    """
+    return str(_description(folder / ADAPTER_FILE).get("base", ""))
+
+
 def _description(path: Path) -> dict[str, Any]:
     """What an adapter belongs to, as `save_adapter` wrote it."""
     try:

@@ -19,6 +19,8 @@ _WANTED = [
     "generation_config.json",
     "tokenizer*",
     "special_tokens_map.json",
+    "chat_template.jinja",
+    "additional_chat_templates/*",
     "*.safetensors",
     "*.safetensors.index.json",
 ]
@@ -135,11 +137,25 @@ def _find_local(name: str) -> Path | None:
     if name and path.is_dir():
         return path
     if _HUB_ID.fullmatch(name) and not path.exists():
+        if path.parent.is_dir() and not _is_on_hub(name):
+            raise UserError(
+                f"model {name!r}: no such directory, although {path.parent} is one; check the "
+                "path, or go to another folder for what has that name on Hugging Face"
+            )
         return None
     raise UserError(
         f"model {name!r}: no such directory; use {EMBEDDED}, a directory of safetensors, a Hugging "
         f"Face id such as google/gemma-2-2b-it, or {KAGGLE_PREFIX}OWNER/MODEL/FRAMEWORK/VARIATION"
     )
+
+
+def _is_on_hub(name: str) -> bool:
+    """Whether a name is known, without a network, to be that of a Hugging Face repository."""
+    if name.startswith(_GEMMA_2):
+        return True
+    from huggingface_hub import try_to_load_from_cache
+
+    return isinstance(try_to_load_from_cache(name, "config.json"), str)
 
 
 def _from_hub(name: str) -> Path:

@@ -17,11 +17,20 @@ from safetensors.numpy import save_file
 from tunix.models.gemma import model as gemma
 
 from gemma2_grpo.config import UserError
+from gemma2_grpo.engine.architecture import GENERATION_FIELDS, read_config
+from gemma2_grpo.engine.chat_template import write_chat_template
 from gemma2_grpo.engine.lora import weight_change
 from gemma2_grpo.engine.pretrained import NORMS, open_tensors, tensor_shapes
-from gemma2_grpo.engine.tokenizer import load_tokenizer
+from gemma2_grpo.engine.tokenizer import Tokenizer, load_tokenizer, read_tokenizer
 
 MAX_SHARD_BYTES = 5_000_000_000
+# Of a base that has none; else transformers would take Gemma's class, which reads less of the file.
+_TOKENIZER_SETTINGS = {
+    "tokenizer_class": "PreTrainedTokenizerFast",
+    "bos_token": "<bos>",
+    "eos_token": "<eos>",
+    "pad_token": "<pad>",
+}
 _TOKENIZER_FILES = ("tokenizer*", "special_tokens_map.json")
 
 
@@ -30,28 +39,53 @@ def host_dtype(name: str) -> np.dtype:
     return np.dtype(ml_dtypes.bfloat16) if name == "bfloat16" else np.dtype(name)
 
 
-def write_settings(folder: Path, source: Path, dtype: str) -> None:
-    """Writes configuration and tokenizer of a model whose weights are stored in another type.
+def write_settings(folder: Path, source: Path, dtype: str) -> str:
+    """Writes what a model directory has beside weights that are stored in another type.
 
     Args:
         folder: Where the model is written.
         source: Directory of the model it was made from.
         dtype: Type of the weights in `folder`.
+
+    Returns:
+        What `write_tokenizer` returns.
+    """
+    config = read_config(source)
+    for name in (*GENERATION_FIELDS, "_name_or_path"):
+        config.pop(name, None)
+    # transformers 5 writes `dtype`, and reads what the versions before it wrote.
+    names = [name for name in ("dtype", "torch_dtype") if name in config]
+    config |= dict.fromkeys(names or ["torch_dtype"], dtype)
+    write_json(folder / "config.json", config | _token_ids(load_tokenizer(source)))
+    return write_tokenizer(folder, source)
+
+
+def write_tokenizer(folder: Path, source: Path) -> str:
+    """Writes the tokenizer as it was trained with, its chat template, and where answers end.
+
+    Nothing else of the base's generation_config.json is kept: how it is sampled is for whoever
+    samples it.
+
+    Returns:
+        What to tell about the chat template; empty if it is the base's.
     """
     for pattern in _TOKENIZER_FILES:
         for file in source.glob(pattern):
             shutil.copy(file, folder)
-    config = json.loads((source / "config.json").read_text(encoding="utf-8"))
-    # transformers 5 writes `dtype`, and reads what the versions before it wrote.
-    config["dtype" if "dtype" in config else "torch_dtype"] = dtype
-    write_json(folder / "config.json", config)
-    generation = source / "generation_config.json"
-    if generation.is_file():
-        shutil.copy(generation, folder)
-        return
-    tokenizer = load_tokenizer(source)
-    stops = {"eos_token_id": sorted(tokenizer.stop_ids), "pad_token_id": tokenizer.pad}
-    write_json(folder / "generation_config.json", {"bos_token_id": tokenizer.bos, **stops})
+    if not (folder / "tokenizer_config.json").exists():
+        write_json(folder / "tokenizer_config.json", _TOKENIZER_SETTINGS)
+    (folder / "tokenizer.json").write_text(read_tokenizer(source), encoding="utf-8")
+    write_json(folder / "generation_config.json", _token_ids(load_tokenizer(source)))
+    return write_chat_template(folder, source)
+
+
+def _token_ids(tokenizer: Tokenizer) -> dict[str, Any]:
+    """Special tokens as transformers has them; a run stops at either of the stop tokens."""
+    return {
+        "bos_token_id": tokenizer.bos,
+        "eos_token_id": sorted(tokenizer.stop_ids),
+        "pad_token_id": tokenizer.pad,
+    }
 
 
 def save_model(

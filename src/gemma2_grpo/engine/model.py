@@ -1,13 +1,11 @@
-"""Gemma 2 on Tunix: architecture, mesh, weights from safetensors or at random."""
+"""Gemma 2 on Tunix: its mesh, and weights from safetensors or at random."""
 
-import json
 import math
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import cache, partial
 from pathlib import Path
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -17,6 +15,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from tunix.models.gemma import model as gemma
 
 from gemma2_grpo.config import UserError
+from gemma2_grpo.engine.architecture import query_scale, read_architecture
 from gemma2_grpo.engine.forward import Network, network_of
 from gemma2_grpo.engine.pretrained import (
     Pretrained,
@@ -27,10 +26,6 @@ from gemma2_grpo.engine.pretrained import (
 )
 
 MESH_AXES = ("fsdp", "tp")
-_SIZES = (
-    "num_hidden_layers vocab_size hidden_size intermediate_size num_attention_heads head_dim "
-    "num_key_value_heads final_logit_softcapping attn_logit_softcapping sliding_window"
-).split()
 
 
 def make_mesh(shape: tuple[int, int]) -> Mesh:
@@ -132,84 +127,6 @@ def on_mesh(mesh: Mesh) -> Iterator[None]:
         yield
     finally:
         mesh.__exit__(None, None, None)
-
-
-def read_architecture(directory: Path) -> gemma.ModelConfig:
-    """Reads the architecture of a Gemma 2 of any size from its Hugging Face config.json.
-
-    Raises:
-        UserError: if the file is missing, or describes what Tunix's Gemma does not compute.
-    """
-    values = _read_config(directory)
-    fixed: dict[str, Any] = {
-        "model_type": "gemma2",
-        "rms_norm_eps": 1e-6,
-        "hidden_activation": "gelu_pytorch_tanh",
-        "attention_bias": False,
-        "tie_word_embeddings": True,
-    }
-    for name, only in fixed.items():
-        if values.get(name, only) != only:
-            raise UserError(
-                f"{directory / 'config.json'}: {name} = {values[name]!r} is not supported; "
-                f"only {only!r} is"
-            )
-    missing = [name for name in _SIZES if name not in values]
-    if missing:
-        raise UserError(
-            f"{directory / 'config.json'}: lacks {', '.join(missing)}; is it a Gemma 2?"
-        )
-    for name in _SIZES:
-        if not isinstance(values[name], int | float | None):
-            raise UserError(
-                f"{directory / 'config.json'}: {name} = {values[name]!r} is no number; put the "
-                "model's own file there"
-            )
-    # Written flat up to transformers 4, nested from 5 on.
-    nested = values.get("rope_parameters")
-    nested = nested if isinstance(nested, dict) else {}
-    theta = values.get("rope_theta") or nested.get("rope_theta", 10_000)
-    if theta != 10_000:
-        raise UserError(f"{directory / 'config.json'}: rope_theta = {theta} is not supported")
-    layers = values["num_hidden_layers"]
-    kinds = (gemma.AttentionType.LOCAL_SLIDING, gemma.AttentionType.GLOBAL)
-    return gemma.ModelConfig(
-        num_layers=layers,
-        num_embed=values["vocab_size"],
-        embed_dim=values["hidden_size"],
-        hidden_dim=values["intermediate_size"],
-        num_heads=values["num_attention_heads"],
-        head_dim=values["head_dim"],
-        num_kv_heads=values["num_key_value_heads"],
-        final_logit_softcap=values["final_logit_softcapping"],
-        attn_logits_soft_cap=values["attn_logit_softcapping"],
-        sliding_window_size=values["sliding_window"],
-        attention_types=tuple(kinds[i % 2] for i in range(layers)),
-        use_post_attn_norm=True,
-        use_post_ffw_norm=True,
-    )
-
-
-def _read_config(directory: Path) -> dict[str, Any]:
-    path = directory / "config.json"
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-        if not isinstance(values, dict):
-            raise ValueError("it holds no object")
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path}: not a readable model configuration ({error})") from None
-    return values
-
-
-def query_scale(directory: Path) -> float:
-    """Factor on the query weights that makes Tunix's attention scale the model's own.
-
-    Tunix divides by sqrt(head_dim); Gemma 2 by sqrt(query_pre_attn_scalar), which is the same
-    number for 2B and 9B but not for 27B.
-    """
-    values = _read_config(directory)
-    scalar = values.get("query_pre_attn_scalar", values["head_dim"])
-    return float(np.sqrt(values["head_dim"] / scalar))
 
 
 def load_weights(directory: Path, dtype: str, mesh: Mesh) -> gemma.Gemma:

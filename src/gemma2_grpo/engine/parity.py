@@ -12,9 +12,12 @@ import numpy as np
 from jax.sharding import Mesh
 from tunix.models.gemma import model as gemma
 
+from gemma2_grpo.engine.chat_template import user_turn
 from gemma2_grpo.engine.forward import Network, Weights, output_logits, run_from_start, split_model
 from gemma2_grpo.engine.model import on_mesh
 from gemma2_grpo.engine.tokenizer import Tokenizer
+from gemma2_grpo.task.prompts import render_prompt
+from gemma2_grpo.task.sources import reason
 
 
 @dataclass(frozen=True)
@@ -55,7 +58,7 @@ def compare_with_transformers(
     """
     model = _load_with_transformers(folder, base)
     rows = [tokenizer.encode(text) for text in texts]
-    _check_tokens(base or folder, texts, rows)
+    _check_tokens(folder, texts, rows)
     network, weights = split_model(policy)
     longest = max(map(len, rows))
     largest, total, same = 0.0, 0.0, 0
@@ -103,10 +106,42 @@ def _transformers_logits(model: Any, row: list[int]) -> np.ndarray:
         return model(torch.tensor([row])).logits[0].numpy()
 
 
-def _check_tokens(directory: Path, texts: Sequence[str], rows: list[list[int]]) -> None:
-    import transformers
+def check_chat(folder: Path, tokenizer: Tokenizer, questions: Sequence[str]) -> None:
+    """Compares the prompts that an export's chat template makes with those of the run.
 
-    theirs = transformers.AutoTokenizer.from_pretrained(directory)
+    Args:
+        folder: The export.
+        tokenizer: Of the run.
+        questions: What is asked, each in one turn after the instruction.
+
+    Raises:
+        ValueError: if transformers gives one of them other tokens.
+    """
+    theirs = _load_tokenizer(folder)
+    for question in questions:
+        made = theirs.apply_chat_template(
+            user_turn(question), add_generation_prompt=True, return_dict=True
+        )
+        if made["input_ids"] != tokenizer.encode(render_prompt(question)):
+            raise ValueError(
+                f"the chat template gives transformers another prompt for {question[:40]!r} than "
+                "the run was trained on"
+            )
+
+
+def _check_tokens(folder: Path, texts: Sequence[str], rows: list[list[int]]) -> None:
+    theirs = _load_tokenizer(folder)
     for text, row in zip(texts, rows, strict=True):
         if theirs(text, add_special_tokens=False).input_ids != row:
-            raise ValueError(f"{directory}: transformers splits {text[:40]!r} into other tokens")
+            raise ValueError(f"transformers splits {text[:40]!r} into other tokens than the run")
+
+
+def _load_tokenizer(folder: Path) -> Any:
+    import transformers
+
+    try:
+        return transformers.AutoTokenizer.from_pretrained(folder)
+    except Exception as error:  # Each of its tokenizers raises errors of its own.
+        raise ValueError(
+            f"transformers {transformers.__version__} cannot load the tokenizer ({reason(error)})"
+        ) from None

@@ -1,5 +1,6 @@
 """Gemma's tokenizer: a Hugging Face tokenizer.json with the special tokens resolved."""
 
+import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -7,7 +8,13 @@ from typing import Any
 from tokenizers import Tokenizer as HfTokenizer
 
 from gemma2_grpo.config import UserError
+from gemma2_grpo.engine.architecture import read_architecture
 from gemma2_grpo.task.prompts import STOP_TOKENS
+
+_FILE = "tokenizer.json"
+_SPECIAL_TOKENS = ("<pad>", "<bos>", "<start_of_turn>", *STOP_TOKENS)
+# Whatever stands beside a special token, it is one token, and takes nothing of its neighbours.
+_SURROUNDINGS = ("a{}b", " \n{}\n ")
 
 
 @dataclass(frozen=True)
@@ -53,15 +60,74 @@ def load_tokenizer(directory: Path) -> Tokenizer:
     """Loads tokenizer.json from a model directory.
 
     Raises:
-        UserError: if it is missing or unreadable, or lacks one of Gemma's special tokens.
+        UserError: if it is missing or unreadable, is not Gemma's, or has tokens that the model of
+            the directory has no embedding for.
     """
-    path = directory / "tokenizer.json"
+    path = directory / _FILE
+    text = read_tokenizer(directory)
     try:
-        backend = HfTokenizer.from_file(str(path))
+        backend = HfTokenizer.from_str(text)
     except Exception as error:  # The library raises nothing narrower.
-        raise UserError(f"{path}: not a readable tokenizer ({error})") from None
-    ids = {name: backend.token_to_id(name) for name in ("<pad>", "<bos>", *STOP_TOKENS)}
+        raise _not_readable(path, error) from None
+    ids = {name: backend.token_to_id(name) for name in _SPECIAL_TOKENS}
     for name, token in ids.items():
         if token is None:
             raise UserError(f"{path}: has no token {name}; is it Gemma's tokenizer?")
+        _check_special(path, backend, name, token)
+    _check_embedded(path, backend, read_architecture(directory).num_embed)
     return Tokenizer(backend, ids["<pad>"], ids["<bos>"], tuple(ids[n] for n in STOP_TOKENS))
+
+
+def read_tokenizer(directory: Path) -> str:
+    """Reads tokenizer.json without the state of earlier calls that its library saves there.
+
+    That is how texts were cut and padded, and the dropout of merges, by which the same text has
+    other tokens each time. All of it would change prompts in silence.
+
+    Raises:
+        UserError: if the file is missing or unreadable.
+    """
+    path = directory / _FILE
+    try:
+        text = path.read_text(encoding="utf-8")
+        content = json.loads(text)
+        blocks = [(content, "truncation"), (content, "padding"), (content["model"], "dropout")]
+        saved = [(block, name) for block, name in blocks if block.get(name) is not None]
+    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
+        raise _not_readable(path, error) from None
+    if not saved:
+        return text
+    for block, name in saved:
+        block[name] = None
+    return json.dumps(content, indent=2, ensure_ascii=False)
+
+
+def _not_readable(path: Path, error: Exception) -> UserError:
+    return UserError(f"{path}: not a readable tokenizer ({error})")
+
+
+def _check_special(path: Path, backend: HfTokenizer, name: str, token: int) -> None:
+    """Refuses a special token that is split, or that takes in the white space beside it."""
+    for surrounding in _SURROUNDINGS:
+        text = surrounding.format(name)
+        encoded = backend.encode(text, add_special_tokens=False)
+        spans = zip(encoded.ids, encoded.offsets, strict=True)
+        found = [text[start:end] for i, (start, end) in spans if i == token]
+        if found != [name]:
+            raise UserError(
+                f"{path}: reads {text!r} without {name} as one token of its own; take Gemma's own "
+                "tokenizer.json, whose special tokens have lstrip, rstrip and single_word false"
+            )
+
+
+def _check_embedded(path: Path, backend: HfTokenizer, vocab_size: int) -> None:
+    """Refuses tokens for which the model has no embedding."""
+    vocabulary = backend.get_vocab(with_added_tokens=True)
+    beyond = sorted((token, name) for name, token in vocabulary.items() if token >= vocab_size)
+    if beyond:
+        token, name = beyond[0]
+        raise UserError(
+            f"{path}: {len(beyond)} tokens, such as {name!r} with id {token}, are beyond the "
+            f"embedding of vocab_size = {vocab_size} in config.json; take the tokenizer that "
+            "belongs to the model, or enlarge the model's embedding"
+        )

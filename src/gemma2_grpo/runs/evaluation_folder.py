@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from gemma2_grpo.config import ConfigError
+from gemma2_grpo.runs.recorded_paths import is_moved
 from gemma2_grpo.runs.run_directory import LockedFolder, read_json, utc_now
 
 RESULT = "evaluation.json"
@@ -45,9 +46,10 @@ class EvaluationFolder(LockedFolder):
         """
         before = self._begun.get(section, values)
         for name, value in values.items():
-            if before.get(name) != value:
+            earlier = before.get(name)
+            if earlier != value and not is_moved(earlier, value, self.path):
                 raise ConfigError(
-                    f"evaluation in {self.path}: was made with {name} = {before.get(name)!r}, not "
+                    f"evaluation in {self.path}: was made with {name} = {earlier!r}, not "
                     f"{value!r}; choose another --to, or begin anew with --overwrite"
                 )
 

@@ -16,6 +16,7 @@ from gemma2_grpo.runs.verification import (
     NOT_VERIFIED,
     Verify,
     check_packages,
+    check_prompts,
     obstacle,
     verify_export,
 )
@@ -62,7 +63,8 @@ def export(
         dtype: Type to store; by default that of the base's files, and float32 for adapters.
         max_shard_gb: Largest size of a file of weights, in 1e9 bytes.
         verify: Run the export in transformers beside the policy, and write into the card how far
-            they agree. `auto` does where its packages are installed, on a CPU with the memory.
+            they agree. `auto` does where its packages are installed, on a CPU with the memory; its
+            prompts are compared wherever transformers is installed.
         push: Hugging Face repository to upload to.
         public: Let everybody see that repository.
         yes: Upload without asking.
@@ -88,14 +90,16 @@ def export(
     display.note(f"loading {source.config.model.model}")
     opened, wanted = _open(source, to, format, dtype, max_shard_gb, verify=verify)
     with staged(to) as folder:
-        rounding = _write(folder, opened, wanted)
+        rounding, chat = _write(folder, opened, wanted)
+        if verify != "never":
+            check_prompts(folder, opened.tokenizer)
         verified = None
         if not wanted.unverified:
             verified = verify_export(folder, opened, wanted.format, wanted.dtype)
-        texts = [_describe_rounding(wanted, rounding), verified or NOT_VERIFIED]
+        texts = [chat, _describe_rounding(wanted, rounding), verified or NOT_VERIFIED]
         _write_card(folder, source, opened, wanted, push or to.resolve().name, texts)
     unverified = f"not compared with transformers: {wanted.unverified}"
-    for text in filter(None, (texts[0], verified or unverified)):
+    for text in filter(None, (*texts[:2], verified or unverified)):
         display.note(text)
     display.note(f"{to}: {wanted.format}, {wanted.dtype}, after {opened.steps} steps")
     if push:
@@ -121,10 +125,10 @@ def _open(
     verify: Verify,
 ) -> tuple[Opened, _Wanted]:
     """Loads base and adapters, once it is known what will be written and that it fits."""
+    from gemma2_grpo.engine.architecture import read_architecture
     from gemma2_grpo.engine.fetch import find_model, hub_id
     from gemma2_grpo.engine.hf_model import host_dtype
     from gemma2_grpo.engine.lora import max_adapter_parameters
-    from gemma2_grpo.engine.model import read_architecture
     from gemma2_grpo.engine.pretrained import stored_dtype, tensor_shapes
 
     model = source.config.model
@@ -150,10 +154,19 @@ def _open(
     return open_source(replace(source, config=replace(source.config, model=loaded))), wanted
 
 
-def _write(folder: Path, opened: Opened, wanted: _Wanted) -> float:
-    """Writes settings and weights, and reads them back; returns what `save_model` returns."""
-    from gemma2_grpo.engine.hf_model import check_written, save_model, write_settings
-    from gemma2_grpo.engine.model import query_scale
+def _write(folder: Path, opened: Opened, wanted: _Wanted) -> tuple[float, str]:
+    """Writes settings and weights, and reads them back.
+
+    Returns:
+        What `save_model` and `write_tokenizer` return.
+    """
+    from gemma2_grpo.engine.architecture import query_scale
+    from gemma2_grpo.engine.hf_model import (
+        check_written,
+        save_model,
+        write_settings,
+        write_tokenizer,
+    )
     from gemma2_grpo.engine.peft_adapter import save_peft
     from gemma2_grpo.engine.pretrained import tensor_shapes
 
@@ -163,8 +176,8 @@ def _write(folder: Path, opened: Opened, wanted: _Wanted) -> float:
         base = wanted.base_path
         shapes = save_peft(opened.policy, folder, model, wanted.dtype, base=base, query_scale=scale)
         check_written(folder, shapes)
-        return 0.0
-    write_settings(folder, opened.directory, wanted.dtype)
+        return 0.0, write_tokenizer(folder, opened.directory)
+    chat = write_settings(folder, opened.directory, wanted.dtype)
     rounding = save_model(
         opened.policy,
         folder,
@@ -174,7 +187,7 @@ def _write(folder: Path, opened: Opened, wanted: _Wanted) -> float:
         max_shard_bytes=wanted.max_shard_bytes,
     )
     check_written(folder, tensor_shapes(opened.policy.config))
-    return rounding
+    return rounding, chat
 
 
 def _describe_rounding(wanted: _Wanted, rounding: float) -> str:

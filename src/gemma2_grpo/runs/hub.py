@@ -10,7 +10,13 @@ from gemma2_grpo.config import UserError
 from gemma2_grpo.task.sources import reason
 
 # Of an earlier export, which the new one may not have.
-_REPLACED = ["*.safetensors", "*.safetensors.index.json", "adapter_config.json"]
+_REPLACED = [
+    "*.safetensors",
+    "*.safetensors.index.json",
+    "adapter_config.json",
+    "chat_template.jinja",
+    "additional_chat_templates/*",
+]
 
 
 def confirm_upload(repository: str, *, public: bool, yes: bool) -> None:

@@ -13,6 +13,7 @@ import re
 from pathlib import Path
 from typing import Any
 
+from gemma2_grpo.engine.chat_template import CHAT_TEMPLATE
 from gemma2_grpo.task.problems import generate
 from gemma2_grpo.task.prompts import (
     ANSWER_END,
@@ -50,23 +51,6 @@ _FIXED = (
     *(f"\nStep {number}: " for number in range(1, 6)),
     "\nTherefore, the answer is ",
     *(f" {operator} " for operator in "+-x="),
-)
-
-# Gemma 2's own template, which refuses a system turn and turns that do not alternate.
-CHAT_TEMPLATE = (
-    "{{ bos_token }}"
-    "{% if messages[0]['role'] == 'system' %}"
-    "{{ raise_exception('System role not supported') }}"
-    "{% endif %}"
-    "{% for message in messages %}"
-    "{% if (message['role'] == 'user') != (loop.index0 % 2 == 0) %}"
-    "{{ raise_exception('Conversation roles must alternate user/assistant/user/assistant/...') }}"
-    "{% endif %}"
-    "{% if (message['role'] == 'assistant') %}{% set role = 'model' %}"
-    "{% else %}{% set role = message['role'] %}{% endif %}"
-    "{{ '<start_of_turn>' + role + '\n' + message['content'] | trim + '<end_of_turn>\n' }}"
-    "{% endfor %}"
-    "{% if add_generation_prompt %}{{ '<start_of_turn>model\n' }}{% endif %}"
 )
 
 

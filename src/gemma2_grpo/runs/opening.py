@@ -7,8 +7,9 @@ from typing import TYPE_CHECKING, Any, cast
 
 from gemma2_grpo.config import Config, EvaluateConfig, ModelConfig, UserError
 from gemma2_grpo.engine.fetch import check_model
-from gemma2_grpo.presets import from_mapping, load_config, read_toml
-from gemma2_grpo.runs.run_directory import read_json
+from gemma2_grpo.presets import load_config
+from gemma2_grpo.runs.recorded_paths import with_absolute_paths
+from gemma2_grpo.runs.run_directory import read_config, read_json
 
 if TYPE_CHECKING:  # A source is found without JAX.
     from jax.sharding import Mesh
@@ -58,23 +59,30 @@ def find_source(name: str) -> Source:
     check_model(name)
     # Every model but the embedded one is asked as the flagship is.
     config = load_config("tiny" if name == EMBEDDED else "gemma2-2b-v5e8")
-    return Source(name, replace(config, model=replace(config.model, model=name)), None, {})
+    config = replace(config, model=replace(config.model, model=name))
+    return Source(name, with_absolute_paths(config), None, {})
 
 
 def with_adapter(source: Source, folder: str) -> Source:
     """The model of a source with a saved adapter, whose shape the adapter's file says.
 
     Raises:
-        UserError: if the source is a run, or there is no readable adapter.
+        UserError: if the source is a run, there is no readable adapter, or the model is the one
+            that the adapter was made on, by a path that does not lead there from this folder.
     """
-    from gemma2_grpo.engine.export import adapter_shape
+    from gemma2_grpo.engine.export import adapter_base, adapter_shape
 
     if source.run:
         raise UserError(
             f"adapter = {folder}: run {source.run} has its own; name the model in place of the run"
         )
-    shape = adapter_shape(Path(folder).expanduser())
-    model = replace(source.config.model, adapter=str(Path(folder).expanduser()), **shape)
+    place, name = Path(folder).expanduser(), source.config.model.model
+    shape, base = adapter_shape(place), adapter_base(place)
+    if base.endswith(f"/{name}") and Path(base).is_dir():
+        raise UserError(
+            f"model {name!r}: no such directory here; the adapter was made on {base}: pass that"
+        )
+    model = replace(source.config.model, adapter=str(place), **shape)
     return replace(source, config=replace(source.config, model=model))
 
 
@@ -95,15 +103,13 @@ def as_asked(source: Source, asked: EvaluateConfig) -> Source:
         "max_completion_tokens": asked.max_completion_tokens,
     }
     run = {"seed": asked.seed, "eval_batch_prompts": asked.batch_prompts}
-    return replace(
-        source,
-        config=replace(
-            config,
-            data=replace(config.data, **_set(data)),
-            rollout=replace(config.rollout, **_set(rollout)),
-            run=replace(config.run, **_set(run)),
-        ),
+    config = replace(
+        config,
+        data=replace(config.data, **_set(data)),
+        rollout=replace(config.rollout, **_set(rollout)),
+        run=replace(config.run, **_set(run)),
     )
+    return replace(source, config=with_absolute_paths(config))
 
 
 def _set(values: Mapping[str, Any]) -> dict[str, Any]:
@@ -111,7 +117,7 @@ def _set(values: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _of_run(name: str, path: Path) -> Source:
-    config = from_mapping(Config, read_toml(str(path / "config.toml")), str(path))
+    config = read_config(path)
     if not any((path / "checkpoints").glob("step_*")) and not (path / ADAPTER).is_dir():
         raise UserError(
             f"run {path}: has no checkpoint yet; one is written every checkpoint_every_steps = "
@@ -160,6 +166,7 @@ def open_source(source: Source) -> Opened:
     Raises:
         UserError: for anything that the user can mend, before the weights load.
     """
+    from gemma2_grpo.engine.architecture import read_architecture
     from gemma2_grpo.engine.export import fingerprint
     from gemma2_grpo.engine.fetch import find_model
     from gemma2_grpo.engine.model import (
@@ -167,7 +174,6 @@ def open_source(source: Source) -> Opened:
         load_weights,
         make_mesh,
         mesh_shape_at_hand,
-        read_architecture,
     )
     from gemma2_grpo.engine.tokenizer import load_tokenizer
 

@@ -74,9 +74,10 @@ def find_architecture(config: Config) -> Any:
     Raises:
         UserError: if there is no such model, or it does not divide over the mesh.
     """
+    from gemma2_grpo.engine.architecture import read_architecture
     from gemma2_grpo.engine.costs import known_architecture
     from gemma2_grpo.engine.fetch import find_model
-    from gemma2_grpo.engine.model import check_mesh_shape, read_architecture
+    from gemma2_grpo.engine.model import check_mesh_shape
 
     model = config.model
     known = known_architecture(model.model)

@@ -19,6 +19,7 @@ from filelock import FileLock, Timeout
 
 from gemma2_grpo.config import Config, ConfigError, UserError
 from gemma2_grpo.presets import from_mapping, read_toml, to_toml
+from gemma2_grpo.runs.recorded_paths import moved_along, with_absolute_paths
 
 # Fields of [run] that change nothing that is computed.
 _FREE_FIELDS = (
@@ -153,10 +154,9 @@ class RunDirectory(LockedFolder):
 
     def _changed_fields(self, config: Config) -> list[str]:
         """Fields whose value differs from the one the run was made with, as text."""
-        path = self.path / "config.toml"
-        if not path.exists():
+        if not (self.path / "config.toml").exists():
             return []
-        before = dataclasses.asdict(from_mapping(Config, read_toml(str(path)), str(path)))
+        before = dataclasses.asdict(with_absolute_paths(read_config(self.path)))
         return [
             f"{name} = {old!r}, not {dataclasses.asdict(config)[section][name]!r}"
             for section, fields in before.items()
@@ -203,7 +203,8 @@ class RunDirectory(LockedFolder):
             self.append("changes.jsonl", {"time": utc_now(), "changed": self._changed})
         start = {"started": utc_now(), **command_facts()}
         starts = [*self._recorded().get("starts", []), start]
-        self.write("run.json", json.dumps({**facts, "starts": starts}, indent=1))
+        recorded = {**facts, "directory": str(self.path.resolve()), "starts": starts}
+        self.write("run.json", json.dumps(recorded, indent=1))
 
     def finish(self, result: Mapping[str, Any]) -> None:
         """Writes result.json, which marks the run as finished."""
@@ -220,6 +221,17 @@ class RunDirectory(LockedFolder):
                 and (record.get("kind") != "held_out" or record["step"] in measured)
             ]
             self.write(name, "".join(lines))
+
+
+def read_config(path: Path) -> Config:
+    """The configuration of a run directory, its paths as they are now.
+
+    Raises:
+        ConfigError: if it cannot be read.
+    """
+    file = path / "config.toml"
+    config = from_mapping(Config, read_toml(str(file)), str(file))
+    return moved_along(config, (read_json(path / "run.json") or {}).get("directory"), path)
 
 
 def read_json(path: Path) -> dict[str, Any] | None:

@@ -12,6 +12,7 @@ from jax.sharding import Mesh
 from safetensors import SafetensorError
 
 from gemma2_grpo.config import Config, UserError
+from gemma2_grpo.engine.architecture import read_architecture
 from gemma2_grpo.engine.checkpoint import (
     clean_temporaries,
     latest_step,
@@ -33,7 +34,7 @@ from gemma2_grpo.engine.lora import (
     check_patterns,
     max_adapter_parameters,
 )
-from gemma2_grpo.engine.model import check_mesh, load_weights, make_mesh, read_architecture
+from gemma2_grpo.engine.model import check_mesh, load_weights, make_mesh
 from gemma2_grpo.engine.processes import (
     check_replicas,
     check_same,

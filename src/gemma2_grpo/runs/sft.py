@@ -8,17 +8,12 @@ import numpy as np
 from tunix.models.gemma import model as gemma
 
 from gemma2_grpo.config import OptimizerConfig, SftConfig, UserError
+from gemma2_grpo.engine.architecture import query_scale, read_architecture
 from gemma2_grpo.engine.compilation import counting_programs, use_program_cache
 from gemma2_grpo.engine.fetch import check_model, find_model
 from gemma2_grpo.engine.hf_model import save_model, write_settings
 from gemma2_grpo.engine.lora import add_lora
-from gemma2_grpo.engine.model import (
-    load_weights,
-    make_mesh,
-    query_scale,
-    random_weights,
-    read_architecture,
-)
+from gemma2_grpo.engine.model import load_weights, make_mesh, random_weights
 from gemma2_grpo.engine.supervised import Row, train_supervised
 from gemma2_grpo.engine.tokenizer import Tokenizer, load_tokenizer
 from gemma2_grpo.engine.update import make_optimizer
@@ -77,7 +72,7 @@ def sft(config: SftConfig, to: Path, *, display: Display | None = None) -> Path:
     with counting_programs(cache) as programs:
         trained = _train(config, source, tokenizer, phases, display)
     with staged(to) as folder:
-        write_settings(folder, source, _STORED)
+        chat = write_settings(folder, source, _STORED)
         save_model(
             trained,
             folder,
@@ -86,6 +81,8 @@ def sft(config: SftConfig, to: Path, *, display: Display | None = None) -> Path:
             lora_scale=config.model.lora_scale,
         )
     display.note(str(programs))
+    if chat:
+        display.note(chat)
     display.note(f"model directory: {to}")
     return to
 

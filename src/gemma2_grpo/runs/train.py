@@ -12,6 +12,7 @@ from gemma2_grpo.runs.cluster import Cluster
 from gemma2_grpo.runs.display import Display
 from gemma2_grpo.runs.follower import UnseenDirectory, silent_display
 from gemma2_grpo.runs.host_memory import keep_freed_memory
+from gemma2_grpo.runs.recorded_paths import with_absolute_paths
 from gemma2_grpo.runs.run_directory import RunDirectory
 from gemma2_grpo.runs.start import start_jax
 from gemma2_grpo.runs.trackers import check_trackers, tracking
@@ -49,6 +50,7 @@ def train(
     """
     path = run_dir or Path("runs") / Path(config_name).stem
     with _joined(cluster, config) as is_writer:
+        config = with_absolute_paths(config)
         if is_writer:
             display = display or Display()
             directory = RunDirectory(path, config, allow_config_change=allow_config_change)

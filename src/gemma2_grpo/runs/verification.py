@@ -3,12 +3,15 @@
 import importlib.util
 from importlib import metadata
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from gemma2_grpo.config import UserError
 from gemma2_grpo.runs.opening import Opened
 from gemma2_grpo.task.problems import generate
 from gemma2_grpo.task.prompts import render_prompt
+
+if TYPE_CHECKING:  # What is not installed is told before JAX has loaded.
+    from gemma2_grpo.engine.tokenizer import Tokenizer
 
 NOT_VERIFIED = (
     "Every tensor was read back after writing, and has its shape and finite values. This export "
@@ -65,6 +68,28 @@ def obstacle(format: str, parameters: int) -> str | None:  # noqa: A002
     if needed > free:
         return f"it takes {needed / 1e9:.0f} GB of memory, and {free / 1e9:.0f} GB are free"
     return None
+
+
+def check_prompts(folder: Path, tokenizer: "Tokenizer") -> None:
+    """Checks that the snippet of a card gives the model the prompts that it was trained on.
+
+    Where transformers is not installed nothing is checked.
+
+    Args:
+        folder: The export.
+        tokenizer: Of the run.
+
+    Raises:
+        UserError: if transformers makes other prompts of the same questions.
+    """
+    if importlib.util.find_spec("transformers") is None:
+        return
+    from gemma2_grpo.engine.parity import check_chat
+
+    try:
+        check_chat(folder, tokenizer, [problem.question for problem in generate("test", _TEXTS, 0)])
+    except ValueError as error:
+        raise UserError(f"{error}; nothing was written") from None
 
 
 def verify_export(folder: Path, opened: Opened, format: str, dtype: str) -> str:  # noqa: A002
