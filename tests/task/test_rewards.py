@@ -151,6 +151,12 @@ def test_wrong_answers_differ_by_their_sound_steps_alone(
     assert found.total == pytest.approx(0.25 + 0.30 * logic)
 
 
+def test_a_false_result_is_not_known_without_the_question_either():
+    for steps, logic in ((["22 - 15 = 10", "10 x 3 = 30"], 0.0), (["22 - 15 = 7"], 0.0)):
+        assert score_completion(render_solution(steps, "30"), "21").logic == logic
+    assert score_completion(render_solution(["5 + 5 = 10", "10 x 3 = 30"], "30"), "21").logic == 0.5
+
+
 def test_algebra_counts_as_work():
     question = "Twice a number of books and 3 more are 21. How many books are there?"
     steps = ["Let x be the number of books.", "3 + 2x = 21", "2x = 18", "So x = 9."]

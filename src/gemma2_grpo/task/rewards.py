@@ -134,9 +134,9 @@ def _logic(
 ) -> float:
     """Whether the written equations are true, start from what is given and lead to the answer.
 
-    Nothing is paid without one true step that counts. Halved if the answer is wrong or does not
-    follow. With a wrong answer only the number of sound steps counts: GRPO would blow up any
-    other difference within a group that has no right answer.
+    Nothing is paid without one true step that counts. Halved if the answer does not follow. With
+    a wrong answer only the number of sound steps counts: GRPO would blow up any other difference
+    within a group that has no right answer.
     """
     steps = steps_of(equations, question)
     given = None if question is None else stated_numbers(question)

@@ -95,7 +95,7 @@ class _Known:
         """Results of false equations."""
 
     def __contains__(self, number: Fraction) -> bool:
-        return self._all or number in self._numbers
+        return number in self._numbers or (self._all and number not in self.wrong)
 
     def take(self, step: Equation, *, is_strict: bool) -> float:
         """Takes up a true step, and returns the share of its operands that were known before it.
