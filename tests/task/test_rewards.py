@@ -341,6 +341,17 @@ def test_no_wrong_answer_outranks_a_right_one(right: list[str], wrong: list[str]
         assert bad.total < good.total
 
 
+@given(LINES, st.sampled_from(["76", "77", "none", "75 or 76"]), st.booleans(), st.booleans())
+def test_bounds_of_right_and_wrong(lines: list[str], answer: str, asks: bool, is_cut: bool):
+    found = score_completion(
+        render_solution(lines, answer), "76", QUESTION if asks else None, is_truncated=is_cut
+    )
+    if not found.correct:
+        assert found.total <= 0.40 + 1e-9
+    elif found.format == 1:
+        assert found.total >= 0.70 - 1e-9
+
+
 TEXT = st.lists(
     st.sampled_from(["<reasoning>", "</reasoning>", "<answer>", "</answer>", "76", *GOOD, FIX])
     | st.text(max_size=8),
