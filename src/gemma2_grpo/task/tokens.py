@@ -9,6 +9,7 @@ from fractions import Fraction
 from typing import NamedTuple
 
 from gemma2_grpo.task.answers import (
+    MAX_DIGITS,
     NUMBER,
     SCALES,
     VULGAR_FRACTIONS,
@@ -124,16 +125,16 @@ def tokenise(text: str) -> list[Token]:
                 tokens[-1] = tokens[-1]._replace(unit="¢")
             continue
         start, end = match.span()
-        opens_line = not tokens or tokens[-1].text[0] == "\n"
-        if kind == "O" and opens_line and text.startswith(" ", end):
-            continue  # An operator that opens a line is the mark of a list item.
-        if kind in "EA" and tokens and opens_line:
-            tokens.pop()
+        if kind in "OEA" and (not tokens or tokens[-1].text[0] == "\n"):
+            if kind == "O" and text.startswith(" ", end):
+                continue  # An operator that opens a line is the mark of a list item.
+            if kind != "O" and tokens:
+                tokens.pop()
         elif kind == "L" and start and text[start - 1] in "0123456789)]":
             tokens.append(Token("O", "*", start, start))
         elif kind == "W":
             kind = _kind_of_word(match, tokens)
-        elif kind == "X" and word == ":" and len(tokens) > 1 and is_label(tokens[-2]):
+        elif word == ":" and kind == "X" and len(tokens) > 1 and is_label(tokens[-2]):
             kind = "B"  # "Step 1:5 + 3" is no ratio.
         if kind in "OS":
             word = _OPERATORS.get(word, "*")
@@ -174,6 +175,8 @@ def read_number(token: Token) -> Token:
     Raises:
         ArithmeticError: if it has too many digits, or a fraction has no sense.
     """
+    if token.text.isdigit() and len(token.text) <= MAX_DIGITS:  # Most numbers.
+        return token._replace(value=Fraction(int(token.text)))
     digits, dots, scale = _NUMBER_PARTS.findall(
         plain_fractions(token.text).replace("and ", "").replace("(", "")
     )[0]
