@@ -56,7 +56,7 @@ def start(config: Path, run: Path, *options: str, **environment: str) -> subproc
 
 
 def start_pair(
-    config: Path, run: Path, *options: str, environments: Any = ({}, {})
+    config: Path, run: Path, *options: str, environments: Any = None
 ) -> list[subprocess.Popen[str]]:
     """Two processes; the second one is told of a directory that it must not need."""
     address = f"127.0.0.1:{free_port()}"
@@ -66,7 +66,7 @@ def start_pair(
             run if number == 0 else run.with_name("unseen"),
             *options,
             *("--coordinator", address, "--num-processes", "2", "--process-id", str(number)),
-            **environments[number],
+            **(environments or ({}, {}))[number],
         )
         for number in (0, 1)
     ]

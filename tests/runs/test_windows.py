@@ -49,6 +49,7 @@ def test_every_module_can_be_imported(tmp_path: Path) -> None:
     assert run(IMPORTS, folder=tmp_path).endswith("all imported\n")
 
 
+@pytest.mark.slow
 def test_a_run_from_training_to_its_report(
     make_config: Callable[..., Config], tmp_path: Path
 ) -> None:
@@ -68,16 +69,3 @@ def test_what_cannot_be_encoded_is_replaced(tmp_path: Path) -> None:
     script = COMMAND.replace("sys.exit(main(sys.argv[1:]))", "print(main(sys.argv[1:]))")
     done = run(script, "score", "☕.jsonl", folder=tmp_path, PYTHONIOENCODING="ascii")
     assert done == "2\n"
-
-
-def test_text_is_read_and_written_as_utf8() -> None:
-    """Python warns of each file that it opens in the encoding of the system."""
-    source = Path(__file__).parents[2] / "src"
-    done = subprocess.run(
-        [sys.executable, "-m", "ruff", "check", "--preview", "--select", "PLW1514", source],
-        capture_output=True,
-        text=True,
-    )
-    if "No module named ruff" in done.stderr:
-        pytest.skip("ruff is not installed")
-    assert done.returncode == 0, done.stdout
