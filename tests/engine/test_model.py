@@ -476,7 +476,9 @@ class TestTokenizer:
     def test_texts_carry_their_own_special_tokens(self, tokenizer: Tokenizer) -> None:
         ids = tokenizer.encode("<bos>7 apples<end_of_turn>")
         assert (ids[0], ids[-1], ids.count(2)) == (2, 107, 1)
-        assert tokenizer.decode(np.array(ids)) == "7 apples"
+        assert tokenizer.decode(np.array(ids[1:])) == "7 apples"
+        padded = [*ids[1:-1], tokenizer.pad, 107, 1]
+        assert tokenizer.decode(padded) == "7 apples<pad>", "padding within is seen"
 
     def test_a_file_that_is_none(self, tmp_path: Path, refusal: Callable[..., str]) -> None:
         (tmp_path / "tokenizer.json").write_text("{")

@@ -263,8 +263,9 @@ def test_a_device_that_one_lacks_ends_all_with_its_words(
 
 JOINED = """
 import os, signal, sys, time
-from gemma2_grpo.engine.processes import joined
+from gemma2_grpo.engine.processes import gather, joined
 with joined(sys.argv[1], 2, int(sys.argv[2])):
+    gather(0)  # Both have joined.
     os.kill(os.getpid(), signal.SIGTERM)
     time.sleep(30)
 """

@@ -212,13 +212,14 @@ def test_an_adapter_says_where_its_model_is(
     asked = EvaluateConfig(adapter=str(trained.path / "runs" / "one" / "adapter"))
     monkeypatch.chdir(tmp_path)
     with pytest.raises(UserError) as refusal:
-        as_asked(find_source("models/tiny"), asked)
+        find_source("models/tiny", asked.adapter)
     base = trained.path / "models" / "tiny"
     assert str(refusal.value) == (
         f"model 'models/tiny': no such directory here; the adapter was made on {base}: pass that"
     )
     monkeypatch.chdir(trained.path)
-    model = as_asked(find_source("models/tiny"), replace(asked, adapter="runs/one/adapter"))
+    asked_here = replace(asked, adapter="runs/one/adapter")
+    model = as_asked(find_source("models/tiny", asked_here.adapter), asked_here)
     assert model.config.model.model == str(base)
     assert model.config.model.adapter == asked.adapter
 
@@ -236,5 +237,7 @@ def test_a_missing_path_is_no_repository(tmp_path: Path, monkeypatch: pytest.Mon
         "model 'runs/x': no such directory, although runs is one; check the path, or go to another "
         "folder for what has that name on Hugging Face"
     )
-    for name in ("google/gemma-2-2b-it", "someone/tiny"):
-        check_model(name)
+    for name in ("google/gemma-2-2b-it", "someone/tiny"):  # These are asked for, in vain.
+        with pytest.raises(UserError) as refusal:
+            check_model(name)
+        assert "no such directory" not in str(refusal.value)

@@ -107,7 +107,7 @@ def test_an_allowed_change_is_recorded_and_becomes_the_configuration(run):
     with opened(run, config, allow=True) as directory:
         directory.describe({})
     [record] = json_lines(run / "changes.jsonl")
-    assert record["changed"] == ["learning_rate = 0.001, not 0.002"]
+    assert record["changed"] == ["learning_rate = 0.0025, not 0.002"]
     with opened(run, config) as directory:
         directory.describe({})
     assert len(json_lines(run / "changes.jsonl")) == 1

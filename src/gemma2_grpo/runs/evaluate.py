@@ -58,7 +58,7 @@ def evaluate(
         UserError: for anything that the user can mend.
     """
     display = Display(console or open_console(stderr=as_json))
-    source = as_asked(find_source(name), asked)
+    source = as_asked(find_source(name, asked.adapter), asked)
     path = to or source.run or Path("evaluations") / _file_name(name)
     folder = EvaluationFolder(path, overwrite=overwrite)
     try:

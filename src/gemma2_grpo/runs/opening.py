@@ -42,8 +42,12 @@ class Source:
         return self.run.name if self.run else self.name
 
 
-def find_source(name: str) -> Source:
+def find_source(name: str, adapter: str | None = None) -> Source:
     """Takes a run directory, a directory of a model, a Hugging Face or Kaggle id, or `embedded`.
+
+    Args:
+        name: Of the run or model.
+        adapter: A saved adapter that goes with the model; its file says where it was made.
 
     Raises:
         UserError: for what is neither a run nor a model, for a run that has trained nothing yet,
@@ -56,6 +60,8 @@ def find_source(name: str) -> Source:
         raise UserError(
             f"{path}: neither a run (no config.toml in it) nor a model (no config.json)"
         )
+    if adapter:
+        _check_place(name, Path(adapter).expanduser())
     check_model(name)
     # Every model but the embedded one is asked as the flagship is.
     config = load_config("tiny" if name == EMBEDDED else "gemma2-2b-v5e8")
@@ -63,26 +69,34 @@ def find_source(name: str) -> Source:
     return Source(name, with_absolute_paths(config), None, {})
 
 
+def _check_place(name: str, adapter: Path) -> None:
+    """Refuses the model of an adapter by a path that leads to it from another folder only.
+
+    Such a path looks like a repository on Hugging Face, which would be asked for it.
+    """
+    from gemma2_grpo.engine.export import adapter_base
+
+    base = adapter_base(adapter)
+    if not Path(name).exists() and base.endswith(f"/{name}") and Path(base).is_dir():
+        raise UserError(
+            f"model {name!r}: no such directory here; the adapter was made on {base}: pass that"
+        )
+
+
 def with_adapter(source: Source, folder: str) -> Source:
     """The model of a source with a saved adapter, whose shape the adapter's file says.
 
     Raises:
-        UserError: if the source is a run, there is no readable adapter, or the model is the one
-            that the adapter was made on, by a path that does not lead there from this folder.
+        UserError: if the source is a run, or there is no readable adapter.
     """
-    from gemma2_grpo.engine.export import adapter_base, adapter_shape
+    from gemma2_grpo.engine.export import adapter_shape
 
     if source.run:
         raise UserError(
             f"adapter = {folder}: run {source.run} has its own; name the model in place of the run"
         )
-    place, name = Path(folder).expanduser(), source.config.model.model
-    shape, base = adapter_shape(place), adapter_base(place)
-    if base.endswith(f"/{name}") and Path(base).is_dir():
-        raise UserError(
-            f"model {name!r}: no such directory here; the adapter was made on {base}: pass that"
-        )
-    model = replace(source.config.model, adapter=str(place), **shape)
+    place = Path(folder).expanduser()
+    model = replace(source.config.model, adapter=str(place), **adapter_shape(place))
     return replace(source, config=replace(source.config, model=model))
 
 

@@ -58,9 +58,7 @@ class LockedFolder:
             # The system's own lock, which ends with the process, however that ends. A lock by the
             # mere presence of a file would outlive a process that was killed.
             # A folder that cannot be written is refused for that, not for its lock.
-            probe = path / f"{lock}.tmp"
-            probe.open("a", encoding="utf-8").close()
-            probe.unlink(missing_ok=True)
+            (path / lock).open("a", encoding="utf-8").close()
             self._lock = FileLock(path / lock, thread_local=False)
             self._lock.acquire(blocking=False)
         except Timeout:

@@ -36,12 +36,9 @@ def render_solution(steps: list[str], answer: str) -> str:
     )
 
 
-# Misspelt tags (upper case, attributes, spaces) are events too, so that they break the form
+# Misspelt tags (upper case, attributes, spaces) are found too, so that they break the form
 # instead of passing for text. No class here can run past the next "<": the scan is linear.
-_EVENT = re.compile(
-    r"<\s*+/?\s*+(?P<block>reasoning|answer)\b[^<>]*>|" + "|".join(map(re.escape, STOP_TOKENS)),
-    re.IGNORECASE,
-)
+_TAG = re.compile(r"<\s*+/?\s*+(?P<block>reasoning|answer)\b[^<>]*>", re.IGNORECASE)
 _FORM_OF_TRUNCATED = 0.6
 # More white space outside of the blocks is text as well: it costs time and says nothing.
 _MAX_BLANKS = 40
@@ -74,16 +71,23 @@ def parse_completion(text: str, *, is_truncated: bool = False) -> Completion:
         is_truncated: It did not end with a stop token. Then its form is not perfect, whatever it
             holds: a model that never ends its turn costs its user every token up to the limit.
     """
-    events = list(_EVENT.finditer(text))
-    end = len(text)
-    while events and not events[-1]["block"] and not text[events[-1].end() : end].strip():
-        end = events.pop().start()
-    tags = [event for event in events if event["block"]]
+    end = _end_without_stops(text)
+    tags = list(_TAG.finditer(text, 0, end))
     reasoning = _only_block(text, tags, _REASONING_TAGS)
     answer = _only_block(text, tags, _ANSWER_TAGS)
     form = _judge_form(text[:end], tags, reasoning, answer)
     form = min(form, _FORM_OF_TRUNCATED) if is_truncated else form
     return Completion(reasoning=reasoning, answer=answer, format=form)
+
+
+def _end_without_stops(text: str) -> int:
+    """Where a completion ends without the stop tokens, and the blanks between them, at its end."""
+    end, last = len(text), len(text.rstrip())
+    while token := next((t for t in STOP_TOKENS if text.endswith(t, 0, last)), None):
+        end = last = last - len(token)
+        while last and text[last - 1].isspace():
+            last -= 1
+    return end
 
 
 def _only_block(text: str, tags: list[re.Match[str]], pair: tuple[str, str]) -> str | None:
