@@ -73,6 +73,8 @@ class Equation:
 
 
 _EQUALS = re.compile("[=≈]|equal")
+# No expression is longer; what is further from all equals signs is not looked at.
+_REACH = 1_500
 _ANNOTATION = re.compile(r"<<([^<>\n]*)>>")
 
 # After a quotient, such words say that it was cut to a whole number.
@@ -103,12 +105,15 @@ def find_equations(text: str) -> list[Equation]:
 
 def _find(text: str, offset: int) -> list[Equation]:
     """Equations of a text that stands at `offset` of the whole."""
-    if not _EQUALS.search(text):
+    signs = list(_EQUALS.finditer(text))
+    if not signs:
         return []
+    start = max(signs[0].start() - _REACH, 0)
+    text = text[start : signs[-1].end() + _REACH]
     tokens = tokenise(text)
     return [
-        replace(equation, start=equation.start + offset, end=equation.end + offset)
-        for equation in _judge_all(tokens, text) + _solved(tokens, text)
+        replace(e, start=e.start + offset + start, end=e.end + offset + start)
+        for e in _judge_all(tokens, text) + _solved(tokens, text)
     ]
 
 

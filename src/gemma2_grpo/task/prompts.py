@@ -39,6 +39,8 @@ def render_solution(steps: list[str], answer: str) -> str:
 # Misspelt tags (upper case, attributes, spaces) are found too, so that they break the form
 # instead of passing for text. No class here can run past the next "<": the scan is linear.
 _TAG = re.compile(r"<\s*+/?\s*+(?P<block>reasoning|answer)\b[^<>]*>", re.IGNORECASE)
+# A run of stop tokens, each read once.
+_STOPS = re.compile(rf"(?:(?:{'|'.join(map(re.escape, STOP_TOKENS))})\s*+)++", re.IGNORECASE)
 _FORM_OF_TRUNCATED = 0.6
 # More white space outside of the blocks is text as well: it costs time and says nothing.
 _MAX_BLANKS = 40
@@ -81,12 +83,10 @@ def parse_completion(text: str, *, is_truncated: bool = False) -> Completion:
 
 
 def _end_without_stops(text: str) -> int:
-    """Where a completion ends without the stop tokens, and the blanks between them, at its end."""
-    end, last = len(text), len(text.rstrip())
-    while token := next((t for t in STOP_TOKENS if text.endswith(t, 0, last)), None):
-        end = last = last - len(token)
-        while last and text[last - 1].isspace():
-            last -= 1
+    """Where a completion ends without the stop tokens at its end."""
+    end = len(text)
+    for stops in _STOPS.finditer(text):
+        end = stops.start() if stops.end() == len(text) else len(text)
     return end
 
 
