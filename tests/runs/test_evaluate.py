@@ -308,7 +308,7 @@ def test_a_model_with_an_adapter_is_evaluated_like_its_run(
     """The shape of the adapter is in its file; the other settings are those of the run."""
     config = opening.find_source(str(made_run)).config
     plain = opening.Source(config.model.model, config, None, {})
-    monkeypatch.setattr("gemma2_grpo.runs.evaluate.find_source", lambda _: plain)
+    monkeypatch.setattr("gemma2_grpo.runs.evaluate.find_source", lambda *_: plain)
     monkeypatch.chdir(tmp_path)
     asked = EvaluateConfig(limit=5, samples=2, batch_prompts=2, adapter=str(made_run / "adapter"))
     result = quietly(config.model.model, asked)
