@@ -158,13 +158,25 @@ def read_config(directory: Path) -> dict[str, Any]:
     Raises:
         UserError: if it is missing or holds no JSON object.
     """
-    path = directory / "config.json"
+    return read_object(directory / "config.json", "not a readable model configuration ({})")
+
+
+def read_object(path: Path, fault: str) -> dict[str, Any]:
+    """Reads a JSON object from a file of a model.
+
+    Args:
+        path: The file.
+        fault: What is said of a file that cannot be read, with braces for the reason.
+
+    Raises:
+        UserError: if there is none.
+    """
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
         if not isinstance(values, dict):
             raise ValueError("it holds no object")
     except (OSError, ValueError) as error:
-        raise UserError(f"{path}: not a readable model configuration ({error})") from None
+        raise UserError(f"{path}: {fault.format(error)}") from None
     return values
 
 

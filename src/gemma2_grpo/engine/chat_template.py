@@ -6,7 +6,7 @@ from typing import Any
 
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-from gemma2_grpo.config import UserError
+from gemma2_grpo.engine.architecture import read_object
 from gemma2_grpo.task.prompts import INSTRUCTION, render_prompt
 
 FILE = "chat_template.jinja"
@@ -77,13 +77,7 @@ def _read_settings(directory: Path) -> dict[str, Any]:
         UserError: if it cannot be read.
     """
     path = directory / "tokenizer_config.json"
-    try:
-        settings = json.loads(path.read_text(encoding="utf-8"))
-        if not isinstance(settings, dict):
-            raise ValueError("it holds no object")
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path}: not readable ({error}); put the model's own there") from None
-    return settings
+    return read_object(path, "not readable ({}); put the model's own there")
 
 
 def _write_settings(folder: Path, settings: dict[str, Any]) -> None:
