@@ -39,9 +39,12 @@ def test_nothing_is_written_unless_asked_for(tmp_path: Path) -> None:
 
 @pytest.mark.skipif(not importlib.util.find_spec("wandb"), reason="extra `trackers`")
 def test_wandb_offline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import wandb
+
     monkeypatch.setenv("WANDB_MODE", "offline")
     monkeypatch.setenv("WANDB_SILENT", "true")
     track_all(tmp_path, wandb="words")
+    wandb.teardown()  # Its service writes the file in its own time; this waits for its end.
     [file] = (tmp_path / "wandb").glob("offline-run-*/run-*.wandb")
     written = file.read_bytes()
     for piece in (b"train/reward", b"held_out/accuracy", b"0.125", b"learning_rate", b"words"):
@@ -95,7 +98,7 @@ def test_wandb_gets_the_id_of_the_directory(
         track_all(tmp_path / parent / "words", wandb="project")
     ids = {
         parent: {
-            path.name.rpartition("-")[2]
+            path.name.split("-")[3]  # offline-run-TIME-ID; a second one in that second gets "-1".
             for path in (tmp_path / parent / "words/wandb").glob("offline-run-*")
         }
         for parent in ("one", "two")
