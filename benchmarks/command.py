@@ -6,7 +6,7 @@ from typing import TypeVar
 from rich.console import Console
 
 from benchmarks.processes import WorkerError
-from gemma2_grpo.config import UserError
+from gemma2_grpo.errors import UserError
 
 Command = TypeVar("Command")
 

@@ -17,7 +17,8 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.command import status_of
-from gemma2_grpo.config import RewardConfig, UserError
+from gemma2_grpo.config import RewardConfig
+from gemma2_grpo.errors import UserError
 from gemma2_grpo.task.jsonl import read_jsonl
 from gemma2_grpo.task.rewards import COMPONENTS, Score, score_completion
 

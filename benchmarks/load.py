@@ -92,8 +92,8 @@ def write_checkpoint(folder: Path, command: Load) -> None:
     import numpy as np
     from safetensors.numpy import save_file
 
-    from gemma2_grpo.engine.costs import known_architecture
-    from gemma2_grpo.engine.pretrained import tensor_shapes
+    from gemma2_grpo.model.pretrained import tensor_shapes
+    from gemma2_grpo.plan.costs import known_architecture
 
     whole = known_architecture("google/gemma-2-2b")
     assert whole is not None
@@ -137,8 +137,9 @@ def load(system: str, folder: Path, shape: tuple[int, int]) -> Cost:
     from flax import nnx
     from tunix.models.gemma import params_safetensors
 
-    from gemma2_grpo.engine.architecture import read_architecture
-    from gemma2_grpo.engine.model import load_weights, make_mesh
+    from gemma2_grpo.model.architecture import read_architecture
+    from gemma2_grpo.model.load import load_weights
+    from gemma2_grpo.model.mesh import make_mesh
 
     mesh = make_mesh(shape)
     jax.device_put(jnp.zeros(8))

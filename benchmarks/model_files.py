@@ -48,9 +48,10 @@ def write_config(directory: Path, sizes: Sizes) -> None:
 
 def write_weights(directory: Path, sizes: Sizes, seed: int) -> None:
     """Writes model.safetensors with random weights."""
-    from gemma2_grpo.engine.architecture import read_architecture
-    from gemma2_grpo.engine.hf_model import save_model
-    from gemma2_grpo.engine.model import make_mesh, random_weights
+    from gemma2_grpo.model.architecture import read_architecture
+    from gemma2_grpo.model.load import random_weights
+    from gemma2_grpo.model.mesh import make_mesh
+    from gemma2_grpo.model.save import save_model
 
     model = random_weights(read_architecture(directory), "float32", make_mesh((1, 1)), seed)
     # Distributions that are far from uniform: else models that differ would hardly be told apart.

@@ -26,7 +26,7 @@ from benchmarks.compare import median_seconds
 from benchmarks.machine import command_line, describe, load_warning
 from benchmarks.rounds import Result, measure, missing_libraries, prepare
 from benchmarks.workload import Sizes, read_questions
-from gemma2_grpo.config import UserError
+from gemma2_grpo.errors import UserError
 
 Axis = Literal["generations", "length", "vocab"]
 System = Literal["ours", "tunix"]

@@ -26,7 +26,7 @@ from benchmarks.report import print_report
 from benchmarks.rounds import Result, measure, missing_libraries, prepare
 from benchmarks.session import StepReport
 from benchmarks.workload import PRESETS, Sizes, Workload, read_questions
-from gemma2_grpo.config import UserError
+from gemma2_grpo.errors import UserError
 
 System = Literal["ours", "tunix", "trl"]
 # Of one token, in float32, by programs that add up in another order.

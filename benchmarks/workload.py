@@ -10,8 +10,8 @@ from typing import Literal
 import numpy as np
 
 from benchmarks.tokens import load_backend
-from gemma2_grpo.config import UserError
-from gemma2_grpo.task.problems import generate
+from gemma2_grpo.errors import UserError
+from gemma2_grpo.task.procedural import generate
 from gemma2_grpo.task.prompts import render_prompt
 
 MIN_COMPLETION_TOKENS = 8

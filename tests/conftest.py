@@ -6,6 +6,8 @@ import tempfile
 
 import pytest
 
+pytest_plugins = ["tests.fixtures.models", "tests.fixtures.runs"]
+
 # Meshes of up to 8 devices on any machine; tests that mean one device build a (1, 1) mesh.
 _DEVICES = "--xla_force_host_platform_device_count=8"
 os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {_DEVICES}".strip()

@@ -14,7 +14,8 @@ from typing import Any
 import pytest
 
 from gemma2_grpo import cli
-from gemma2_grpo.config import Config, EvaluateConfig, RewardConfig, UserError
+from gemma2_grpo.config import Config, EvaluateConfig, RewardConfig
+from gemma2_grpo.errors import UserError
 from gemma2_grpo.presets import load_config, load_sft_config
 
 ALL = ", ".join(cli.COMMANDS)
@@ -22,17 +23,17 @@ Recorder = list[tuple[tuple[Any, ...], dict[str, Any]]]
 
 
 def _stub(monkeypatch: pytest.MonkeyPatch, name: str, function: Callable[..., None]) -> None:
-    """Replaces `gemma2_grpo.runs.MODULE:FUNCTION`, so that nothing heavy loads."""
+    """Replaces `gemma2_grpo.MODULE:FUNCTION`, so that nothing heavy loads."""
     module, attribute = name.split(":")
     stub = SimpleNamespace(**{attribute: function})
-    monkeypatch.setitem(sys.modules, f"gemma2_grpo.runs.{module}", stub)  # type: ignore[arg-type]
+    monkeypatch.setitem(sys.modules, f"gemma2_grpo.{module}", stub)  # type: ignore[arg-type]
 
 
 @pytest.fixture
 def train_calls(monkeypatch: pytest.MonkeyPatch) -> Recorder:
     """What `train` is called with, in place of training."""
     calls: Recorder = []
-    _stub(monkeypatch, "train:train", lambda *args, **kwargs: calls.append((args, kwargs)))
+    _stub(monkeypatch, "commands.train:train", lambda *args, **kwargs: calls.append((args, kwargs)))
     return calls
 
 
@@ -86,7 +87,7 @@ def test_an_override_can_mend_a_file_that_cannot_run(train_calls: Recorder, tmp_
 
 def test_sft_passes_config_and_directory(monkeypatch: pytest.MonkeyPatch) -> None:
     calls: Recorder = []
-    _stub(monkeypatch, "sft:sft", lambda *args: calls.append((args, {})))
+    _stub(monkeypatch, "commands.sft:sft", lambda *args: calls.append((args, {})))
     assert cli.main("sft sft-tiny --to out --steps 3 --data-seed 5".split()) == 0
     [((config, to), _)] = calls
     preset = load_sft_config("sft-tiny")
@@ -97,7 +98,7 @@ def test_sft_passes_config_and_directory(monkeypatch: pytest.MonkeyPatch) -> Non
 
 def test_export_passes_its_options(monkeypatch: pytest.MonkeyPatch) -> None:
     calls: Recorder = []
-    _stub(monkeypatch, "export:export", lambda *args, **kwargs: calls.append((args, kwargs)))
+    _stub(monkeypatch, "export.export:export", lambda *args, **kwargs: calls.append((args, kwargs)))
     assert cli.main("export runs/tiny --to out".split()) == 0
     words = "--format peft --dtype bfloat16 --max-shard-gb 2 --verify always"
     words += " --push me/model --public --yes"
@@ -111,14 +112,18 @@ def test_export_passes_its_options(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_score_passes_file_and_format(monkeypatch: pytest.MonkeyPatch) -> None:
     calls: Recorder = []
-    _stub(monkeypatch, "score:score_file", lambda *args: calls.append((args, {})))
+    _stub(monkeypatch, "commands.score:score_file", lambda *args: calls.append((args, {})))
     assert cli.main(["score", "completions.jsonl", "--json"]) == 0
     assert calls == [((Path("completions.jsonl"), True, RewardConfig()), {})]
 
 
 def test_evaluate_passes_what_is_asked(monkeypatch: pytest.MonkeyPatch) -> None:
     calls: Recorder = []
-    _stub(monkeypatch, "evaluate:evaluate", lambda *args, **kwargs: calls.append((args, kwargs)))
+    _stub(
+        monkeypatch,
+        "commands.evaluate:evaluate",
+        lambda *args, **kwargs: calls.append((args, kwargs)),
+    )
     command = "evaluate runs/tiny --samples 8 --limit 20 --data procedural --to out --json"
     assert cli.main(command.split()) == 0
     asked = EvaluateConfig(data="procedural", limit=20, samples=8)
@@ -225,7 +230,7 @@ def test_what_a_run_raises_becomes_the_status(
     def fail(*_: object, **__: object) -> None:
         raise raised
 
-    _stub(monkeypatch, "train:train", fail)
+    _stub(monkeypatch, "commands.train:train", fail)
     assert cli.main(["train"]) == status
     assert capsys.readouterr() == ("", f"error: {stderr}\n" if stderr else "")
 

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from gemma2_grpo.commands.notebook import changed
 from gemma2_grpo.presets import load_config, to_toml
-from gemma2_grpo.runs.notebook import changed
 
 from .test_docs import ROOT, commands
 
@@ -20,10 +20,10 @@ OWN_COMPLETIONS = [
 ]
 ELSEWHERE = {
     "gemma2-2b": "needs the weights and a TPU or GPU",
-    "--wandb": "needs an account; tests/runs/test_trackers.py runs it offline",
-    "--print": "has no cluster; tests/runs/test_launch.py reads what it prints",
-    "plan": "tests/runs/test_plan.py runs it, and takes minutes of libtpu's compiler",
-    "sft": "tests/runs/test_sft.py runs it",
+    "--wandb": "needs an account; tests/run/test_trackers.py runs it offline",
+    "--print": "has no cluster; tests/launch/test_launch.py reads what it prints",
+    "plan": "tests/plan/test_plan.py runs it, and takes minutes of libtpu's compiler",
+    "sft": "tests/commands/test_sft.py runs it",
     "--help": "tests/test_cli.py reads it",
 }
 

@@ -8,14 +8,14 @@ import numpy as np
 
 from benchmarks.session import Scorer, Session
 from benchmarks.workload import Sizes
-from gemma2_grpo.runs.host_memory import keep_freed_memory
-from gemma2_grpo.task.data import Example
+from gemma2_grpo.runtime.memory import keep_freed_memory
+from gemma2_grpo.task.examples import Example
 
 
 def run(session: Session) -> Scorer:
     """Makes the steps of a session."""
     keep_freed_memory()  # As `gemma2-grpo train` does.
-    import gemma2_grpo.engine.learner  # noqa: F401  Here, so that it counts as an import.
+    import gemma2_grpo.training.learner  # noqa: F401  Here, so that it counts as an import.
 
     session.compiles.watch()
     session.imported()
@@ -49,15 +49,11 @@ def _instrument(session: Session, learner: Any) -> None:
 
 def _build(session: Session) -> Any:
     """The learner."""
-    from gemma2_grpo.engine.learner import Learner
-    from gemma2_grpo.engine.lora import add_lora
-    from gemma2_grpo.engine.model import (
-        load_weights,
-        make_mesh,
-        random_weights,
-        read_architecture,
-    )
-    from gemma2_grpo.engine.tokenizer import load_tokenizer
+    from gemma2_grpo.model.load import load_weights, random_weights, read_architecture
+    from gemma2_grpo.model.lora import add_lora
+    from gemma2_grpo.model.mesh import make_mesh
+    from gemma2_grpo.model.tokenizer import load_tokenizer
+    from gemma2_grpo.training.learner import Learner
 
     workload = session.workload
     sizes, directory = workload.sizes, workload.directory
@@ -116,7 +112,7 @@ def _config(sizes: Sizes, steps: int, seed: int) -> Any:
 
 
 def _score(learner: Any, prompt: str, ids: Sequence[int]) -> Sequence[float]:
-    from gemma2_grpo.engine.learner import Completions
+    from gemma2_grpo.sampling.rollout import Completions
 
     completions = Completions([""], [np.array(ids, np.int32)], np.array([True]))
     packed = learner.pack([prompt], completions, [True])

@@ -54,7 +54,7 @@ def _build(session: Session) -> Any:
     from tunix.rl.rl_cluster import ClusterConfig, RLCluster, RLTrainingConfig, Role
     from tunix.rl.rollout.base_rollout import RolloutConfig
 
-    from gemma2_grpo.engine.tokenizer import load_tokenizer
+    from gemma2_grpo.model.tokenizer import load_tokenizer
 
     sizes = session.workload.sizes
     mesh, reference, actor = _models(session)
@@ -96,8 +96,8 @@ def _models(session: Session) -> Any:
     from flax import nnx
     from tunix.models.gemma import params_safetensors
 
-    from gemma2_grpo.engine.architecture import read_architecture
-    from gemma2_grpo.engine.model import make_mesh
+    from gemma2_grpo.model.architecture import read_architecture
+    from gemma2_grpo.model.mesh import make_mesh
 
     sizes, directory = session.workload.sizes, session.workload.directory
     mesh = make_mesh(sizes.mesh)

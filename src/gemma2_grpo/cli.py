@@ -30,17 +30,10 @@ from tyro import _errors  # Private, but the one way to errors of one line; henc
 from tyro.conf import FlagCreatePairsOff, OmitArgPrefixes, Positional, arg, subcommand
 from tyro.constructors import ConstructorRegistry, PrimitiveConstructorSpec, PrimitiveTypeInfo
 
-from gemma2_grpo.config import (
-    Config,
-    EvaluateConfig,
-    SftConfig,
-    UserError,
-    check,
-    check_evaluate,
-    check_sft,
-)
+from gemma2_grpo.config import Config, EvaluateConfig, SftConfig, check, check_evaluate, check_sft
+from gemma2_grpo.errors import UserError
+from gemma2_grpo.launch.machines import Launcher
 from gemma2_grpo.presets import from_mapping, read_toml
-from gemma2_grpo.runs.machines import Launcher
 
 if TYPE_CHECKING:
     from tyro._arguments import ArgumentDefinition
@@ -81,13 +74,13 @@ class Train:
 
     def __call__(self) -> None:
         """Checks the whole configuration, then trains."""
-        from gemma2_grpo.runs.cluster import find_cluster
+        from gemma2_grpo.runtime.cluster import find_cluster
 
         config = check(self.config)
         told = (self.coordinator, self.num_processes, self.process_id)
         cluster = find_cluster(*told, os.environ)
         require_jax()
-        from gemma2_grpo.runs.train import train
+        from gemma2_grpo.commands.train import train
 
         train(
             config,
@@ -117,7 +110,7 @@ class Sft:
         """Checks the whole configuration, then trains."""
         config = check_sft(self.config)
         require_jax()
-        from gemma2_grpo.runs.sft import sft
+        from gemma2_grpo.commands.sft import sft
 
         sft(config, self.to)
 
@@ -136,7 +129,7 @@ class Score:
 
     def __call__(self) -> None:
         """Prints the scores."""
-        from gemma2_grpo.runs.score import score_file
+        from gemma2_grpo.commands.score import score_file
 
         score_file(self.file, self.json, Config().rewards)
 
@@ -165,7 +158,7 @@ class Evaluate:
         """Checks what is asked, then evaluates."""
         config = check_evaluate(self.config)
         require_jax()
-        from gemma2_grpo.runs.evaluate import evaluate
+        from gemma2_grpo.commands.evaluate import evaluate
 
         evaluate(self.source, config, self.to, as_json=self.json, overwrite=self.overwrite)
 
@@ -201,7 +194,7 @@ class Launch:
 
     def __call__(self) -> None:
         """Prints the recipe."""
-        from gemma2_grpo.runs.launch import launch
+        from gemma2_grpo.launch.launch import launch
 
         recipe = launch(
             self.config,
@@ -243,7 +236,7 @@ class Ask:
     def __call__(self) -> None:
         """Prints the answers."""
         require_jax()
-        from gemma2_grpo.runs.ask import ask
+        from gemma2_grpo.commands.ask import ask
 
         ask(
             self.source,
@@ -274,7 +267,7 @@ class Report:
 
     def __call__(self) -> None:
         """Writes the report."""
-        from gemma2_grpo.runs.report import write_comparison, write_report
+        from gemma2_grpo.report.report import write_comparison, write_report
 
         if self.compare:
             print(write_comparison((self.run, self.compare), self.to, plots=self.png))
@@ -312,7 +305,7 @@ class Export:
     def __call__(self) -> None:
         """Writes the export."""
         require_jax()
-        from gemma2_grpo.runs.export import export
+        from gemma2_grpo.export.export import export
 
         export(
             self.run,
@@ -354,7 +347,7 @@ class Plan:
         """Prints the plan."""
         config = check(self.config)
         require_jax()
-        from gemma2_grpo.runs.plan import plan
+        from gemma2_grpo.plan.plan import plan
 
         return plan(
             config,

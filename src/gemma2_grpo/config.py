@@ -13,18 +13,7 @@ from typing import Any, Literal
 
 from pydantic import ConfigDict
 
-
-class UserError(Exception):
-    """A mistake that the user can mend: one line, exit status 2, no traceback."""
-
-    def _render_traceback_(self) -> list[str]:
-        """What IPython shows in a notebook in place of a traceback."""
-        return [f"error: {' '.join(str(self).split())}"]
-
-
-class ConfigError(UserError):
-    """A configuration that cannot run; the message names the field and the mend."""
-
+from gemma2_grpo.errors import ConfigError
 
 # TOML values are checked strictly ("16" is not 16) and unknown keys are refused.
 _STRICT = ConfigDict(strict=True, extra="forbid")

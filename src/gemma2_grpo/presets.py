@@ -12,7 +12,8 @@ from typing import Any, TypeVar, get_type_hints
 import tomli_w
 from pydantic import TypeAdapter, ValidationError
 
-from gemma2_grpo.config import Config, ConfigError, SftConfig, check, check_sft
+from gemma2_grpo.config import Config, SftConfig, check, check_sft
+from gemma2_grpo.errors import ConfigError
 
 ConfigT = TypeVar("ConfigT")
 

@@ -3,7 +3,7 @@ from collections.abc import Callable
 import pytest
 
 from benchmarks import rounds, scaling, step
-from gemma2_grpo.config import UserError
+from gemma2_grpo.errors import UserError
 
 
 @pytest.fixture

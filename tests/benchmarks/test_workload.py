@@ -15,7 +15,7 @@ from benchmarks.workload import (
     read_questions,
 )
 
-from gemma2_grpo.config import UserError
+from gemma2_grpo.errors import UserError
 from gemma2_grpo.task.prompts import render_prompt
 
 SIZES = Sizes(prompts=2, generations=4)

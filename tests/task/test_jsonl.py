@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from gemma2_grpo.config import UserError
+from gemma2_grpo.errors import UserError
 from gemma2_grpo.task.jsonl import read_jsonl
 
 

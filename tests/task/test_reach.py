@@ -14,10 +14,11 @@ import huggingface_hub
 import kagglehub
 import pytest
 
-from gemma2_grpo.config import DataConfig, UserError
-from gemma2_grpo.engine.fetch import check_model, find_model
+from gemma2_grpo.config import DataConfig
+from gemma2_grpo.errors import UserError
+from gemma2_grpo.model.find import check_model, find_model
 from gemma2_grpo.task import reach
-from gemma2_grpo.task.data import load_splits
+from gemma2_grpo.task.examples import load_splits
 
 FLAGSHIP = "google/gemma-2-2b-it"
 ON_KAGGLE = "kaggle:google/gemma-2/transformers/gemma-2-2b-it"

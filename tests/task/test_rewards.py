@@ -13,10 +13,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from gemma2_grpo.config import RewardConfig
-from gemma2_grpo.task.equations import find_equations
+from gemma2_grpo.task.equations.find import find_equations
+from gemma2_grpo.task.equations.steps import stated_numbers
 from gemma2_grpo.task.prompts import render_solution
 from gemma2_grpo.task.rewards import Score, score_completion
-from gemma2_grpo.task.steps import stated_numbers
 
 SHARED = Path(__file__).resolve().parents[2].parent / "shared" / "data"
 COMPONENTS = ("format", "logic", "accuracy", "self_correction", "length")

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from gemma2_grpo.config import UserError
+from gemma2_grpo.errors import UserError
 from gemma2_grpo.task.scoring import Reward, load_reward
 
 

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from gemma2_grpo.config import UserError
+from gemma2_grpo.errors import UserError
 
 
 def read_jsonl(path: Path, fields: str) -> Iterator[tuple[str, dict[str, Any]]]:

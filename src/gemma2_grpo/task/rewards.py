@@ -13,9 +13,9 @@ from gemma2_grpo.task.answers import (
     official_is_correct,
     printable,
 )
-from gemma2_grpo.task.equations import Equation, find_equations
+from gemma2_grpo.task.equations.find import Equation, find_equations
+from gemma2_grpo.task.equations.steps import known_shares, stated_numbers, steps_of
 from gemma2_grpo.task.prompts import parse_completion
-from gemma2_grpo.task.steps import known_shares, stated_numbers, steps_of
 
 DEFAULT_WEIGHTS = RewardConfig()
 

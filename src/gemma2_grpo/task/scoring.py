@@ -10,8 +10,9 @@ from typing import Any, cast
 
 import numpy as np
 
-from gemma2_grpo.config import RewardConfig, UserError
-from gemma2_grpo.task.data import Example
+from gemma2_grpo.config import RewardConfig
+from gemma2_grpo.errors import UserError
+from gemma2_grpo.task.examples import Example
 from gemma2_grpo.task.rewards import COMPONENTS, score_completion
 from gemma2_grpo.task.siblings import Siblings
 

@@ -7,18 +7,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from gemma2_grpo.config import UserError
+from gemma2_grpo.errors import UserError, first_line
 from gemma2_grpo.task.jsonl import read_jsonl
-from gemma2_grpo.task.problems import Split, split_by_hash
+from gemma2_grpo.task.procedural import Split, split_by_hash
 from gemma2_grpo.task.reach import ask_hub, cached_by_kagglehub, check_kaggle, http_status, quiet
 
 GSM8K = "openai/gsm8k"
 _GSM8K_FILES = tuple(f"main/{split}-00000-of-00001.parquet" for split in ("train", "test"))
 KAGGLE_PREFIX = "kaggle:"
-# What a message of a library may hold: headers, tokens, and the signatures of download addresses.
-_SECRET = re.compile(r"Bearer\s+[^'\"]+|\bhf_[\w.-]{16,}|(?<=\?)[^\s'\"]+")
-# What is wrong, in the last words of an error of requests.
-_BURIED = re.compile(r"""^.*\(Caused by \w+\(["'](?:\w+\(.*?\): )?(.*)["']\)\)$""")
 _SUFFIXES = (".jsonl", ".parquet")
 # JSON can escape half of a surrogate pair, which no encoding can write again.
 _HALF_CHARACTER = re.compile("[\ud800-\udfff]")
@@ -89,7 +85,7 @@ def _fetch_gsm8k() -> dict[Split, list[Path]]:
                 "huggingface.co/settings/tokens and export HF_TOKEN, or unset it"
             ) from None
         raise UserError(
-            f"dataset {GSM8K}: cannot be fetched ({reason(error)}); check the network and "
+            f"dataset {GSM8K}: cannot be fetched ({first_line(error)}); check the network and "
             "HF_TOKEN, or pass a local directory with train and test files as dataset"
         ) from None
 
@@ -120,7 +116,7 @@ def _fetch_kaggle(dataset: str) -> Path:
         if cached and http_status(error) is None and "/versions/" not in handle:
             return cached
         raise UserError(
-            f"dataset {dataset}: cannot be fetched ({reason(error)}); attach it to the "
+            f"dataset {dataset}: cannot be fetched ({first_line(error)}); attach it to the "
             "notebook, check the network and KAGGLE_API_TOKEN, or pass a local directory as dataset"
         ) from None
 
@@ -178,7 +174,7 @@ def _read_files(paths: list[Path]) -> list[Row]:
         try:
             found = [_checked(content, place) for place, content in read(path)]
         except OSError as error:
-            raise UserError(f"dataset {path}: cannot be read ({reason(error)})") from None
+            raise UserError(f"dataset {path}: cannot be read ({first_line(error)})") from None
         if not found:
             raise UserError(f"dataset {path}: no problems in it")
         rows += found
@@ -196,7 +192,7 @@ def _parquet_rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
     try:
         contents = pq.read_table(path).to_pylist()
     except pa.ArrowException as error:
-        raise UserError(f"dataset {path}: not valid Parquet ({reason(error)})") from None
+        raise UserError(f"dataset {path}: not valid Parquet ({first_line(error)})") from None
     yield from ((f"{path} row {number}", row) for number, row in enumerate(contents, start=1))
 
 
@@ -209,10 +205,3 @@ def _checked(content: dict[str, Any], place: str) -> Row:
         if not isinstance(value, str) or not value.strip() or _HALF_CHARACTER.search(value):
             raise UserError(f"{place}: field {name!r} is missing, blank or not text; fill it in")
     return Row(str(question).strip(), str(answer).strip(), place)
-
-
-def reason(error: BaseException) -> str:
-    """The first line of an error, without secrets."""
-    line = (str(error).strip() or type(error).__name__).splitlines()[0]
-    line = _BURIED.sub(r"\1", line)
-    return _SECRET.sub("...", line)

@@ -1,0 +1,159 @@
+"""What a notebook needs to know of the machine it runs on: Kaggle's, Colab's or its owner's."""
+
+import importlib.util
+import os
+import warnings
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from gemma2_grpo.config import Config, check
+from gemma2_grpo.errors import UserError
+from gemma2_grpo.presets import load_config
+
+TOKEN = "HF_TOKEN"  # noqa: S105 (the name of the secret, not the secret)
+_FLAGSHIP = {"tpu": "gemma2-2b-v5e8", "gpu": "gemma2-2b-gpu"}
+_EMBEDDED = "tiny"
+
+
+@dataclass(frozen=True)
+class Machine:
+    """Where a notebook runs, and what it should train there."""
+
+    host: str
+    """`Kaggle`, `Colab` or `this machine`."""
+    devices: str
+    config_name: str
+    config: Config
+    reason: str
+    """Why this configuration."""
+
+    def __str__(self) -> str:
+        """Lines for a person."""
+        return (
+            f"{self.host}: {self.devices}\n"
+            f"configuration {self.config_name}: {self.reason}\n"
+            f"model {self.config.model.model}, mesh {list(self.config.model.mesh_shape)}"
+        )
+
+
+def find_machine() -> Machine:
+    """Chooses the configuration that suits the devices, and a model that can be had.
+
+    The secret HF_TOKEN of Kaggle or Colab is put into the environment, where the library of
+    Hugging Face looks for it. A Gemma that is attached to a Kaggle notebook needs none.
+    """
+    import jax
+
+    from gemma2_grpo.runtime.devices import start_jax
+
+    # Without ipywidgets tqdm warns when it is imported, although no bar of its is shown here.
+    warnings.filterwarnings("ignore", "IProgress not found")
+    host = _host()
+    _take_secret(host)
+    start_jax(print)
+    kind, count = jax.default_backend(), jax.local_device_count()
+    devices = f"{count} x {jax.local_devices()[0].device_kind}"
+    name = _FLAGSHIP.get(kind)
+    if name is None:
+        why = "no TPU and no GPU; in Kaggle's or Colab's settings, choose an accelerator"
+        return Machine(host, devices, _EMBEDDED, load_config(_EMBEDDED), why)
+    config = _on_all_devices(load_config(name), count)
+    if not _can_be_had(config.model.model):
+        why = (
+            f"{config.model.model} cannot be had; attach the model google/gemma-2 on Kaggle, or "
+            f"accept its licence and add the secret {TOKEN}"
+        )
+        return Machine(host, devices, _EMBEDDED, load_config(_EMBEDDED), why)
+    return Machine(host, devices, name, config, "the flagship's recipe, on these devices")
+
+
+def changed(config: Config, **fields: Any) -> Config:
+    """A configuration with other values of some fields, whichever section they are in; checked.
+
+    Raises:
+        UserError: for a field that there is not, or a value that cannot be.
+    """
+    known = {
+        name: section
+        for section in Config.__dataclass_fields__
+        for name in getattr(config, section).__dataclass_fields__
+    }
+    for name, value in fields.items():
+        if name not in known:
+            raise UserError(f"unknown field {name!r}; see docs/configuration.md")
+        section = known[name]
+        config = replace(config, **{section: replace(getattr(config, section), **{name: value})})
+    return check(config)
+
+
+def show_report(path: Path, height: int = 900) -> Any:
+    """A report inside of a notebook's page, apart from it: its own styles, no scripts."""
+    from html import escape
+
+    from IPython.display import HTML
+
+    page = escape(path.read_text(encoding="utf-8"), quote=True)
+    style = f"width:100%;height:{height}px;border:0"
+    return HTML(f'<div><iframe sandbox srcdoc="{page}" style="{style}"></iframe></div>')
+
+
+def _host() -> str:
+    if "KAGGLE_KERNEL_RUN_TYPE" in os.environ:
+        return "Kaggle"
+    with suppress(ImportError, ValueError):  # A parent package that is not there raises.
+        if importlib.util.find_spec("google.colab"):
+            return "Colab"
+    return "this machine"
+
+
+def _take_secret(host: str) -> None:
+    """Puts the notebook's secret into the environment, if there is one; it is never printed."""
+    if TOKEN in os.environ or host not in _SECRETS:
+        return
+    # Without the secret, or without leave to read it, both hosts raise errors of their own.
+    with suppress(Exception):
+        token = _SECRETS[host]()
+        if token:
+            os.environ[TOKEN] = token
+
+
+def _kaggle_secret() -> str:
+    from kaggle_secrets import UserSecretsClient  # type: ignore[import-not-found]
+
+    return UserSecretsClient().get_secret(TOKEN)
+
+
+def _colab_secret() -> str:
+    from google.colab import userdata  # type: ignore[import-not-found]
+
+    return userdata.get(TOKEN)
+
+
+_SECRETS: dict[str, Callable[[], str]] = {"Kaggle": _kaggle_secret, "Colab": _colab_secret}
+
+
+def _can_be_had(model: str) -> bool:
+    """Whether a model is attached, in a cache, or can be asked for with a token."""
+    from huggingface_hub import get_token
+
+    from gemma2_grpo.model.find import check_model
+
+    if get_token():
+        return True
+    try:
+        check_model(model)
+    except UserError:
+        return False
+    return True
+
+
+def _on_all_devices(config: Config, count: int) -> Config:
+    """The configuration with a mesh of all devices; Gemma 2 2B has 4 KV heads to divide."""
+    fsdp, tp = config.model.mesh_shape
+    if fsdp * tp == count:
+        return config
+    tp = next(n for n in (4, 2, 1) if count % n == 0)
+    return changed(config, mesh_shape=(count // tp, tp))

@@ -1,0 +1,146 @@
+"""Scores the completions of a file, without a model."""
+
+import json
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple, TextIO
+
+from rich.console import Console
+from rich.table import Table
+
+from gemma2_grpo.config import RewardConfig
+from gemma2_grpo.errors import UserError
+from gemma2_grpo.task.answers import extract_number, gold_answer
+from gemma2_grpo.task.jsonl import read_jsonl
+from gemma2_grpo.task.rewards import COMPONENTS, Score, score_completion
+
+_MAX_COLUMNS = 80
+
+
+class CompletionRow(NamedTuple):
+    """One line of a file of completions."""
+
+    completion: str
+    answer: str
+    question: str | None
+    is_truncated: bool = False
+
+
+def score_file(
+    path: Path, as_json: bool, weights: RewardConfig, output: TextIO | None = None
+) -> None:
+    """Prints the scores of a JSONL file's completions. Nothing is printed of a faulty file.
+
+    Args:
+        path: JSONL with `completion`, `answer` (a number or a GSM8K solution) and, optionally,
+            `question`, without which the numbers in the reasoning all count as given, and
+            `truncated`, true where the completion ran into a limit.
+        as_json: Print one JSON object a line; else a table and a summary.
+        weights: Weights of the components.
+        output: Where to print; standard output if None.
+
+    Raises:
+        UserError: for a file that cannot be read, naming file, line, field and mend.
+    """
+    output = sys.stdout if output is None else output
+    rows = read_completions(path)
+    scores = (
+        score_completion(
+            row.completion, row.answer, row.question, weights, is_truncated=row.is_truncated
+        )
+        for row in rows
+    )
+    if as_json:
+        for score in scores:
+            print(json.dumps(as_record(score, weights)), file=output)
+    else:
+        _print_table(list(scores), Console(file=output, highlight=False))
+
+
+def read_completions(path: Path) -> list[CompletionRow]:
+    """Reads and checks all lines of a JSONL file; blank ones are left out.
+
+    Raises:
+        UserError: for a file that cannot be read, naming file, line, field and mend.
+    """
+    try:
+        lines = read_jsonl(path, "completion and answer")
+        rows = [_checked(content, place) for place, content in lines]
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror}); check the path") from None
+    if not rows:
+        raise UserError(f"{path}: empty; write one JSON object a line, with completion and answer")
+    return rows
+
+
+def as_record(score: Score, weights: RewardConfig) -> dict[str, Any]:
+    """A score as JSON has it; components lie in [0, 1], before their weights."""
+    return {
+        **{name: getattr(score, name) for name in COMPONENTS},
+        "total": score.total,
+        "extracted": score.extracted,
+        "correct": score.correct,
+        "official_correct": score.official_correct,
+        "equations": [{"text": e.text, "is_true": e.is_true} for e in score.equations],
+        "weights": {name: getattr(weights, f"{name}_weight") for name in COMPONENTS},
+    }
+
+
+def _checked(content: dict[str, Any], place: str) -> CompletionRow:
+    """Checks that an object has the fields, and of the types, that are needed."""
+    completion, answer = (_text(content, name, place) for name in ("completion", "answer"))
+    if extract_number(gold_answer(answer)) is None:
+        raise UserError(
+            f"{place}: field 'answer' has no number; write a number, or a solution that ends in "
+            "'#### NUMBER'"
+        )
+    has_question = content.get("question") is not None
+    question = _text(content, "question", place) if has_question else None
+    is_truncated = content.get("truncated") or False
+    if is_truncated not in (True, False):
+        raise UserError(f"{place}: field 'truncated' is {is_truncated!r}; write true or false")
+    return CompletionRow(completion, answer, question, bool(is_truncated))
+
+
+def _text(content: dict[str, Any], name: str, place: str) -> str:
+    """A field's text. As in data sets, an answer may be a JSON number as well."""
+    if name not in content:
+        raise UserError(f"{place}: field {name!r} is missing; add it")
+    value = content[name]
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    if name == "answer" and is_number:
+        return str(value)
+    if not isinstance(value, str):
+        kind = "null" if value is None else type(value).__name__
+        raise UserError(f"{place}: field {name!r} is {kind}, not text; write it as a string")
+    return value
+
+
+def _print_table(scores: list[Score], console: Console) -> None:
+    """Prints a line for each score, their means and a summary."""
+    console.width = min(console.width, _MAX_COLUMNS)
+    table = Table(box=None, show_footer=True, pad_edge=False)
+    table.add_column("", "mean", justify="right")
+    for name in (*COMPONENTS, "total"):
+        mean = _mean(getattr(score, name) for score in scores)
+        heading = name.replace("_", " ").replace("self correction", "self-c.")
+        table.add_column(heading, f"{mean:.3f}", justify="right")
+    table.add_column("answer", justify="right", no_wrap=True, max_width=12)
+    table.add_column("right", f"{_mean(score.correct for score in scores):.1%}", justify="right")
+    for number, score in enumerate(scores, 1):
+        parts = (getattr(score, name) for name in (*COMPONENTS, "total"))
+        verdict = "yes" if score.correct else "no"
+        numbers = (f"{part:.3f}" for part in parts)
+        table.add_row(str(number), *numbers, score.extracted or "none", verdict)
+    console.print(table)
+    console.print(
+        f"{len(scores)} completions: mean total {_mean(s.total for s in scores):.3f}, "
+        f"{_mean(s.correct for s in scores):.1%} right, "
+        f"{_mean(s.official_correct for s in scores):.1%} by GSM8K's extraction"
+    )
+
+
+def _mean(values: Iterator[float]) -> float:
+    numbers = list(values)
+    return sum(numbers) / len(numbers)

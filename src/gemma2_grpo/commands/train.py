@@ -1,0 +1,167 @@
+"""`gemma2-grpo train`: everything that can be refused without JAX, then the run."""
+
+import dataclasses
+import importlib.util
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
+
+from gemma2_grpo.config import Config
+from gemma2_grpo.errors import UserError
+from gemma2_grpo.model.find import check_model
+from gemma2_grpo.run.console import Display
+from gemma2_grpo.run.directory import RunDirectory
+from gemma2_grpo.run.follower import UnseenDirectory, silent_display
+from gemma2_grpo.run.recorded_paths import with_absolute_paths
+from gemma2_grpo.run.trackers import check_trackers, tracking
+from gemma2_grpo.runtime.cluster import Cluster
+from gemma2_grpo.runtime.devices import start_jax
+from gemma2_grpo.runtime.memory import keep_freed_memory
+from gemma2_grpo.task.examples import load_splits
+from gemma2_grpo.task.scoring import Reward, Scorer, load_reward
+
+# Module and package of the engines that Tunix brings no code for.
+_PACKAGES = {"vllm": ("vllm", "vllm"), "sglang_jax": ("sgl_jax", "sglang-jax")}
+
+
+def train(
+    config: Config,
+    run_dir: Path | None,
+    config_name: str,
+    *,
+    allow_config_change: bool = False,
+    display: Display | None = None,
+    cluster: Cluster | None = None,
+) -> Path:
+    """Runs or resumes a training run; a finished one is only shown.
+
+    Args:
+        config: A checked configuration.
+        run_dir: Where the run is written; by default `runs/` and the name of the configuration.
+        config_name: Name or path the configuration was loaded from.
+        allow_config_change: Resume a run that was made with another configuration.
+        display: What shows the progress.
+        cluster: The processes of which this is one; None if it runs alone.
+
+    Returns:
+        The run directory.
+
+    Raises:
+        UserError: for anything that the user can mend.
+    """
+    path = run_dir or Path("runs") / Path(config_name).stem
+    with _joined(cluster, config) as is_writer:
+        config = with_absolute_paths(config)
+        if is_writer:
+            display = display or Display()
+            directory = RunDirectory(path, config, allow_config_change=allow_config_change)
+        else:
+            display, directory = silent_display(), UnseenDirectory(path)
+        try:
+            _run(config, config_name, directory, display, cluster)
+        finally:
+            directory.close()
+    return path
+
+
+def _run(
+    config: Config,
+    config_name: str,
+    directory: RunDirectory,
+    display: Display,
+    cluster: Cluster | None,
+) -> None:
+    result = directory.result
+    if cluster:
+        from gemma2_grpo.runtime.processes import from_first
+
+        result = from_first(result)
+    if result and result["after"]["step"] >= config.run.max_steps:
+        display.note(f"{directory.path} is finished; its result:")
+        display.result(result)
+        return
+    _check_engine(config.rollout.engine)
+    check_trackers(config.run)
+    check_model(config.model.model)
+    splits = load_splits(config.data)
+    reward, reward_sha256 = _load_reward(config, directory, display)
+    start_jax(display.note)
+    display.warn_of_cpu(config.model, config_name)
+    display.note(f"loading {config.model.model}")
+    from gemma2_grpo.run.loop import Run
+    from gemma2_grpo.run.session import open_session
+    from gemma2_grpo.runtime.processes import check_same, is_first
+    from gemma2_grpo.runtime.program_cache import counting_programs, use_program_cache
+
+    check_same({"data_sha256": splits.sha256, "reward_sha256": reward_sha256})
+    cache = use_program_cache(config.run.compilation_cache, display.note)
+    trackers = tracking(config, directory.path) if is_first() else nullcontext(lambda *_: None)
+    with counting_programs(cache) as programs, trackers as track:
+        session = open_session(config, splits, directory)
+        directory.describe({**session.facts, "reward_sha256": reward_sha256})
+        scorer = Scorer(config.rewards, reward)
+        Run(session, directory, scorer, display, programs, track, _write_report).go()
+
+
+def _write_report(path: Path) -> None:
+    from gemma2_grpo.report.report import write_report
+
+    write_report(path)
+
+
+@contextmanager
+def _joined(cluster: Cluster | None, config: Config) -> Iterator[bool]:
+    """Joins the other processes, if there are any; yields whether this is the one that writes."""
+    if cluster is None:
+        yield True
+        return
+    keep_freed_memory()
+    from gemma2_grpo.runtime.processes import check_same, is_first, joined
+
+    with joined(cluster.coordinator, cluster.num_processes, cluster.process_id) as count:
+        check_same(
+            {
+                name: value
+                for fields in dataclasses.asdict(config).values()
+                for name, value in fields.items()
+            }
+        )
+        _check_share(config, count)
+        yield is_first()
+
+
+def _check_share(config: Config, processes: int) -> None:
+    """Refuses a batch that does not divide over the processes, and engines that do not share it."""
+    prompts, engine = config.rollout.prompts_per_step, config.rollout.engine
+    if prompts % processes:
+        raise UserError(
+            f"prompts_per_step = {prompts} does not divide over {processes} processes; make it a "
+            f"multiple of {processes}"
+        )
+    if engine != "group" and processes > 1:
+        raise UserError(
+            f'engine = "{engine}" works in one process only; set engine = "group" for {processes}'
+        )
+
+
+def _check_engine(engine: str) -> None:
+    """Refuses a rollout engine whose package is missing, before anything is loaded."""
+    module, package = _PACKAGES.get(engine, (None, None))
+    if module and importlib.util.find_spec(module) is None:
+        raise UserError(
+            f'engine = "{engine}" needs the package {package}; install it, or set engine = "group"'
+        )
+
+
+def _load_reward(
+    config: Config, directory: RunDirectory, display: Display
+) -> tuple[Reward | None, str | None]:
+    """Loads the user's reward function, if there is one, and says that it is run as code."""
+    spec = config.rewards.reward
+    if spec is None:
+        directory.check_same("reward_sha256", None)
+        return None, None
+    reward, sha256 = load_reward(spec)
+    directory.check_same("reward_sha256", sha256)
+    display.note(f"reward {spec} (sha256 {sha256}) is run as code")
+    return reward, sha256

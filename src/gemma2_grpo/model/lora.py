@@ -1,0 +1,190 @@
+"""LoRA adapters on Gemma through Qwix: adding, counting, splitting the policy's state."""
+
+import re
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, cast
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import qwix
+from flax import nnx
+from jax.sharding import Mesh
+from tunix.models.gemma import model as gemma
+
+from gemma2_grpo.config import Config, ModelConfig
+from gemma2_grpo.errors import UserError
+from gemma2_grpo.model.gemma import Weights
+from gemma2_grpo.model.mesh import on_mesh
+
+_KAIMING_UNIFORM = jax.nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform")
+
+
+@dataclass(frozen=True)
+class AdapterSize:
+    """How much of the model is adapted."""
+
+    matrices: int
+    """Weight matrices with an adapter; the fused keys and values of a layer count as one."""
+    parameters: int
+
+
+def add_lora(base: gemma.Gemma, config: ModelConfig, mesh: Mesh, seed: int) -> gemma.Gemma:
+    """Returns the policy: the base's own weights with trainable float32 adapters.
+
+    Adapters start as no change (B is zero). The base weights are shared, not copied.
+
+    Args:
+        base: The frozen model.
+        config: Rank, scale, module patterns and how A is drawn.
+        mesh: Mesh on which the base lies.
+        seed: Seed of the A matrices.
+
+    Raises:
+        UserError: if a pattern matches no weight matrix; Qwix would pass over it in silence.
+    """
+    check_patterns(base.config, config.lora_modules)
+    initializer: dict[str, Any] = {}
+    if config.lora_init == "peft":
+        initializer["lora_a_initializer"] = _like_peft
+    provider = qwix.LoraProvider(
+        module_path=".*(" + "|".join(config.lora_modules) + ")",
+        rank=config.lora_rank,
+        alpha=config.lora_alpha,
+        **initializer,
+    )
+    with on_mesh(mesh):
+        # Qwix runs the model once to see its shapes; Tunix's example has two rows, too few for a
+        # larger fsdp axis.
+        example: dict[str, Any] = {
+            name: value if value is None else jnp.repeat(value, mesh.shape["fsdp"], axis=0)
+            for name, value in base.get_model_input().items()
+        }
+        policy = qwix.apply_lora_to_model(base, provider, **example, rngs=nnx.Rngs(seed))
+    nnx.update(policy, _as_float32(nnx.state(policy, nnx.LoRAParam)))
+    for _, module in nnx.iter_graph(policy):
+        if isinstance(module, gemma.Einsum | nnx.Linear):
+            # Qwix keeps it to itself, and our layers apply the adapters without Qwix.
+            cast(Any, module).lora_scale = config.lora_scale
+    return cast(gemma.Gemma, policy)
+
+
+def _like_peft(key: jax.Array, shape: tuple[int, ...], _: Any = None) -> jax.Array:
+    """Draws A as PEFT does: uniform within 1/sqrt(inputs), in float32.
+
+    Source: `reset_lora_parameters` of PEFT, which calls kaiming_uniform_ with a = sqrt(5); its
+    variance is 1/3 over the inputs. Qwix draws with he_uniform, in the type of the base, whose
+    variance is 2 over the inputs.
+
+    Args:
+        key: Key of this matrix.
+        shape: [I, r], or [N, H, r], which has N * H inputs.
+    """
+    return _KAIMING_UNIFORM(key, shape, jnp.float32)
+
+
+def adapters_of(policy: gemma.Gemma) -> dict[str, Any]:
+    """The adapters of a policy as nested values, as checkpoints hold them."""
+    return nnx.to_pure_dict(nnx.state(policy, nnx.LoRAParam))
+
+
+def set_adapters(policy: gemma.Gemma, values: dict[str, Any]) -> None:
+    """Puts adapters back that `adapters_of` gave."""
+    state = nnx.state(policy, nnx.LoRAParam)
+    nnx.replace_by_pure_dict(state, values)
+    nnx.update(policy, state)
+
+
+def check_patterns(architecture: gemma.ModelConfig, patterns: tuple[str, ...]) -> None:
+    """Checks, without any weights, that each pattern matches a module that can be adapted.
+
+    Raises:
+        UserError: naming the pattern and the modules there are.
+    """
+    model = nnx.eval_shape(lambda: gemma.Gemma(architecture, rngs=nnx.Rngs(0)))
+    paths = [
+        "/".join(map(str, path))
+        for path, module in nnx.iter_modules(model)
+        if isinstance(module, gemma.Einsum | nnx.Linear)
+    ]
+    for pattern in patterns:
+        try:
+            is_matched = any(re.fullmatch(f".*({pattern})", path) for path in paths)
+        except re.error as error:
+            raise UserError(f"lora_modules: {pattern!r} is not a pattern ({error})") from None
+        if not is_matched:
+            raise UserError(
+                f"lora_modules: {pattern!r} matches no weight matrix; those of a layer are "
+                f"{', '.join(sorted(p for p in paths if p.startswith('layers/0/')))}"
+            )
+
+
+def samples_merged(config: Config) -> bool:
+    """Whether the adapters are added into a copy of the weights before sampling.
+
+    In bfloat16 a weight keeps 8 bits, so that small changes of it would be rounded away.
+    """
+    merge = config.rollout.merge_lora
+    return merge == "always" or (merge == "auto" and updates_merged(config))
+
+
+def updates_merged(config: Config) -> bool:
+    """Whether they are for an update too: only in a type that keeps small changes."""
+    return config.model.dtype == "float32"
+
+
+@partial(jax.jit, static_argnames="scale")
+def merge_adapters(weights: Weights, scale: float) -> nnx.State:
+    """The base weights with the adapters added, in the type of the base.
+
+    Args:
+        weights: Of a policy.
+        scale: Factor of the adapters, `lora_scale` of the configuration.
+    """
+    flat = dict(nnx.to_flat_state(weights.base))
+    adapters = dict(nnx.to_flat_state(weights.lora))
+    for path, a in adapters.items():
+        name = str(path[-1])
+        if not name.endswith("_lora_a"):
+            continue
+        target = (*path[:-1], name.removesuffix("_lora_a"))
+        b = adapters[(*path[:-1], name.removesuffix("a") + "b")]
+        weight = flat[target].get_value()
+        delta = scale * weight_change(str(path[-2]), a.get_value(), b.get_value())
+        merged = weight.astype(jnp.float32) + delta.reshape(weight.shape)
+        flat[target] = flat[target].replace(merged.astype(weight.dtype))
+    return nnx.from_flat_state(list(flat.items()))
+
+
+def weight_change(module: str, a: jax.Array, b: jax.Array) -> jax.Array:
+    """The weight change of one adapter, laid out like the weight it belongs to.
+
+    Qwix keeps the rank last in A and first in B. Query, key and value weights have their heads
+    before the width, [N, D, H]; their B is [r, N, H] (or [r, 2, K, H]) and their A is [D, r].
+    """
+    if module == "q_einsum":
+        return jnp.einsum("dr,rnh->ndh", a, b)
+    if module in ("kv_einsum", "qkv_einsum"):
+        return jnp.einsum("dr,rckh->ckdh", a, b)
+    rank = a.shape[-1]
+    return a.reshape(-1, rank) @ b.reshape(rank, -1)
+
+
+def _as_float32(state: nnx.State) -> nnx.State:
+    return jax.tree.map(lambda x: x.astype(jnp.float32), state)
+
+
+def max_adapter_parameters(architecture: gemma.ModelConfig, rank: int) -> int:
+    """Parameters of adapters on every matrix of attention and MLP, known before weights load."""
+    width, hidden = architecture.embed_dim, architecture.hidden_dim
+    queries = architecture.num_heads * architecture.head_dim
+    keys = architecture.num_kv_heads * architecture.head_dim
+    attention = (width + queries) + (width + 2 * keys) + (queries + width)
+    return architecture.num_layers * rank * (attention + 3 * (width + hidden))
+
+
+def adapter_size(policy: gemma.Gemma) -> AdapterSize:
+    """Counts adapted matrices and adapter parameters."""
+    leaves = jax.tree.leaves(nnx.state(policy, nnx.LoRAParam))
+    return AdapterSize(len(leaves) // 2, sum(int(np.prod(leaf.shape)) for leaf in leaves))

@@ -1,0 +1,172 @@
+"""Memory of a planned run: by the target's compiler, or by formulas."""
+
+import hashlib
+import json
+import math
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from platformdirs import user_cache_path
+
+from gemma2_grpo.config import Config
+
+if TYPE_CHECKING:
+    from gemma2_grpo.plan.footprint import Compiler, Footprint
+    from gemma2_grpo.runtime.chips import Target
+
+_PACKAGES = ("gemma2-grpo-reasoning", "jax", "libtpu", "google-tunix")
+Progress = Callable[[str], None]
+_ROOMS = ("runtime", "model", "sampling", "training", "plan")
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Memory of one chip."""
+
+    programs: list[dict[str, Any]]
+    parts: dict[str, int]
+    peak: int
+    peak_program: str
+    fits: bool
+
+
+def _cache_file(config: Config, target: str) -> Path:
+    """Where the memory of a configuration on a target is kept, for these versions and sources."""
+    sources = hashlib.sha256()
+    for room in _ROOMS:
+        for path in sorted((Path(__file__).parents[1] / room).glob("*.py")):
+            sources.update(path.read_bytes())  # A checkout changes without its version.
+    versions = [sources.hexdigest()]
+    for name in _PACKAGES:
+        try:
+            versions.append(metadata.version(name))
+        except metadata.PackageNotFoundError:
+            versions.append("")
+    sections = {
+        name: values for name, values in asdict(config).items() if name not in ("data", "run")
+    }
+    text = json.dumps([sections, target, versions], default=str, sort_keys=True)
+    name = hashlib.sha256(text.encode()).hexdigest()[:32]
+    return user_cache_path("gemma2-grpo") / "plans" / f"{name}.json"
+
+
+def kept_memory(config: Config, target: "Target", note: Progress, compiler: "Compiler") -> "Memory":
+    """What the compiler says, now or when it was asked before."""
+    file = _cache_file(config, target.name)
+    try:
+        return Memory(**json.loads(file.read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError):
+        found = compiled_memory(config, target, compiler)
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(json.dumps(asdict(found)), encoding="utf-8")
+    except OSError as error:
+        note(f"the plan is not kept: {error.strerror}")
+    return found
+
+
+def find_architecture(config: Config) -> Any:
+    """Of the model's files, or of Google's models, which are known without any.
+
+    Raises:
+        UserError: if there is no such model, or it does not divide over the mesh.
+    """
+    from gemma2_grpo.model.architecture import read_architecture
+    from gemma2_grpo.model.find import find_model
+    from gemma2_grpo.model.mesh import check_mesh_shape
+    from gemma2_grpo.plan.costs import known_architecture
+
+    model = config.model
+    known = known_architecture(model.model)
+    architecture = known or read_architecture(find_model(model.model, needs_weights=False))
+    check_mesh_shape(architecture, model.mesh_shape, math.prod(model.mesh_shape))
+    return architecture
+
+
+def compiled_memory(config: Config, target: "Target", compiler: "Compiler") -> Memory:
+    """What the compiler says now."""
+    from gemma2_grpo.model.mesh import on_mesh
+    from gemma2_grpo.plan.footprint import resident, target_mesh
+    from gemma2_grpo.plan.programs import Programs
+
+    architecture = find_architecture(config)
+    mesh = target_mesh(target, config.model.mesh_shape)
+    programs = Programs(architecture, config, mesh)
+    kept = resident(programs)
+    with on_mesh(mesh):
+        footprints = [compiler(name, lower) for name, lower in programs.all().items()]
+    peaks = {each.name: kept.peak(each) for each in footprints}
+    limit = target.memory_bytes
+    for_one = [
+        _row(each, peaks[each.name], limit is None or peaks[each.name] <= limit)
+        for each in footprints
+    ]
+    # A program that does not compile is the one that matters, whatever the others add up to.
+    worst = max(footprints, key=lambda each: (not each.fits, peaks[each.name]))
+    parts = _parts(config, architecture, kept, worst, peaks[worst.name])
+    return Memory(
+        for_one, parts, peaks[worst.name], worst.name, all(row["fits"] for row in for_one)
+    )
+
+
+def _row(program: "Footprint", run_peak: int, fits: bool) -> dict[str, Any]:
+    return asdict(program) | {"run_peak": run_peak, "fits": program.fits and fits}
+
+
+def _parts(
+    config: Config, architecture: Any, kept: Any, worst: "Footprint", peak: int
+) -> dict[str, int]:
+    """Where the memory goes while the most demanding program runs."""
+    from gemma2_grpo.plan.costs import estimate_memory, model_sizes
+
+    estimate = estimate_memory(model_sizes(architecture, config), architecture, config)
+    parts = {
+        "weights": kept.weights * (2 if worst.name in kept.merged else 1),
+        "adapters and optimizer": kept.adapters + kept.moments,
+        "weights brought together": int(estimate.gathered) if worst.name == "decode" else 0,
+        "key-value cache": int(estimate.caches.get(worst.name, 0)),
+        "logits": int(estimate.logits) if worst.name in ("reference", "update") else 0,
+    }
+    parts["activations and the rest"] = max(0, peak - sum(parts.values()))
+    return {name: size for name, size in parts.items() if size}
+
+
+def estimated_memory(config: Config, target: "Target") -> Memory:
+    """What formulas say."""
+    from gemma2_grpo.plan.costs import estimate_memory, model_sizes
+
+    architecture = find_architecture(config)
+    estimate = estimate_memory(model_sizes(architecture, config), architecture, config)
+    limit = target.memory_bytes
+    rows = [
+        {"name": name, "run_peak": int(peak), "fits": limit is None or peak <= limit}
+        for name, peak in (("decode", estimate.decode), ("update", estimate.update))
+    ]
+    parts = {"weights": estimate.weights, "adapters and optimizer": estimate.trained}
+    if estimate.decode > estimate.update:
+        kept = estimate.weights + estimate.trained + estimate.sampling_copy
+        is_growing = estimate.decode > kept + estimate.gathered + estimate.caches["decode"]
+        gathered = 0.0 if is_growing else estimate.gathered
+        parts |= {
+            "weights with the adapters": estimate.sampling_copy,
+            "weights brought together": gathered,
+            "key-value cache": estimate.decode - kept - gathered,
+        }
+    else:
+        parts |= {
+            "weights with the adapters": estimate.update_copy,
+            "gradients": estimate.trained / 3,
+            "logits": estimate.logits,
+            "activations": estimate.activations,
+        }
+    worst = max(rows, key=lambda row: row["run_peak"])
+    return Memory(
+        rows,
+        {name: int(size) for name, size in parts.items() if size},
+        int(worst["run_peak"]),
+        worst["name"],
+        all(row["fits"] for row in rows),
+    )

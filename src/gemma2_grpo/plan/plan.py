@@ -1,0 +1,302 @@
+"""`gemma2-grpo plan`: whether a run fits its chips and its time, before any of it is spent."""
+
+import dataclasses
+import importlib.util
+import json
+import math
+import os
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict, dataclass, field
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
+
+from gemma2_grpo.config import Config, check
+from gemma2_grpo.errors import ConfigError
+from gemma2_grpo.plan.memory import (
+    Memory,
+    Progress,
+    estimated_memory,
+    find_architecture,
+    kept_memory,
+)
+from gemma2_grpo.run.console import open_console
+
+if TYPE_CHECKING:
+    from gemma2_grpo.runtime.chips import Target
+
+_TPU_ENVIRONMENT = {
+    "TPU_SKIP_MDS_QUERY": "1",
+    "TPU_WORKER_HOSTNAMES": "localhost",
+    # What a program could not be asked for, jaxlib logs with a stack trace.
+    "TF_CPP_MIN_LOG_LEVEL": "3",
+}
+# Programs whose memory a micro-batch decides; that of the others is decided by the rollout.
+_OF_UPDATE = ("reference", "update", "update prompts", "update prompts, back")
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What was found, as `--json` prints it. Bytes are those of one chip."""
+
+    target: str
+    chips: int
+    proof: str
+    """`compiled` by the compiler of the target, or an `estimate` by formulas."""
+    is_provable: bool
+    """Whether there is a compiler for the target."""
+    memory_bytes: int | None
+    """What one chip has for programs; None where it is not known."""
+    programs: list[dict[str, Any]]
+    parts: dict[str, int]
+    """Where the memory goes when there is the least left."""
+    peak_bytes: int
+    peak_program: str
+    fits: bool
+    seconds_per_step: float | None
+    """Estimated; None where the speed of the target is not known."""
+    work: list[dict[str, Any]]
+    hours: float | None
+    budget_hours: float
+    is_in_time: bool
+    changes: dict[str, Any] = field(default_factory=dict)
+    """Options that would make it fit and finish, found by trying."""
+    mean_completion_tokens: int = 0
+
+
+def make_plan(
+    config: Config,
+    target_name: str,
+    *,
+    budget_hours: float,
+    mean_completion_tokens: int,
+    note: Progress,
+) -> Plan:
+    """Plans a run; what was compiled once is kept in the user's cache directory.
+
+    Raises:
+        UserError: for a target or a mesh that cannot be.
+    """
+    from gemma2_grpo.runtime.chips import find_target
+
+    target = find_target(target_name)
+    _set_environment(config, target)
+    _check_chips(config, target)
+    given = {"budget": budget_hours, "mean_completion_tokens": mean_completion_tokens}
+    for name, value in given.items():
+        if not 0 < value < math.inf:
+            raise ConfigError(f"{name} = {value} must be a finite number greater than 0")
+    mean = min(mean_completion_tokens, config.rollout.max_completion_tokens)
+    return _planned(config, target, budget_hours, mean, note)
+
+
+def _set_environment(config: Config, target: "Target") -> None:
+    """What the compilers must be told before they are loaded."""
+    fsdp, tp = config.model.mesh_shape
+    for name, value in _TPU_ENVIRONMENT.items():
+        os.environ.setdefault(name, value)
+    if target.accelerator:
+        os.environ["TPU_ACCELERATOR_TYPE"] = target.accelerator
+    if "jax" in sys.modules:  # It has read these already.
+        return
+    os.environ["JAX_PLATFORMS"] = "cpu"
+    if target.name == "cpu":
+        count = f"--xla_force_host_platform_device_count={fsdp * tp}"
+        os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {count}".strip()
+
+
+def _check_chips(config: Config, target: "Target") -> None:
+    fsdp, tp = config.model.mesh_shape
+    if target.chips is not None and fsdp * tp != target.chips:
+        shapes = [(n, target.chips // n) for n in (1, 2, 4, 8) if target.chips % n == 0]
+        fitting = " or ".join(f"--mesh-shape {a} {b}" for a, b in shapes if b <= 4)
+        raise ConfigError(
+            f"mesh_shape = {[fsdp, tp]} is not one of the {target.chips} chips of {target.name}; "
+            f"give {fitting}"
+        )
+
+
+def _planned(
+    config: Config, target: "Target", budget_hours: float, mean: int, note: Progress
+) -> Plan:
+    is_compiled = target.name == "cpu" or (
+        target.topology is not None and importlib.util.find_spec("libtpu") is not None
+    )
+    memory = _compiling(target, note) if is_compiled else partial(estimated_memory, target=target)
+    found = memory(config)
+    changes: dict[str, Any] = {}
+    if not found.fits:
+        changes, _ = _smallest_change(config, found, memory, note)
+    seconds, work = _time(config, target, mean, found.programs)
+    hours = None if seconds is None else seconds * config.run.max_steps / 3600
+    is_in_time = hours is None or hours <= budget_hours
+    if hours is not None and not is_in_time and (found.fits or changes):
+        # Not even one step may have the time.
+        steps = int(config.run.max_steps * budget_hours / hours)
+        changes = changes | {"max_steps": steps} if steps else {}
+    fsdp, tp = config.model.mesh_shape
+    return Plan(
+        target=target.name,
+        chips=fsdp * tp,
+        proof="compiled" if is_compiled else "estimate",
+        is_provable=target.topology is not None,
+        memory_bytes=target.memory_bytes,
+        programs=found.programs,
+        parts=found.parts,
+        peak_bytes=found.peak,
+        peak_program=found.peak_program,
+        fits=found.fits,
+        seconds_per_step=seconds,
+        work=work,
+        hours=hours,
+        budget_hours=budget_hours,
+        is_in_time=is_in_time,
+        changes=changes,
+        mean_completion_tokens=mean,
+    )
+
+
+def _compiling(target: "Target", note: Progress) -> Callable[[Config], Memory]:
+    """What asks the target's compiler; a change leaves most programs as they are."""
+    from gemma2_grpo.plan.footprint import Compiler
+
+    compiler = Compiler(note)
+    return lambda config: kept_memory(config, target, note, compiler)
+
+
+def _smallest_change(
+    config: Config, found: Memory, memory: Callable[[Config], Memory], note: Progress
+) -> tuple[dict[str, Any], Memory]:
+    """Halves what the memory depends on, least harmful first, until it fits; {} if nothing does."""
+    changes: dict[str, Any] = {}
+    while not found.fits:
+        too_large = next(row["name"] for row in found.programs if not row["fits"])
+        step = next(_steps(config, too_large in _OF_UPDATE), None)
+        if step is None:
+            return {}, found
+        config = step[1]
+        changes |= step[0]
+        note("trying " + " ".join(_option(name, value) for name, value in changes.items()))
+        found = memory(config)
+    return changes, found
+
+
+def _steps(config: Config, is_update: bool) -> Iterator[tuple[dict[str, Any], Config]]:
+    """Changes that save memory of an update, or of sampling, one step at a time."""
+    halves = (
+        [
+            ("model", "remat", "decoder" if config.model.remat != "decoder" else None),
+            ("grpo", "micro_batch_tokens", config.grpo.micro_batch_tokens // 2),
+            ("model", "logprob_chunk_tokens", config.model.logprob_chunk_tokens // 2),
+            ("rollout", "max_completion_tokens", config.rollout.max_completion_tokens // 2),
+        ]
+        if is_update
+        else [
+            ("rollout", "num_generations", config.rollout.num_generations // 2),
+            ("rollout", "prompts_per_step", config.rollout.prompts_per_step // 2),
+        ]
+    )
+    for section, name, value in halves:
+        if value is None or (isinstance(value, int) and value < 16 and is_update):
+            continue
+        try:
+            part = dataclasses.replace(getattr(config, section), **{name: value})
+            yield {name: value}, check(dataclasses.replace(config, **{section: part}))
+        except ConfigError:
+            continue
+
+
+def _option(name: str, value: Any) -> str:
+    return f"--{name.replace('_', '-')} {value}"
+
+
+def _time(
+    config: Config, target: "Target", mean: int, programs: list[dict[str, Any]]
+) -> tuple[float | None, list[dict[str, Any]]]:
+    """Seconds a step, estimated from the least that its work takes at the target's peak."""
+    from gemma2_grpo.plan.costs import (
+        BANDWIDTH_EFFICIENCY,
+        COMPUTE_EFFICIENCY,
+        model_sizes,
+        moved_bytes,
+        step_work,
+    )
+
+    architecture = find_architecture(config)
+    works = step_work(model_sizes(architecture, config), config, mean)
+    fsdp, tp = config.model.mesh_shape
+    if target.flops is None:
+        return None, [asdict(work) for work in works]
+    rows, total = [], 0.0
+    for work in works:
+        floor = work.seconds(target, fsdp * tp, config.model.dtype)
+        is_bound_by_memory = work.bytes / target.memory_bandwidth > work.operations / target.flops  # type: ignore[operator]
+        efficiency = BANDWIDTH_EFFICIENCY if is_bound_by_memory else COMPUTE_EFFICIENCY
+        total += floor / efficiency
+        rows.append(asdict(work) | {"floor_seconds": floor, "seconds": floor / efficiency})
+    are_known = all(program.get("collectives") is not None for program in programs)
+    if target.link_bandwidth and fsdp * tp > 1 and are_known:
+        moved = moved_bytes(architecture, config, mean, programs)
+        floor = moved / target.link_bandwidth
+        seconds = floor / BANDWIDTH_EFFICIENCY
+        total += seconds
+        rows.append(
+            {
+                "name": "links between chips",
+                "operations": 0.0,
+                "bytes": moved * fsdp * tp,
+                "floor_seconds": floor,
+                "seconds": seconds,
+            }
+        )
+    return total, rows
+
+
+def plan(
+    config: Config,
+    config_name: str,
+    target: str,
+    *,
+    as_json: bool,
+    budget_hours: float,
+    mean_completion_tokens: int,
+    console: Console | None = None,
+) -> int:
+    """Prints a plan.
+
+    Returns:
+        0 if the run fits and finishes in time, 3 if not.
+
+    Raises:
+        UserError: for a target or a mesh that cannot be.
+    """
+    from gemma2_grpo.plan.view import print_plan
+
+    console = console or open_console()
+    quiet = open_console(stderr=True)
+    with quiet.status("planning") as status:
+
+        def note(text: str) -> None:
+            status.update(text)
+            if not quiet.is_terminal:
+                quiet.print(text, soft_wrap=True)
+
+        made = make_plan(
+            config,
+            target,
+            budget_hours=budget_hours,
+            mean_completion_tokens=mean_completion_tokens,
+            note=note,
+        )
+    if as_json:
+        print(json.dumps(asdict(made), indent=1))
+    else:
+        print_plan(made, config, config_name, console)
+    return 0 if made.fits and made.is_in_time else 3
+
+
+def options(changes: Mapping[str, Any]) -> str:
+    """Changes as options of the command line."""
+    return " ".join(_option(name, value) for name, value in changes.items())

@@ -1,0 +1,190 @@
+"""The programs of a run, lowered ahead of time from weights that do not exist.
+
+They are the project's own, with the shapes of the worst case: prompts and completions that all
+reach their limits. Nothing is computed, so that the mesh may be of devices that are not there.
+"""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from tunix.models.gemma import model as gemma
+
+from gemma2_grpo.config import Config
+from gemma2_grpo.model.gemma import Weights, network_of, weights_of
+from gemma2_grpo.model.load import plain_model, plain_network
+from gemma2_grpo.model.lora import add_lora, merge_adapters, samples_merged, updates_merged
+from gemma2_grpo.model.mesh import batch_sharding
+from gemma2_grpo.sampling.decode import (
+    Grid,
+    cache_sizes,
+    fill_grid,
+    least_rows,
+    regrid,
+    start_grid,
+)
+from gemma2_grpo.sampling.draw import Sampling
+from gemma2_grpo.training.packing import MicroBatch, choose_shapes
+from gemma2_grpo.training.programs import Credit, UpdatePrograms
+from gemma2_grpo.training.update import make_optimizer
+
+Lower = Callable[[], jax.stages.Lowered]
+
+
+def abstract_policy(architecture: gemma.ModelConfig, config: Config, mesh: Mesh) -> gemma.Gemma:
+    """The policy as `add_lora` makes it, with shapes, types and shardings in place of arrays."""
+
+    def build() -> gemma.Gemma:
+        return add_lora(plain_model(architecture, config.model.dtype), config.model, mesh, 0)
+
+    return _placed(nnx.eval_shape(build), mesh)
+
+
+def _placed(module: Any, mesh: Mesh) -> Any:
+    """Puts the shardings that the variables are marked with onto their shapes."""
+    graphdef, state = nnx.split(module)
+    shardings = nnx.get_named_sharding(state, mesh)
+    return nnx.merge(graphdef, jax.tree.map(_array, state, shardings))
+
+
+def _array(x: Any, sharding: NamedSharding) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
+
+
+class Programs:
+    """All programs of a run at the sizes of its worst case, by name, ready to be lowered."""
+
+    def __init__(self, architecture: gemma.ModelConfig, config: Config, mesh: Mesh) -> None:
+        """Builds the abstract policy, optimizer and inputs; nothing is compiled yet."""
+        self.config, self.mesh, self.architecture = config, mesh, architecture
+        rollout = config.rollout
+        self.policy = abstract_policy(architecture, config, mesh)
+        self.weights = weights_of(self.policy)
+        transform = make_optimizer(config.optimizer, 1)
+        self.optimizer = _placed(
+            nnx.eval_shape(lambda: nnx.Optimizer(self.policy, transform, wrt=nnx.LoRAParam)), mesh
+        )
+        self.shapes = choose_shapes(
+            config,
+            rollout.prompts_per_step,
+            rollout.max_prompt_tokens,
+            rollout.max_completion_tokens,
+        )
+        self.samples_merged, self.updates_merged = samples_merged(config), updates_merged(config)
+
+    def all(self) -> dict[str, Lower]:
+        """Programs in the order in which a step runs them."""
+        return self._rollout() | self._update()
+
+    def _rollout(self) -> dict[str, Lower]:
+        """Of a rollout at its largest: all rows alive, the cache at its full length."""
+        config, mesh = self.config.rollout, self.mesh
+        prompts, limit = config.prompts_per_step, config.max_completion_tokens
+        rows = prompts * config.num_generations
+        sampling = Sampling(config.temperature, config.top_p, config.top_k, (1, 107), 0)
+        if self.samples_merged:
+            network = plain_network(self.architecture, mesh, is_sampling=True)
+            weights = Weights(nnx.State({}), self.weights.base)
+        else:
+            network, weights = network_of(self.policy, is_sampling=True), self.weights
+        inputs = (
+            self._rows((prompts, config.max_prompt_tokens)),
+            self._rows((prompts,)),
+            self._whole((rows,)),
+            jax.eval_shape(lambda: jax.random.key(0)),
+            self._whole(()),
+        )
+
+        def grid(slots: int) -> Grid:
+            start = partial(start_grid, network, slots=slots, mesh=mesh)
+            shapes = jax.eval_shape(start, weights, *inputs)
+            return shapes._replace(
+                prefix=self._heads(shapes.prefix, "fsdp"), own=self._heads(shapes.own, "fsdp")
+            )
+
+        sizes = cache_sizes(limit)
+        programs: dict[str, Lower] = {
+            "prefill": lambda: start_grid.lower(
+                network, weights, *inputs, slots=sizes[0], mesh=mesh
+            ),
+            "decode": lambda: fill_grid.lower(
+                *(network, weights, grid(sizes[-1]), self._whole(())),
+                sampling=sampling,
+                least=least_rows(rows),
+                mesh=mesh,
+            ),
+        }
+        if len(sizes) > 1:
+            programs["grow cache"] = lambda: regrid.lower(
+                grid(sizes[-2]),
+                self._whole((rows,)),
+                shape=(prompts, config.num_generations),
+                slots=sizes[-1],
+                mesh=mesh,
+            )
+        return programs
+
+    def _update(self) -> dict[str, Lower]:
+        """Of reference and update: full micro-batches, and all prompts of a step."""
+        config, shapes = self.config, self.shapes
+        lora, base = self.weights
+        reference = Weights(nnx.State({}), base)
+        programs = UpdatePrograms(
+            network_of(self.policy, config.model.remat, are_merged=self.updates_merged),
+            plain_network(self.architecture, self.mesh),
+            nnx.split(self.policy, nnx.LoRAParam, ...)[0],
+            nnx.split(self.optimizer)[0],
+            jax.tree.map(lambda x: x.sharding, lora),
+            config,
+            self.mesh,
+        )
+        prompts = self._rows((shapes.prompts, shapes.prompt_tokens))
+        prefix = self._heads(jax.eval_shape(programs.reference_prefix, reference, prompts), None)
+        size = (shapes.rows, shapes.row_tokens)
+        tokens = self._rows(size)
+        micro = MicroBatch(tokens, tokens, tokens, tokens, self._rows(size[:1]))
+        credit = Credit(self._rows(size, jnp.float32), self._rows(size, jnp.float32))
+        lengths, ref = self._rows((shapes.prompts,)), self._rows(size, jnp.float32)
+        state = nnx.split(self.optimizer)[1]
+        found: dict[str, Lower] = {}
+        if config.grpo.beta:
+            found["reference prompts"] = lambda: programs.reference_prefix.lower(reference, prompts)
+            found["reference"] = lambda: programs.reference_logps.lower(
+                reference, prefix, lengths, micro
+            )
+        if self.updates_merged:
+            found["merge"] = lambda: merge_adapters.lower(self.weights, config.model.lora_scale)
+        return found | {
+            "update prompts": lambda: programs.prefix.lower(self.weights, prompts),
+            "update": lambda: programs.rows_gradients.lower(
+                *((lora, prefix), lora, prefix, base, lengths, micro, credit),
+                *(ref if config.grpo.beta else None, ref, self._whole((), jnp.bool)),
+            ),
+            "update prompts, back": lambda: programs.prompt_gradients.lower(
+                lora, prefix, lora, base, prompts
+            ),
+            "optimizer": lambda: programs.apply.lower(lora, base, state, lora),
+        }
+
+    def _rows(self, shape: tuple[int, ...], dtype: Any = jnp.int32) -> jax.ShapeDtypeStruct:
+        """An input laid over the devices as `Updater.place` does."""
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=batch_sharding(self.mesh, shape[0]))
+
+    def _whole(self, shape: tuple[int, ...], dtype: Any = jnp.int32) -> jax.ShapeDtypeStruct:
+        """An input on every device."""
+        return jax.ShapeDtypeStruct(
+            shape, dtype, sharding=NamedSharding(self.mesh, PartitionSpec())
+        )
+
+    def _heads(self, arrays: Any, rows: str | None) -> Any:
+        """Keys and values, with their heads over tp."""
+
+        def place(x: Any) -> jax.ShapeDtypeStruct:
+            axis = rows if rows and len(x) % self.mesh.shape[rows] == 0 else None
+            return _array(x, NamedSharding(self.mesh, PartitionSpec(axis, None, "tp", None)))
+
+        return jax.tree.map(place, arrays)

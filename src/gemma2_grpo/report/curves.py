@@ -1,0 +1,187 @@
+"""What the charts of a report show: the metrics of one run, or of two, over their steps."""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+from numpy.typing import ArrayLike
+
+from gemma2_grpo.run.files import RunFiles
+from gemma2_grpo.run.health import CLIP_FRACTION, KL, TRUNCATED, UNIFORM_GROUPS
+from gemma2_grpo.run.outcome import percent
+from gemma2_grpo.task.rewards import COMPONENTS
+from gemma2_grpo.task.statistics import wilson_interval
+
+_MAX_BINS = 150
+_MEAN_PARTS = 10
+_MAX_MEAN_STEPS = 50
+
+
+@dataclass(frozen=True)
+class Curve:
+    """A metric over steps."""
+
+    label: str
+    steps: Sequence[float]
+    values: Sequence[float]
+    look: int = 0
+    """Which colour and dashes."""
+    intervals: Sequence[tuple[float, float]] = ()
+    """Drawn as whiskers; the values are then points, joined but not averaged."""
+
+
+@dataclass(frozen=True)
+class Chart:
+    """One small plot."""
+
+    name: str
+    """Of its file, and of the metric if it is of one."""
+    title: str
+    unit: str
+    curves: Sequence[Curve] = ()
+    limit: float | None = None
+    """Above which an alarm would be raised."""
+    top: float | None = None
+    """Where the axis ends, unless values are higher."""
+    note: str = ""
+
+    @property
+    def is_share(self) -> bool:
+        """Whether values in [0, 1] are shown in per cent."""
+        return self.unit.startswith("%")
+
+    def show(self, value: float) -> str:
+        """A value for people to read."""
+        if self.is_share:
+            return percent(value, 0 if value >= 0.1 or value == 0 else 1)
+        size = abs(value)
+        if size and not 0.1 <= size < 1e7:
+            return f"{value:.2g}"
+        return f"{value:,.{0 if size >= 100 else 1 if size >= 10 else 2}f}"
+
+    @property
+    def description(self) -> str:
+        """What the plot says, for those who cannot see it."""
+        parts = [
+            f"{curve.label} from {self.show(curve.values[0])} at step {curve.steps[0]:.0f} to "
+            f"{self.show(curve.values[-1])} at step {curve.steps[-1]:.0f}, lowest "
+            f"{self.show(min(curve.values))}, highest {self.show(max(curve.values))}"
+            for curve in self.curves
+        ]
+        return f"{self.title}, {self.unit}: {'; '.join(parts)}."
+
+
+_METRICS = (
+    Chart("kl", "KL to the reference model", "nats per token", limit=KL.warning),
+    Chart("entropy", "Entropy of the policy", "nats per token"),
+    Chart("clip_fraction", "Clip fraction", "% of tokens", limit=CLIP_FRACTION.warning),
+    Chart("completion_tokens", "Length", "tokens per completion"),
+    Chart("truncated", "Cut off at the limit", "% of completions", limit=TRUNCATED.warning),
+    Chart("uniform_groups", "Groups without variance", "% of groups", limit=UNIFORM_GROUPS.warning),
+    Chart("grad_norm", "Gradient norm", "before clipping"),
+)
+_REWARDS = ("reward", "format", "logic", "accuracy", "length", "self_correction", "custom")
+
+
+def charts_of_run(run: RunFiles) -> list[Chart]:
+    """How a run learned, in small plots; empty before its first step."""
+    looks = {name: look for look, name in enumerate(_REWARDS) if _is_earned([run], name)}
+    rewards = Chart(
+        "reward",
+        "Reward by component",
+        "mean, each before its weight",
+        [_curve(run, name, _spoken(name), look) for name, look in looks.items()],
+        top=1.05,
+        note="" if "self_correction" in looks else "Self-correction was never earned.",
+    )
+    held_out = _accuracy([run], ["held-out"])
+    curves = [*held_out.curves, _curve(run, "correct", "training", look=2)]
+    note = f"{held_out.note.rstrip('.')}; training sampled."
+    accuracy = replace(held_out, curves=curves, note=note)
+    return _not_empty([rewards, accuracy, *_metrics([run], [""])])
+
+
+def charts_of_runs(runs: Sequence[RunFiles], names: Sequence[str]) -> list[Chart]:
+    """The same of several runs, each plot with a curve for each of them."""
+    parts = [name for name in ("reward", *COMPONENTS) if _is_earned(runs, name)]
+    rewards = [Chart(n, f"Reward: {_spoken(n)}", "mean, before its weight") for n in parts]
+    return _not_empty([_accuracy(runs, names), *_metrics(runs, names, [*rewards, *_METRICS])])
+
+
+def charts_of_speed(run: RunFiles) -> list[Chart]:
+    """What a step took, in small plots; the first steps, which compile, are left out."""
+    run = replace(run, metrics=run.metrics[2:])
+    names = ("rollout", "update", "reward")
+    times = [_curve(run, f"{name}_seconds", name, look) for look, name in enumerate(names, 1)]
+    speed = [_curve(run, "tokens_per_second", "", look=1)]
+    note = "Without the first two steps, which compile."
+    charts = [
+        Chart("seconds", "Time of a step", "seconds", times, note=note),
+        Chart("tokens_per_second", "Speed of the rollout", "tokens per second", speed),
+    ]
+    return _not_empty(charts)
+
+
+def _not_empty(charts: Iterable[Chart]) -> list[Chart]:
+    """Leaves out what has not been recorded."""
+    kept = [replace(chart, curves=[c for c in chart.curves if c.values]) for chart in charts]
+    return [chart for chart in kept if chart.curves]
+
+
+def _spoken(name: str) -> str:
+    return {"reward": "total", "self_correction": "self-correction"}.get(name, name)
+
+
+def _is_earned(runs: Sequence[RunFiles], name: str) -> bool:
+    return any(record.get(name) for run in runs for record in run.metrics)
+
+
+def _accuracy(runs: Sequence[RunFiles], names: Sequence[str]) -> Chart:
+    """Held-out accuracy."""
+    curves = []
+    for look, (run, name) in enumerate(zip(runs, names, strict=True), 1):
+        steps = [record["step"] for record in run.evaluations]
+        counts = [(int(record["correct"]), int(record["problems"])) for record in run.evaluations]
+        shares = [correct / problems for correct, problems in counts]
+        curves.append(Curve(name, steps, shares, look, [wilson_interval(*c) for c in counts]))
+    note = "Held-out greedy, with 95\u00a0% intervals."
+    return Chart("accuracy", "Accuracy", "% of answers", curves, top=1.0, note=note)
+
+
+def _metrics(
+    runs: Sequence[RunFiles], names: Sequence[str], charts: Sequence[Chart] = _METRICS
+) -> list[Chart]:
+    """Fills charts that are named as their metric with a curve of each run."""
+    updates = {record.get("updates") for run in runs for record in run.metrics}
+    filled = []
+    for chart in charts:
+        labelled = enumerate(zip(runs, names, strict=True), 1)
+        curves = [_curve(run, chart.name, name, look) for look, (run, name) in labelled]
+        is_unclipped = chart.name == "clip_fraction" and updates <= {0.0, 1.0}
+        note = "With one update per batch nothing can be clipped." if is_unclipped else ""
+        filled.append(replace(chart, curves=curves, note=note))
+    return filled
+
+
+def _curve(run: RunFiles, metric: str, label: str, look: int) -> Curve:
+    """A metric, without steps that have none."""
+    known = [record for record in run.metrics if metric in record]
+    return Curve(label, [r["step"] for r in known], [r[metric] for r in known], look)
+
+
+def running_mean(values: Sequence[float]) -> np.ndarray:
+    """Centred means over a tenth of the values; over fewer at the ends."""
+    half = min(len(values) // _MEAN_PARTS, _MAX_MEAN_STEPS) // 2
+    window = np.ones(2 * half + 1)
+    return np.convolve(values, window, "same") / np.convolve(np.ones(len(values)), window, "same")
+
+
+def thin_out(steps: ArrayLike, values: ArrayLike) -> tuple[np.ndarray, np.ndarray]:
+    """A long curve by the lowest and highest value of each of its parts: no spike is lost."""
+    x, y = np.asarray(steps), np.asarray(values)
+    if len(y) <= 2 * _MAX_BINS:
+        return x, y
+    parts = np.array_split(np.arange(len(y)), _MAX_BINS)
+    extremes = [part[pick(y[part])] for part in parts for pick in (np.argmin, np.argmax)]
+    kept = np.unique([0, *extremes, len(y) - 1])
+    return x[kept], y[kept]

@@ -1,0 +1,190 @@
+"""What a report says of a run besides its results: where time went, and how to do it again."""
+
+import dataclasses
+import json
+import re
+import shlex
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
+from itertools import chain, pairwise
+from typing import Any
+
+from gemma2_grpo.errors import ConfigError
+from gemma2_grpo.presets import load_config, preset_names
+from gemma2_grpo.run.files import Numbers, RunFiles, Start, numbers
+from gemma2_grpo.run.outcome import percent
+from gemma2_grpo.task.rewards import COMPONENTS
+
+# Of other people's machines, which are nobody's business, and keys.
+_PRIVATE = (
+    (re.compile(r"(?:/home|/Users)/[^/\s'\"]+|/root(?=/|$)"), "~"),
+    (re.compile(r"\bhf_[A-Za-z0-9]{8,}"), "hf_…"),
+)
+_SETUP = (
+    ("Model", "{model}, LoRA rank {lora_rank}"),
+    ("Problems", "{dataset}"),
+    ("A step", "{prompts_per_step} prompts × {num_generations} completions"),
+    ("Learning rate", "{learning_rate}"),
+    ("KL weight (beta)", "{beta}"),
+)
+_MAX_VALUE_CHARS = 300
+
+# --- The run ---
+
+
+def status(run: RunFiles) -> str:
+    """How far it is."""
+    steps = int(run.metrics[-1]["step"]) if run.metrics else 0
+    planned = numbers(run.config).get("max_steps")
+    is_finished = run.has_result and steps >= (planned or 0)
+    of = "" if planned is None else f" of {planned:,.0f}"
+    return f"{'finished' if is_finished else 'not finished'}, {steps:,}{of} steps"
+
+
+def setup(run: RunFiles) -> list[tuple[str, str]]:
+    """The run in a few words, for the head of the page."""
+    facts = []
+    for name, text in _SETUP:
+        with suppress(KeyError):  # Of a damaged configuration.
+            facts.append((name, plain(text.format_map(run.config))))
+    devices = run.facts.devices
+    return [*facts, ("Devices", f"{len(devices)} × {devices[0]}")] if devices else facts
+
+
+def weights(run: RunFiles) -> str:
+    """The weights of the components of the reward, in words."""
+    known = numbers(run.config)
+    weights = [(name, known.get(f"{name}_weight")) for name in COMPONENTS]
+    texts = [f"{name.removeprefix('self_')} × {w:.2f}" for name, w in weights if w is not None]
+    return f", before their weights ({', '.join(texts)})" if texts else ""
+
+
+def losses(run: RunFiles) -> list[str]:
+    """What was left out, if anything was."""
+    counts = (
+        (_sum(run.metrics, "unscored"), "completions had no reward and were left out"),
+        (_sum(run.metrics, "updates_left_out"), "updates were not finite and were left out"),
+    )
+    return [f"{count:,.0f} {what}." for count, what in counts if count]
+
+
+# --- Times ---
+
+
+def phases(run: RunFiles) -> list[tuple[str, float]]:
+    """Seconds of the finished steps and of measurements, by what they went into."""
+    names = ("rollout", "reward", "update")
+    parts = [(name.capitalize(), _sum(run.metrics, f"{name}_seconds")) for name in names]
+    measuring = _sum(run.evaluations, "seconds")
+    return [*parts, ("Measuring on held-out problems", measuring)] if measuring else parts
+
+
+def speed(run: RunFiles) -> str:
+    """Compiling, tokens a second and memory, in sentences."""
+    texts = []
+    # Each launch counts from 0 again.
+    counts = [r["compile_seconds"] for r in run.metrics if "compile_seconds" in r]
+    compiling = sum(b - a if b >= a else b for a, b in pairwise([0.0, *counts]))
+    if compiling:
+        texts.append(f"{compiling:,.1f} s of all this, and of loading, went into compiling.")
+    tokens = sum(r.get("tokens_per_second", 0) * r.get("rollout_seconds", 0) for r in run.metrics)
+    seconds = _sum(run.metrics, "rollout_seconds")
+    if seconds:
+        texts.append(f"{tokens / seconds:,.0f} tokens a second were sampled, {tokens:,.0f} in all.")
+    peak = max((record.get("peak_memory_bytes", 0) for record in run.metrics), default=0)
+    part = max((record.get("peak_memory_fraction", 0) for record in run.metrics), default=0)
+    of_device = f", {percent(part, 0)} of a device" if part else ""
+    memory = f"was {peak / 1e9:.2f} GB{of_device}" if peak else "was not recorded"
+    return " ".join([*texts, f"Peak memory {memory}."])
+
+
+def _sum(records: Iterable[Numbers], name: str) -> float:
+    return sum(record.get(name, 0.0) for record in records)
+
+
+# --- How to do it again ---
+
+
+def starts(run: RunFiles) -> list[tuple[str, str]]:
+    """What was done when, and with which commands: training, going on, and evaluating."""
+    kinds = ["Started", *["Resumed"] * len(run.facts.starts)]
+    done = list(zip(kinds, run.facts.starts, strict=False))
+    if run.evaluation:
+        done.append(("Evaluated", run.evaluation))
+    return [
+        (
+            f"{kind} {start.started.replace('T', ' ').replace('Z', ' UTC')}",
+            plain(shlex.join(start.command)) or _without_command(run, start),
+        )
+        for kind, start in done
+    ]
+
+
+def _without_command(run: RunFiles, start: Start) -> str:
+    """What to say of a start from Python, and how to train with its configuration again."""
+    said = "# No command was recorded, as where a notebook starts it."
+    if start is run.evaluation or not run.config:
+        return said
+    config = plain(shlex.join([str(run.path / "config.toml")]))
+    return f"{said} The same configuration:\ngemma2-grpo train {config} --run runs/again"
+
+
+def origins(run: RunFiles) -> list[tuple[str, str]]:
+    """Hashes, seeds, versions and machines."""
+    facts = run.facts
+    last = facts.starts[-1] if facts.starts else None
+    rows = [
+        ("data", facts.data.get("source")),
+        ("SHA-256 of the data", facts.data_sha256),
+        ("SHA-256 of the evaluation's data", run.evaluation and run.evaluation.data.get("sha256")),
+        ("SHA-256 of the base model", facts.base_sha256),
+        ("SHA-256 of the reward's file", facts.reward_sha256),
+        ("seed", run.config.get("seed")),
+        ("data_seed", run.config.get("data_seed")),
+        ("devices", ", ".join(facts.devices) or None),
+        ("machine", last and last.machine),
+        ("versions", last and ", ".join(f"{k} {v}" for k, v in last.versions.items())),
+    ]
+    return [(name, plain(value)) for name, value in rows if value is not None]
+
+
+def differences_from_preset(run: RunFiles) -> tuple[str, list[list[str]]] | None:
+    """The preset that is nearest to the configuration, and what differs from it.
+
+    None if there is no configuration.
+    """
+    if not run.config:
+        return None
+    candidates = []
+    for name in preset_names():
+        try:
+            sections = dataclasses.asdict(load_config(name)).values()
+        except ConfigError:  # Those of `sft`.
+            continue
+        preset = json.loads(json.dumps({k: v for section in sections for k, v in section.items()}))
+        candidates.append((name, differences([preset, run.config])))
+    return min(candidates, key=lambda candidate: len(candidate[1]))
+
+
+def differences(tables: Sequence[Mapping[str, Any]]) -> list[list[str]]:
+    """Rows of text: the fields that are not the same in all tables, with their values."""
+    rows = []
+    for name in dict.fromkeys(chain.from_iterable(tables)):
+        values = [table.get(name) for table in tables]
+        if any(value != values[0] for value in values):
+            rows.append([name, *("–" if value is None else plain(value) for value in values)])
+    return rows
+
+
+def plain(value: Any) -> str:
+    """A value in a line, without what concerns only the machine."""
+    text = value if isinstance(value, str) else json.dumps(value, default=str)
+    short = text if len(text) <= _MAX_VALUE_CHARS else f"{text[: _MAX_VALUE_CHARS - 1]}…"
+    return without_private(short)
+
+
+def without_private(text: str) -> str:
+    """A text without homes and keys."""
+    for pattern, replacement in _PRIVATE:
+        text = pattern.sub(replacement, text)
+    return text

@@ -1,0 +1,229 @@
+"""Everything a run needs, opened in the order of its price: cheap checks first, weights last."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from flax import nnx
+from jax.sharding import Mesh
+from safetensors import SafetensorError
+
+from gemma2_grpo.config import Config
+from gemma2_grpo.errors import UserError
+from gemma2_grpo.model.adapter import (
+    check_adapter,
+    fingerprint,
+    load_adapter,
+    save_adapter,
+)
+from gemma2_grpo.model.architecture import read_architecture
+from gemma2_grpo.model.find import find_model
+from gemma2_grpo.model.load import load_weights
+from gemma2_grpo.model.lora import (
+    AdapterSize,
+    adapter_size,
+    add_lora,
+    check_patterns,
+    max_adapter_parameters,
+)
+from gemma2_grpo.model.mesh import check_mesh, make_mesh
+from gemma2_grpo.model.tokenizer import load_tokenizer
+from gemma2_grpo.run.directory import RunDirectory, check_free_space
+from gemma2_grpo.runtime.checkpoint import (
+    clean_temporaries,
+    latest_step,
+    restore_checkpoint,
+    save_checkpoint,
+)
+from gemma2_grpo.runtime.processes import (
+    check_replicas,
+    check_same,
+    from_first,
+    is_first,
+    total,
+)
+from gemma2_grpo.task.examples import Example, Splits, drop_long
+from gemma2_grpo.training.learner import Learner
+
+# Two moments and the parameters themselves, in float32.
+_STATE_BYTES_PER_PARAMETER = 12
+
+
+@dataclass(frozen=True)
+class Session:
+    """A policy with its data, restored to where the run stands."""
+
+    config: Config
+    learner: Learner
+    train: tuple[Example, ...]
+    held_out: tuple[Example, ...]
+    finished_steps: int
+    facts: Mapping[str, Any]
+    """What run.json records."""
+    plan: Mapping[str, str]
+    """What is shown before the run starts."""
+    checkpoints: Path
+
+    def save(self, steps: int) -> None:
+        """Writes a checkpoint after so many finished steps, in process 0, for all are alike.
+
+        Raises:
+            UserError: if it cannot be written; earlier ones are kept.
+        """
+        state = self.learner.state()
+        check_replicas(state["lora"])
+        if not is_first():
+            return
+        try:
+            save_checkpoint(self.checkpoints, steps, state, self.config.run.keep_checkpoints)
+        except OSError as error:
+            raise UserError(
+                f"run directory {self.checkpoints.parent}: {error}; the checkpoints before it are "
+                "kept: mend the cause and run again"
+            ) from None
+
+    def save_adapter(self, folder: Path) -> None:
+        """Writes the adapter as it is now.
+
+        Raises:
+            UserError: if it cannot be written.
+        """
+        base = self.facts["base_sha256"]
+        try:
+            save_adapter(self.learner.policy, folder, self.config.model, base)
+        except (OSError, SafetensorError) as error:
+            raise UserError(f"{folder}: the adapter cannot be written ({error})") from None
+
+
+def open_session(config: Config, splits: Splits, directory: RunDirectory) -> Session:
+    """Loads tokenizer and weights, adds adapters and restores the last checkpoint.
+
+    Raises:
+        UserError: for anything that the user can mend, before the weights load.
+    """
+    mesh = make_mesh(config.model.mesh_shape)
+    model_path = find_model(config.model.model)
+    tokenizer = load_tokenizer(model_path)
+
+    def count_tokens(prompt: str) -> int:
+        return len(tokenizer.encode(prompt))
+
+    limit = config.rollout.max_prompt_tokens
+    train, dropped = drop_long(splits.train, count_tokens, limit, config.rollout.prompts_per_step)
+    held_out, dropped_held_out = drop_long(
+        getattr(splits, config.data.eval_split), count_tokens, limit
+    )
+    base_sha256 = fingerprint(model_path)
+    directory.check_same("data_sha256", splits.sha256)
+    directory.check_same("base_sha256", base_sha256)
+    check_same({"base_sha256": base_sha256})
+    architecture = read_architecture(model_path)
+    check_mesh(architecture, mesh)
+    check_patterns(architecture, config.model.lora_modules)
+    adapter = config.model.adapter
+    if adapter:
+        check_adapter(Path(adapter), config.model, base_sha256)
+    done = latest_step(directory.checkpoints)
+    if done > config.run.max_steps:
+        raise UserError(
+            f"max_steps = {config.run.max_steps} is less than the {done} steps that are done; "
+            "raise it"
+        )
+    parameters = max_adapter_parameters(architecture, config.model.lora_rank)
+    checkpoints = config.run.keep_checkpoints + 1
+    if is_first():
+        check_free_space(directory.path, parameters * _STATE_BYTES_PER_PARAMETER * checkpoints)
+    reference = load_weights(model_path, config.model.dtype, mesh)
+    policy = add_lora(reference, config.model, mesh, config.run.seed)
+    if adapter:
+        load_adapter(policy, Path(adapter))
+    size = adapter_size(policy)
+    learner = Learner(config, policy, reference, tokenizer, mesh)
+    finished = _restore(learner, directory.checkpoints)
+    facts = {
+        "devices": [str(device) for device in mesh.devices.ravel()],
+        "data": {"source": splits.source, "dropped": dropped},
+        "data_sha256": splits.sha256,
+        "base_sha256": base_sha256,
+        "adapted_matrices": size.matrices,
+        "adapted_parameters": size.parameters,
+    }
+    plan = {
+        "devices": _describe_devices(mesh),
+        "model": _describe_model(config, reference),
+        "adapters": _describe_adapters(config, size),
+        "data": f"{splits.source}: {len(train)} train, {len(held_out)} {config.data.eval_split} "
+        f"problems; {dropped + dropped_held_out} too long, dropped",
+        "steps": _describe_steps(config, finished),
+        "sampling": _describe_sampling(config, learner, architecture.sliding_window_size),
+        "run": str(directory.path),
+    }
+    return Session(config, learner, train, held_out, finished, facts, plan, directory.checkpoints)
+
+
+def _restore(learner: Learner, checkpoints: Path) -> int:
+    """Puts the last good checkpoint back, which process 0 reads; returns its finished steps."""
+    state, restored = learner.state(), None
+    try:
+        if is_first():
+            clean_temporaries(checkpoints)
+            restored = restore_checkpoint(checkpoints, state)
+    except OSError as error:
+        raise UserError(str(error)) from None
+    except ValueError as error:  # Orbax, of shapes.
+        line = str(error).strip().splitlines()[0]
+        raise UserError(
+            f"{checkpoints}: of adapters of another shape ({line}); lora_rank and lora_modules "
+            "cannot change within a run"
+        ) from None
+    finished = from_first(restored[0] if restored else 0)
+    if finished:
+        # The others add nothing to what process 0 has read.
+        learner.set_state(total(restored[1] if restored else jax.tree.map(_zeros, state)))
+    return finished
+
+
+def _zeros(array: jax.Array) -> jax.Array:
+    return jax.device_put(np.zeros(array.shape, array.dtype), array.sharding)
+
+
+def _describe_devices(mesh: Mesh) -> str:
+    kind, idle = mesh.devices.ravel()[0].device_kind, jax.local_device_count() - mesh.size
+    text = f"{mesh.size} x {kind}, mesh {mesh.shape['fsdp']} fsdp x {mesh.shape['tp']} tp"
+    return f"{text}; {idle} more are not used" if idle else text
+
+
+def _describe_model(config: Config, model: nnx.Module) -> str:
+    count = sum(int(np.prod(leaf.shape)) for leaf in jax.tree.leaves(nnx.state(model)))
+    return f"{config.model.model}, {count:,} parameters in {config.model.dtype}"
+
+
+def _describe_adapters(config: Config, size: AdapterSize) -> str:
+    return (
+        f"LoRA rank {config.model.lora_rank} on {size.matrices} matrices, "
+        f"{size.parameters:,} parameters in float32"
+    )
+
+
+def _describe_sampling(config: Config, learner: Learner, window: int | None) -> str:
+    rollout = config.rollout
+    if rollout.engine == "group":
+        how = "added into" if learner.is_merged else "run beside"
+        return f"adapters {how} the {config.model.dtype} weights"
+    text = f"Tunix's engine {rollout.engine}"
+    if window and rollout.max_prompt_tokens + rollout.max_completion_tokens > window:
+        text += f"; it is inexact beyond the sliding window of {window} tokens"
+    return text
+
+
+def _describe_steps(config: Config, finished: int) -> str:
+    rollout, grpo = config.rollout, config.grpo
+    text = (
+        f"{config.run.max_steps} of {rollout.prompts_per_step} prompts x "
+        f"{rollout.num_generations} completions, {grpo.num_iterations} update"
+        f"{'s' if grpo.num_iterations > 1 else ''} each"
+    )
+    return f"{text}; {finished} done, resuming" if finished else text

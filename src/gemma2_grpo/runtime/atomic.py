@@ -1,0 +1,100 @@
+"""Directories that are written whole or not at all."""
+
+import errno
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from safetensors import SafetensorError
+
+from gemma2_grpo.errors import UserError
+
+_PARTIAL = ".partial"
+
+
+def check_empty(to: Path) -> None:
+    """Refuses a directory with anything in it but what a killed process left.
+
+    Raises:
+        UserError: if there is something.
+    """
+    if to.is_dir() and any(path.name != _PARTIAL for path in to.iterdir()):
+        raise UserError(f"{to}: is not empty; choose another --to")
+
+
+def check_target(to: Path, needed_bytes: int = 0) -> None:
+    """Refuses a directory that cannot be written, before there is anything to write.
+
+    Args:
+        to: The directory, which need not exist.
+        needed_bytes: What will be written, if that is known.
+
+    Raises:
+        UserError: naming what is in the way.
+    """
+    try:
+        place = next(path for path in (to, *to.absolute().parents) if path.exists())
+        if not place.is_dir():
+            raise OSError(errno.ENOTDIR, os.strerror(errno.ENOTDIR))
+        if not os.access(place, os.W_OK | os.X_OK):
+            raise OSError(errno.EACCES, os.strerror(errno.EACCES))
+        free = shutil.disk_usage(place).free
+    except OSError as error:
+        raise UserError(
+            f"{to}: cannot be written ({error.strerror}); choose another --to"
+        ) from None
+    if free < needed_bytes:
+        raise UserError(
+            f"{to}: {free / 1e6:.0f} MB are free but about {needed_bytes / 1e6:.0f} MB are needed; "
+            "free some space or choose another --to"
+        )
+
+
+@contextmanager
+def staged(to: Path) -> Iterator[Path]:
+    """Yields a directory to write into; its files are in `to` once all are written.
+
+    What fails leaves nothing behind. Where `to` exists, weights are moved last, so that they stand
+    for a whole model.
+
+    Raises:
+        UserError: if anything cannot be written.
+    """
+    target = to.resolve()
+    # Both are on the file system of `to`, which may be mounted by itself.
+    beside = target.with_name(f".{target.name}{_PARTIAL}")
+    partial = target / _PARTIAL if target.is_dir() else beside
+    made = [path for path in partial.parents if not path.exists()]
+    try:
+        shutil.rmtree(partial, ignore_errors=True)  # Of a process that was killed.
+        partial.mkdir(parents=True)
+        yield partial
+        _move(partial, target)
+    except (OSError, SafetensorError) as error:
+        _remove(partial, made)
+        why = getattr(error, "strerror", None) or str(error)
+        raise UserError(f"{to}: could not be written ({why}); nothing is left of it") from None
+    except BaseException:
+        _remove(partial, made)
+        raise
+
+
+def _move(partial: Path, target: Path) -> None:
+    if not target.is_dir():
+        partial.rename(target)
+        return
+    for path in sorted(partial.iterdir(), key=lambda path: path.suffix == ".safetensors"):
+        path.replace(target / path.name)
+    partial.rmdir()
+
+
+def _remove(partial: Path, made: list[Path]) -> None:
+    """Removes what was written, and the directories made for it if nothing else is in them."""
+    shutil.rmtree(partial, ignore_errors=True)
+    for path in made:
+        try:
+            path.rmdir()
+        except OSError:
+            return

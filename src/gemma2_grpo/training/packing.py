@@ -1,0 +1,189 @@
+"""Cutting a batch of completions into micro-batches with as little padding as can be had."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from gemma2_grpo.config import Config
+from gemma2_grpo.model.tokenizer import LEAST_TOKENS, bucket, pad_right
+
+# Room in a row for so many of the longest completions: more leave less of it empty, at the price
+# of attention masks that are mostly false.
+_LONGEST_PER_ROW = 2
+
+
+class MicroBatch(NamedTuple):
+    """R rows of W tokens; a row holds completions of one prompt, one after the other.
+
+    A completion of T tokens takes T slots: the last token of its prompt and all of its own but
+    the last are run, and each of its own is predicted.
+    """
+
+    inputs: Any
+    """Token ids that are run [R, W]."""
+    targets: Any
+    """Token ids that they predict [R, W]."""
+    positions: Any
+    """Position of each input, counted from the start of its prompt, [R, W]."""
+    owners: Any
+    """Completion of each slot, or -1 for padding, which comes last, [R, W]."""
+    prompts: Any
+    """Index of each row's prompt [R]."""
+
+
+class PromptBatch(NamedTuple):
+    """Prompts and the micro-batches of their completions."""
+
+    prompts: Any
+    """Token ids [B, P] without the last of each prompt, right-padded."""
+    lengths: Any
+    """How many of them are real [B]."""
+    micro: list[MicroBatch]
+
+
+def pack_rows(lengths: Sequence[int], width: int) -> list[list[int]]:
+    """Indices of sequences, packed into rows that hold at most so many tokens.
+
+    Longest first, each into the first row with room: at most 11/9 of the fewest rows and, rarely,
+    a few more (first-fit decreasing; Johnson 1973).
+    """
+    rows: list[list[int]] = []
+    room: list[int] = []
+    for index in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
+        fits = (row for row, left in enumerate(room) if left >= lengths[index])
+        row = next(fits, len(rows))
+        if row == len(rows):
+            rows.append([])
+            room.append(width)
+        rows[row].append(index)
+        room[row] -= lengths[index]
+    return rows
+
+
+@dataclass(frozen=True)
+class Shapes:
+    """Sizes of micro-batches. The last of a kind may be a half, a quarter, ... of the full size."""
+
+    prompts: int
+    """Prompts that are run at one time."""
+    prompt_tokens: int
+    """To which they are padded."""
+    rows: int
+    """Rows of completions that are run at one time."""
+    row_tokens: int
+    """Tokens of a row; no completion may be longer."""
+    least_rows: int
+    """Rows of the smallest micro-batch; divides `rows`."""
+
+
+def choose_shapes(
+    config: Config, prompts: int, prompt_tokens: int, completion_tokens: int
+) -> Shapes:
+    """Sizes of the micro-batches of a batch: as large as the token budget and its groups allow.
+
+    Args:
+        config: Says the budget, the group and the mesh.
+        prompts: Prompts of the batch.
+        prompt_tokens: Tokens of its longest prompt.
+        completion_tokens: Tokens of its longest completion.
+    """
+    rollout, budget = config.rollout, config.grpo.micro_batch_tokens
+    fsdp = config.model.mesh_shape[0]
+    width = bucket(prompt_tokens, LEAST_TOKENS, rollout.max_prompt_tokens)
+    longest = bucket(completion_tokens, LEAST_TOKENS, rollout.max_completion_tokens)
+    row_tokens = min(_LONGEST_PER_ROW * longest, budget // fsdp)
+    together = min(prompts, budget // width)
+    fits = budget // row_tokens // fsdp
+    rows_of_group = math.ceil(rollout.num_generations / (row_tokens // longest))
+    needed = math.ceil(together * rows_of_group / fsdp)
+    # Whole or half micro-batches: every size is compiled.
+    half = max(1, min(fits, needed + 1) // 2)
+    return Shapes(
+        prompts=together,
+        prompt_tokens=width,
+        rows=min(2 * half, fits) * fsdp,
+        row_tokens=row_tokens,
+        least_rows=half * fsdp,
+    )
+
+
+def prompt_batches(
+    prompts: Sequence[Sequence[int]],
+    completions: Sequence[np.ndarray],
+    chosen: Sequence[bool],
+    shapes: Shapes,
+    pad_id: int,
+) -> list[PromptBatch]:
+    """Packs completions into micro-batches of few shapes, with the prompts that they follow.
+
+    Args:
+        prompts: Token ids of each prompt.
+        completions: Token ids of each completion; those of a prompt are neighbours.
+        chosen: Which prompts are wanted.
+        shapes: Sizes of the micro-batches.
+        pad_id: Id of the padding token.
+    """
+    wanted = [i for i, is_chosen in enumerate(chosen) if is_chosen]
+    group = len(completions) // len(prompts)
+    batches = []
+    for start in range(0, len(wanted), shapes.prompts):
+        part = wanted[start : start + shapes.prompts]
+        size = bucket(len(part), 1, shapes.prompts)
+        ids = [prompts[i][:-1] for i in part] + [[]] * (size - len(part))
+        packed = [
+            (i, [owner + prompt * group for owner in row])
+            for i, prompt in enumerate(part)
+            for row in pack_rows(
+                [len(ids) for ids in completions[prompt * group : (prompt + 1) * group]],
+                shapes.row_tokens,
+            )
+        ]
+        lasts = [(len(prompts[i]) - 1, prompts[i][-1]) for i in part]
+        batches.append(
+            PromptBatch(
+                pad_right(ids, shapes.prompt_tokens, pad_id),
+                np.array([len(row) for row in ids], np.int32),
+                [
+                    _micro_batch(packed[at : at + shapes.rows], lasts, completions, shapes, pad_id)
+                    for at in range(0, len(packed), shapes.rows)
+                ],
+            )
+        )
+    return batches
+
+
+def _micro_batch(
+    packed: Sequence[tuple[int, list[int]]],
+    lasts: Sequence[tuple[int, int]],
+    completions: Sequence[np.ndarray],
+    shapes: Shapes,
+    pad_id: int,
+) -> MicroBatch:
+    """One micro-batch of rows, each with its prompt and the completions it holds.
+
+    `lasts` has position and id of the last token of each prompt.
+    """
+    shape = (bucket(len(packed), shapes.least_rows, shapes.rows), shapes.row_tokens)
+    batch = MicroBatch(
+        inputs=np.full(shape, pad_id, np.int32),
+        targets=np.full(shape, pad_id, np.int32),
+        positions=np.zeros(shape, np.int32),
+        owners=np.full(shape, -1, np.int32),
+        prompts=np.zeros(shape[0], np.int32),
+    )
+    for row, (prompt, owners) in enumerate(packed):
+        batch.prompts[row] = prompt
+        position, token = lasts[prompt]
+        start = 0
+        for owner in owners:
+            ids = completions[owner]
+            slots = slice(start, start + len(ids))
+            batch.inputs[row, slots] = [token, *ids[:-1]]
+            batch.targets[row, slots] = ids
+            batch.positions[row, slots] = position + np.arange(len(ids))
+            batch.owners[row, slots] = owner
+            start += len(ids)
+    return batch

@@ -1,0 +1,502 @@
+"""`gemma2-grpo evaluate`: the right numbers, the same however often it was stopped, in one line."""
+
+import io
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import pytest
+from flax import nnx
+from rich.console import Console
+from tests.fixtures.runs import Finished
+
+from gemma2_grpo import cli
+from gemma2_grpo.commands.evaluate import evaluate
+from gemma2_grpo.config import Config, EvaluateConfig
+from gemma2_grpo.errors import UserError
+from gemma2_grpo.model.adapter import fingerprint, save_adapter
+from gemma2_grpo.model.load import load_weights
+from gemma2_grpo.model.lora import add_lora
+from gemma2_grpo.model.mesh import make_mesh
+from gemma2_grpo.run import source as opening
+from gemma2_grpo.run.directory import RunDirectory
+from gemma2_grpo.run.evaluation import Batch, plan_batches
+from gemma2_grpo.run.evaluation_folder import EvaluationFolder
+from gemma2_grpo.run.summary import summarize
+from gemma2_grpo.task.examples import hash_of, load_held_out
+from gemma2_grpo.task.rewards import score_completion
+
+TIMES = ("started", "seconds", "command")
+# 5 problems in batches of 2: 3 greedy batches and, of one problem each, 5 sampled ones.
+ASKED = EvaluateConfig(limit=5, samples=2, batch_prompts=2)
+
+
+@pytest.fixture(scope="module")
+def made_run(make_config: Callable[..., Config], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished run whose adapter was drawn and not trained. To look at, not to change."""
+    config = make_config()
+    path = tmp_path_factory.mktemp("runs") / "drawn"
+    mesh, base_dir = make_mesh((1, 1)), Path(config.model.model)
+    base = load_weights(base_dir, "float32", mesh)
+    policy = add_lora(base, config.model, mesh, 0)
+    rng = np.random.default_rng(0)
+    adapters = nnx.state(policy, nnx.LoRAParam)
+    nnx.update(policy, jax.tree.map(lambda x: x + 0.3 * rng.standard_normal(x.shape), adapters))
+    directory = RunDirectory(path, config)
+    directory.describe({"base_sha256": fingerprint(base_dir)})
+    save_adapter(policy, path / "adapter", config.model, fingerprint(base_dir))
+    directory.finish({"after": {"step": 5}})
+    directory.close()
+    return path
+
+
+@pytest.fixture
+def run(made_run: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(made_run, tmp_path / "drawn"))
+
+
+def quietly(name: Path | str, asked: EvaluateConfig = ASKED, **options: Any) -> dict[str, Any]:
+    console = Console(file=io.StringIO(), width=80)
+    return evaluate(str(name), asked, console=console, **options)
+
+
+@pytest.fixture(scope="module")
+def finished(made_run: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run that was evaluated without interruption. To look at, not to change."""
+    path = tmp_path_factory.mktemp("evaluated") / "drawn"
+    shutil.copytree(made_run, path)
+    quietly(path)
+    return path
+
+
+def result_of(path: Path) -> dict[str, Any]:
+    return json.loads((path / "evaluation.json").read_text())
+
+
+def records_of(path: Path) -> list[dict[str, Any]]:
+    lines = (path / "evaluation_completions.jsonl").read_text().splitlines()
+    return [json.loads(line) for line in lines]
+
+
+def without_times(result: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in result.items() if name not in TIMES}
+
+
+def stop_after(monkeypatch: pytest.MonkeyPatch, batches: int) -> None:
+    """Has the next evaluation end like a killed one, once so many batches are written."""
+    add, added = EvaluationFolder.add, []
+
+    def added_or_stopped(folder: EvaluationFolder, records: Any) -> None:
+        add(folder, records)
+        added.append(1)
+        if len(added) == batches:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(EvaluationFolder, "add", added_or_stopped)
+
+
+# --- What it says ---
+
+
+def test_the_result_has_the_schema_that_reports_read(finished: Path) -> None:
+    result = result_of(finished)
+    config = opening.find_source(str(finished)).config
+    examples = load_held_out(config.data, 5)
+    assert (result["name"], result["model"]) == ("drawn", config.model.model)
+    assert result["steps"] == 5
+    assert result["data"] == {
+        "source": "procedural",
+        "split": "test",
+        "sha256": hash_of(examples),
+        "problems": 5,
+        "dropped": 0,
+    }
+    settings = result["settings"]
+    assert (settings["samples"], settings["temperature"], settings["seed"]) == (2, 1.0, 0)
+    assert (settings["max_completion_tokens"], settings["batch_prompts"]) == (8, 2)
+    assert result["seconds"] > 0
+    assert result["started"].endswith("Z") and result["versions"]["jax"]
+    assert set(result["systems"]) == {"base", "adapter"}
+    for system in result["systems"].values():
+        assert system["greedy"]["problems"] == 5
+        assert list(system["sampled"]["pass_at_k"]) == ["1", "2"]
+    assert sum(result["comparison"][n] for n in ("both_right", "both_wrong", "fixed", "broken"))
+    assert summarize(records_of(finished), examples) == {
+        name: result[name] for name in ("systems", "comparison")
+    }
+    assert not (finished / "evaluation_begun.json").exists()
+
+
+def test_every_completion_is_kept_with_its_scores(finished: Path) -> None:
+    records = records_of(finished)
+    examples = load_held_out(opening.find_source(str(finished)).config.data, 5)
+    seen = {(r["system"], r["index"], r["sample"]) for r in records}
+    assert len(seen) == len(records) == 2 * 5 * 3
+    assert seen == {(s, i, j) for s in ("base", "adapter") for i in range(5) for j in (None, 0, 1)}
+    for record in records:
+        example = examples[record["index"]]
+        assert (record["question"], record["answer"]) == (example.question, example.answer)
+        score = score_completion(record["completion"], example.answer, example.question)
+        assert record["total"] == pytest.approx(score.total)
+        assert record["correct"] == score.correct
+        assert 1 <= record["tokens"] <= 8
+        assert not record["truncated"] or record["tokens"] == 8
+
+
+def test_base_and_adapter_and_samples_differ(finished: Path) -> None:
+    texts: dict[Any, list[str]] = {}
+    for record in records_of(finished):
+        texts.setdefault((record["system"], record["sample"]), []).append(record["completion"])
+    assert len(set(map(tuple, texts.values()))) == 6
+
+
+def test_batches_cover_each_problem_and_do_not_depend_on_each_other() -> None:
+    batches = list(plan_batches(("base", "adapter"), 5, 4, 6))
+    assert batches[:2] == [Batch("base", 0, 6, 0, 5, 0), Batch("adapter", 0, 6, 0, 5, 0)]
+    sampled = [batch for batch in batches if batch.samples]
+    assert [(b.system, b.index, b.first, b.completions) for b in sampled] == [
+        (system, i, i, 4) for i in range(5) for system in ("base", "adapter")
+    ]
+    assert [b.size for b in plan_batches(("base",), 3, 100, 6) if b.samples] == [1, 1, 1]
+
+
+def test_greedy_answers_are_those_that_the_run_measured(
+    run_straight: Callable[[int], Finished], tmp_path: Path
+) -> None:
+    """Of the base before the first step, and of the adapter after the last."""
+    path = Path(shutil.copytree(run_straight(1).path, tmp_path / "run"))
+    quietly(path, EvaluateConfig(limit=5, batch_prompts=4))
+    measured = {
+        (record["step"], record["question"]): record["completion"]
+        for record in map(json.loads, (path / "completions.jsonl").read_text().splitlines())
+        if record["kind"] == "held_out"
+    }
+    for record in records_of(path):
+        key = 0 if record["system"] == "base" else 5, record["question"]
+        assert measured.pop(key, record["completion"]) == record["completion"]
+    assert not [key for key in measured if key[0] in (0, 5)]
+
+
+def test_the_report_of_the_run_shows_it(finished: Path) -> None:
+    assert "By gemma2-grpo evaluate, after 5 steps" in (finished / "report.html").read_text()
+
+
+# --- Stopped and gone on with ---
+
+
+@pytest.mark.parametrize("batches", [1, 8])
+def test_a_stopped_evaluation_goes_on_to_the_same_result(
+    batches: int, run: Path, finished: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """After the first batch, and among the samples; a killed process left a part of the next."""
+    with monkeypatch.context() as patch:
+        stop_after(patch, batches)
+        with pytest.raises(KeyboardInterrupt):
+            quietly(run)
+    file = run / "evaluation_completions.jsonl"
+    written = file.read_bytes()
+    assert written and (finished / file.name).read_bytes().startswith(written)
+    assert not (run / "evaluation.json").exists()
+    rest = (finished / file.name).read_bytes()[len(written) :]
+    file.write_bytes(written + rest[: rest.index(b"\n") + 30])
+    generated = spy_on_batches(monkeypatch)
+    quietly(run)
+    assert len(generated) == 2 * (3 + 5) - batches
+    assert file.read_bytes() == (finished / file.name).read_bytes()
+    assert without_times(result_of(run)) == without_times(result_of(finished))
+
+
+def spy_on_batches(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    from gemma2_grpo.run import measure
+
+    complete, seen = measure.complete_batch, []
+
+    def complete_and_note(*args: Any, **options: Any) -> Any:
+        seen.append(args[2])
+        return complete(*args, **options)
+
+    monkeypatch.setattr(measure, "complete_batch", complete_and_note)
+    return seen
+
+
+def test_a_line_without_its_end_is_not_taken_for_whole(tmp_path: Path) -> None:
+    """It may be valid JSON; the next one would be written behind it."""
+    folder = EvaluationFolder(tmp_path / "new")
+    assert folder.begin({"settings": {"samples": 0}}, [1, 2, 2]) == []
+    folder.add([{"a": 1}])
+    folder.add([{"a": 2}, {"a": 3}])
+    folder.close()
+    file = tmp_path / "new" / "evaluation_completions.jsonl"
+    file.write_bytes(file.read_bytes()[:-1])
+    folder = EvaluationFolder(tmp_path / "new")
+    assert folder.begin({}, [1, 2, 2]) == [{"a": 1}]
+    assert file.read_bytes() == b'{"a": 1}\n'
+    result = folder.finish({"systems": {}})
+    folder.close()
+    assert result["settings"] == {"samples": 0}
+    assert result["seconds"] >= 0
+
+
+def test_time_of_all_starts_is_added_up(tmp_path: Path) -> None:
+    for seconds in (100.0, 200.0):
+        folder = EvaluationFolder(tmp_path / "new")
+        folder.begin({}, [1, 1])
+        folder._since -= 100
+        folder.add([{"a": 1}])
+        folder.close()
+        begun = json.loads((tmp_path / "new" / "evaluation_begun.json").read_text())
+        assert seconds <= begun["seconds"] < seconds + 50
+
+
+def test_a_finished_evaluation_is_only_shown(
+    finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = Path(shutil.copytree(finished, tmp_path / "drawn"))
+    before = {file: file.stat().st_mtime_ns for file in path.rglob("*.json*")}
+    refuse_to_load(monkeypatch)
+    shown = io.StringIO()
+    evaluate(str(path), ASKED, console=Console(file=shown, width=80))
+    assert {file: file.stat().st_mtime_ns for file in path.rglob("*.json*")} == before
+    assert "evaluation.json is finished" in shown.getvalue()
+    assert "pass@2" in shown.getvalue()
+
+
+def test_overwriting_begins_anew(finished: Path, tmp_path: Path) -> None:
+    path = Path(shutil.copytree(finished, tmp_path / "drawn"))
+    result = quietly(path, EvaluateConfig(limit=2, batch_prompts=2), overwrite=True)
+    assert result["data"]["problems"] == 2 and result == result_of(path)
+    assert [(r["system"], r["index"]) for r in records_of(path)] == [
+        (system, i) for system in ("base", "adapter") for i in (0, 1)
+    ]
+
+
+# --- The command ---
+
+
+def refuse_to_load(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: Any) -> None:
+        raise AssertionError("weights are loaded")
+
+    monkeypatch.setattr("gemma2_grpo.model.load.load_weights", fail)
+
+
+def test_json_is_alone_on_standard_output(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    command = [
+        "evaluate",
+        str(run),
+        "--limit",
+        "2",
+        "--batch-prompts",
+        "2",
+        "--json",
+        "--to",
+        str(run / "mine"),
+    ]
+    assert cli.main(command) == 0
+    shown = capsys.readouterr()
+    assert json.loads(shown.out) == result_of(run / "mine")
+    assert "2 of procedural, test" in shown.err
+    assert cli.main(command) == 0, "of a finished one as well"
+    assert json.loads(capsys.readouterr().out) == result_of(run / "mine")
+
+
+def test_a_model_with_an_adapter_is_evaluated_like_its_run(
+    made_run: Path, finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The shape of the adapter is in its file; the other settings are those of the run."""
+    config = opening.find_source(str(made_run)).config
+    plain = opening.Source(config.model.model, config, None, {})
+    monkeypatch.setattr("gemma2_grpo.commands.evaluate.find_source", lambda *_: plain)
+    monkeypatch.chdir(tmp_path)
+    asked = EvaluateConfig(limit=5, samples=2, batch_prompts=2, adapter=str(made_run / "adapter"))
+    result = quietly(config.model.model, asked)
+    path = tmp_path / "evaluations" / Path(config.model.model).name
+    assert result == result_of(path)
+    for name in ("systems", "comparison", "data"):
+        assert result[name] == result_of(finished)[name]
+    assert (result["steps"], result["name"]) == (0, config.model.model)
+
+
+def test_the_embedded_model_alone(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """It is right in some: its student is unfinished, not untaught."""
+    command = f"evaluate embedded --limit 12 --batch-prompts 12 --to {tmp_path / 'out'}"
+    assert cli.main(command.split()) == 0
+    result = result_of(tmp_path / "out")
+    assert list(result["systems"]) == ["base"] and result["comparison"] is None
+    greedy = result["systems"]["base"]["greedy"]
+    assert 1 <= greedy["correct"] <= 11
+    assert sum(row["correct"] for row in greedy["by_solution_steps"]) == greedy["correct"]
+    assert f"right, greedy: base {greedy['accuracy']:.1%}" in capsys.readouterr().out
+
+
+# --- Mistakes, each one line and status 2 before any weights load ---
+
+
+@pytest.fixture
+def refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> Callable[..., str]:
+    """Gives a command that must fail and leave nothing, and returns the one line it says."""
+
+    def call(*options: str) -> str:
+        refuse_to_load(monkeypatch)
+        monkeypatch.chdir(tmp_path)
+        before = {p: p.stat().st_size for p in tmp_path.rglob("*") if p.name[0] != "."}
+        assert cli.main(["evaluate", *options]) == 2
+        assert {p: p.stat().st_size for p in tmp_path.rglob("*") if p.name[0] != "."} == before
+        shown = capsys.readouterr()
+        last = shown.err.splitlines()[-1]
+        assert last.startswith("error: ")
+        return last.removeprefix("error: ")
+
+    return call
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ("--limit 0", "limit = 0 must be at least 1"),
+        ("--samples -1", "samples = -1 must be at least 0"),
+        ("--temperature 0", "temperature = 0.0 must be greater than 0"),
+        ("--batch-prompts 0", "batch_prompts = 0 must be at least 1"),
+        ("--max-completion-tokens 0", "max_completion_tokens = 0 must be at least 1"),
+        ("--split train", "--split takes one of test, validation, not 'train'"),
+        (
+            "--data nowhere",
+            "dataset 'nowhere': no such file or directory; use procedural, openai/gsm8k, "
+            "kaggle:OWNER/NAME, a directory or a JSONL file",
+        ),
+        (
+            "--max-prompt-tokens 3",
+            "max_prompt_tokens = 3 leaves 0 of 3 problems where 1 are needed; raise it",
+        ),
+    ],
+)
+def test_a_mistake_is_one_line(
+    options: str, said: str, run: Path, refused: Callable[..., str]
+) -> None:
+    assert refused(str(run), *options.split()) == said
+
+
+def test_an_evaluation_of_something_else_is_refused(
+    finished: Path, tmp_path: Path, refused: Callable[..., str]
+) -> None:
+    path = Path(shutil.copytree(finished, tmp_path / "drawn"))
+    same = [str(path), "--limit", "5", "--batch-prompts", "2"]
+    mend = "choose another --to, or begin anew with --overwrite"
+    assert refused(*same, "--samples", "4") == (
+        f"evaluation in {path}: was made with samples = 2, not 4; {mend}"
+    )
+    assert "was made with seed = 0, not 3" in refused(*same, "--samples", "2", "--seed", "3")
+    assert "with temperature = 1.0, not 0.5" in refused(
+        *same, "--samples", "2", "--temperature", "0.5"
+    )
+    assert "with split = 'test', not 'validation'" in refused(
+        *same, "--samples", "2", "--split", "validation"
+    )
+    result = json.loads((path / "result.json").read_text())
+    (path / "result.json").write_text(json.dumps({**result, "after": {"step": 7}}))
+    assert "was made with steps = 5, not 7" in refused(*same, "--samples", "2")
+
+
+def test_problems_that_have_changed_are_refused(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, refused: Callable[..., str]
+) -> None:
+    """They cannot be mixed with others, though their file is called the same."""
+    data = tmp_path / "data"
+    data.mkdir()
+    write_problems(data, 3)
+    options = [str(run), "--data", str(data), "--batch-prompts", "2"]
+    with monkeypatch.context() as patch:
+        stop_after(patch, 1)
+        assert cli.main(["evaluate", *options]) == 130
+    write_problems(data, 4)
+    assert "was made with sha256 = " in refused(*options)
+
+
+def write_problems(folder: Path, count: int) -> None:
+    lines = [json.dumps({"question": f"{i} + 1?", "answer": str(i + 1)}) for i in range(count)]
+    for name in ("train", "test"):
+        (folder / f"{name}.jsonl").write_text("\n".join(lines))
+
+
+def test_a_run_without_checkpoints_and_empty_data(
+    run: Path, tmp_path: Path, refused: Callable[..., str]
+) -> None:
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    (empty / "train.jsonl").write_text("")
+    (empty / "test.jsonl").write_text("")
+    assert refused(str(run), "--data", str(empty)) == (
+        f"dataset {empty / 'train.jsonl'}: no problems in it"
+    )
+    shutil.rmtree(run / "adapter")
+    assert refused(str(run)).startswith(f"run {run}: has no checkpoint yet;")
+
+
+def test_adapters_that_do_not_fit(run: Path, tmp_path: Path, refused: Callable[..., str]) -> None:
+    adapter = str(run / "adapter")
+    assert refused(str(run), "--adapter", adapter) == (
+        f"adapter = {adapter}: run {run} has its own; name the model in place of the run"
+    )
+    assert "made for another base" in refused(
+        "embedded", "--limit", "1", "--adapter", adapter, "--to", str(tmp_path / "out")
+    )
+    assert "not a readable adapter" in refused("embedded", "--adapter", str(tmp_path))
+
+
+def test_a_folder_that_cannot_be_written(
+    run: Path, tmp_path: Path, refused: Callable[..., str]
+) -> None:
+    file = tmp_path / "file"
+    file.write_text("")
+    assert refused(str(run), "--to", str(file)) == (
+        f"evaluation {file}: cannot be written (Not a directory); choose another --to"
+    )
+    assert refused("embedded", "--data", "nowhere", "--to", str(tmp_path / "a" / "b"))
+    assert not (tmp_path / "a").exists()
+    folder = EvaluationFolder(run)
+    try:
+        assert refused(str(run)) == (
+            f"evaluation {run}: another process is writing to it; choose another --to"
+        )
+    finally:
+        folder.close()
+
+
+def test_a_full_disk_keeps_whole_batches(
+    run: Path, finished: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Half a line is what there was room for; with room again the same command goes on."""
+    real_open, calls = Path.open, []
+
+    def open_nearly_full(path: Path, mode: str = "r", **options: Any) -> Any:
+        file = real_open(path, mode, **options)
+        if path.name == "evaluation_completions.jsonl" and mode == "a":
+            calls.append(1)
+            if len(calls) == 2:
+
+                def write_half(text: str) -> int:
+                    type(file).write(file, text[: len(text) // 2])
+                    file.flush()
+                    raise OSError(28, "No space left on device")
+
+                file.write = write_half
+        return file
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "open", open_nearly_full)
+        with pytest.raises(UserError) as error:
+            quietly(run)
+    assert str(error.value) == (
+        f"evaluation {run}: evaluation_completions.jsonl cannot be written "
+        "(No space left on "
+        "device); mend that and run the same command again, which goes on"
+    )
+    assert len(records_of(run)) == 2
+    quietly(run)
+    assert without_times(result_of(run)) == without_times(result_of(finished))

@@ -1,0 +1,147 @@
+"""What a step's record says, and when a run's components are said to rise."""
+
+import math
+from typing import Any
+
+import numpy as np
+import pytest
+
+from gemma2_grpo.run.records import find_rises, step_record
+from gemma2_grpo.sampling.rollout import Completions
+from gemma2_grpo.task.examples import Example
+from gemma2_grpo.task.scoring import COMPONENTS
+from gemma2_grpo.training.learner import StepResult
+from gemma2_grpo.training.loss import group_advantages
+from gemma2_grpo.training.update import UpdateMetrics
+
+
+def records(accuracy: list[float], first_step: int = 1) -> list[dict[str, Any]]:
+    return [
+        {"step": step, "format": 0.5, "logic": 0.0, "accuracy": value}
+        for step, value in enumerate(accuracy, start=first_step)
+    ]
+
+
+def rise(accuracy: list[float]) -> dict[str, Any]:
+    rises = {each["name"]: each for each in find_rises(records(accuracy))}
+    assert list(rises) == ["format", "logic", "accuracy"]
+    assert rises["format"] == {
+        "name": "format",
+        "first": pytest.approx(0.5),
+        "last": pytest.approx(0.5),
+        "half_way_step": None,
+    }
+    return rises["accuracy"]
+
+
+@pytest.mark.parametrize(
+    ("accuracy", "first", "last", "half"),
+    [
+        # Means of steps 1-5, 2-6, ...: 0, .2, .4, .6, .8, 1. The middle is .5; 4-8 is above it.
+        ([0, 0, 0, 0, 0, 1, 1, 1, 1, 1], 0, 1, 8),
+        # The mean of 4-8 is above the middle, too, but that of 10-14 is below it again.
+        ([0] * 5 + [1] * 3 + [0] * 4 + [1] * 5, 0, 1, 15),
+        # Means .2, .2, .4; a mean that lies on the middle counts, and .3 is the middle.
+        ([1, 0, 0, 0, 0, 1, 1], 0.2, 0.4, 7),
+        ([0.50, 0.50, 0.50, 0.50, 0.50, 0.80], 0.5, 0.56, 6),
+        ([0.50, 0.50, 0.50, 0.50, 0.50, 0.70], 0.5, 0.54, None),
+        ([1, 1, 1, 1, 1, 0, 0, 0, 0, 0], 1, 0, None),
+        # Too few for two means of five: the one mean is first and last.
+        ([0, 1, 1], 2 / 3, 2 / 3, None),
+        ([0.25], 0.25, 0.25, None),
+    ],
+)
+def test_half_way_is_the_first_mean_of_five_from_which_on_it_stays_up(accuracy, first, last, half):
+    found = rise(accuracy)
+    assert found["first"] == pytest.approx(first)
+    assert found["last"] == pytest.approx(last)
+    assert found["half_way_step"] == half
+
+
+def test_half_way_is_a_step_of_the_run():
+    [*_, found] = find_rises(records([0] * 5 + [1] * 5, first_step=101))
+    assert found["half_way_step"] == 108
+
+
+def update(**changes: Any) -> UpdateMetrics:
+    values = {
+        "loss": 0.5,
+        "kl": 0.25,
+        "clip_fraction": 0.125,
+        "entropy": 2.0,
+        "max_ratio": 1.5,
+        "grad_norm": 3.0,
+        "is_finite": True,
+    }
+    return UpdateMetrics(**{**values, **changes})
+
+
+def result(total: list[float], updates: list[UpdateMetrics], **columns: Any) -> StepResult:
+    """Two groups of two completions, of 1 to 4 tokens."""
+    scores = {name: np.array([1.0, 0.0, 0.5, 0.5]) for name in (*COMPONENTS, *CORRECT)}
+    scores |= {"equations": np.array([2.0, 1, 0, 1]), "true_equations": np.array([2.0, 0, 0, 1])}
+    scores |= {"total": np.array(total), **columns}
+    tokens = [np.arange(length) for length in (1, 2, 3, 4)]
+    return StepResult(
+        examples=[Example("?", "1")] * 4,
+        completions=Completions(["x"] * 4, tokens, np.array([False, False, False, True])),
+        scores=scores,
+        advantages=group_advantages(np.array(total).reshape(2, 2), scale_by_std=True),
+        updates=updates,
+        learning_rate=0.1,
+        rollout_seconds=2.0,
+        reward_seconds=0.5,
+        update_seconds=1.0,
+    )
+
+
+CORRECT = ("correct", "official_correct")
+
+
+def test_a_record_has_the_means_of_a_step():
+    record = step_record(6, result([1.0, 0.0, 0.5, 0.5], [update(), update(loss=0.75, kl=1.0)]))
+    expected = {
+        "step": 7,
+        "reward": 0.5,
+        "reward_std": math.sqrt(0.125),
+        **dict.fromkeys((*COMPONENTS, *CORRECT), 0.5),
+        "true_equations": 0.75,
+        "completion_tokens": 2.5,
+        "truncated": 0.25,
+        "uniform_groups": 0.5,
+        "unscored": 0,
+        "kl": 1.0,  # Loss and KL are those after the earlier updates,
+        "loss": 0.75,
+        "entropy": 2.0,  # entropy and gradient those before any.
+        "clip_fraction": 0.125,
+        "max_ratio": 1.5,
+        "grad_norm": 3.0,
+        "updates": 2,
+        "updates_left_out": 0,
+        "learning_rate": 0.1,
+        "rollout_seconds": 2.0,
+        "reward_seconds": 0.5,
+        "update_seconds": 1.0,
+        "tokens_per_second": 5.0,
+    }
+    assert record == pytest.approx(expected)
+
+
+def test_what_has_no_score_is_counted_and_not_averaged():
+    record = step_record(0, result([1.0, math.nan, math.nan, 0.5], [update()]))
+    assert (record["unscored"], record["reward"]) == (2, 0.75)
+    nothing = step_record(0, result([math.nan] * 4, []))
+    assert (nothing["unscored"], nothing["updates"]) == (4, 0)
+    assert nothing["reward"] is None, "which is not 0"
+    assert all(np.isfinite(value) for name, value in nothing.items() if name != "reward")
+
+
+def test_an_update_that_was_left_out_is_counted():
+    record = step_record(0, result([1.0, 0, 0, 1], [update(), update(is_finite=False)]))
+    assert (record["updates"], record["updates_left_out"]) == (2, 1)
+
+
+def test_a_custom_reward_is_a_component_of_its_own():
+    custom = np.array([2.0, math.nan, 4.0, 0.0])
+    assert step_record(0, result([1.0, 0, 0, 1], [update()], custom=custom))["custom"] == 2.0
+    assert "custom" not in step_record(0, result([1.0, 0, 0, 1], [update()]))
