@@ -211,15 +211,15 @@ def test_a_stopped_evaluation_goes_on_to_the_same_result(
 
 
 def spy_on_batches(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    from gemma2_grpo.run import measure
+    from gemma2_grpo.run import evaluation
 
-    complete, seen = measure.complete_batch, []
+    complete, seen = evaluation.complete_batch, []
 
     def complete_and_note(*args: Any, **options: Any) -> Any:
         seen.append(args[2])
         return complete(*args, **options)
 
-    monkeypatch.setattr(measure, "complete_batch", complete_and_note)
+    monkeypatch.setattr(evaluation, "complete_batch", complete_and_note)
     return seen
 
 
