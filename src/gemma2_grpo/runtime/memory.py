@@ -1,4 +1,4 @@
-"""Memory: how full the devices are, and how the process keeps what it has of the host's."""
+"""Memory of devices, with a warning when one is nearly full; reuse of freed host memory."""
 
 import ctypes
 import platform
@@ -10,19 +10,19 @@ _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD, _M_ARENA_MAX = -1, -3, -8
 _LARGEST_INT = 2**31 - 1
 
 _WARN_FRACTION = 0.9
-# Of XLA's allocators; a CPU has none.
+# Statistics of XLA's allocators; CPU devices have none.
 _NAMES = {"bytes_in_use", "peak_bytes_in_use", "bytes_limit"}
 
 
 def keep_freed_memory() -> bool:
-    """Makes glibc keep freed buffers for the next program; call it before JAX is imported.
+    """Makes glibc keep freed buffers for reuse; call it before JAX is imported.
 
-    XLA on a CPU takes one large buffer per call of a program and gives it back after. By default
-    glibc returns it to the kernel, which hands it out again page by page and cleared: a fifth of
-    the time of an update. One arena, since each thread would else keep what it has freed.
+    XLA on a CPU allocates one large buffer per call of a program and frees it afterwards. By default
+    glibc returns it to the kernel, which clears it page by page when it is allocated again: a fifth
+    of the time of an update. One arena, because each thread would otherwise keep its own buffers.
 
     Returns:
-        Whether it was done; elsewhere than on glibc there is nothing to do.
+        Whether it was done; False without glibc.
     """
     if platform.libc_ver()[0] != "glibc":
         return False
@@ -39,18 +39,18 @@ class MemoryMonitor:
     """Watches the memory of devices, and warns once when one is nearly full."""
 
     def __init__(self, devices: Sequence[Any] | None = None) -> None:
-        """Takes devices; by default those of this process, since others do not say."""
+        """Takes devices; by default the local ones, because remote ones report nothing."""
         import jax
 
         self._devices = jax.local_devices() if devices is None else devices
         self._has_warned = False
 
     def as_record(self) -> dict[str, Any]:
-        """Memory of the devices, as metrics.jsonl has it; empty where none says.
+        """Memory for metrics.jsonl; empty where no device reports it.
 
-        Of the fullest device, `memory_bytes` is in use now; `peak_memory_bytes` is the most since
-        the process began, and `peak_memory_fraction` its share of what the device gives to
-        programs. `peak_memory_bytes_by_device` has them all.
+        For the fullest device, `memory_bytes` is in use now, `peak_memory_bytes` is the maximum
+        since the process began, and `peak_memory_fraction` its share of the memory that programs can
+        use. `peak_memory_bytes_by_device` has all devices.
         """
         known = self._known()
         if not known:
@@ -64,7 +64,7 @@ class MemoryMonitor:
         }
 
     def warning(self) -> str | None:
-        """One line when a device first passes 90 % of its memory; None at all other times."""
+        """A line when a device first exceeds 90 % of its memory; otherwise None."""
         fullest = max(self._known(), key=_peak_fraction, default=None)
         if self._has_warned or fullest is None or _peak_fraction(fullest) < _WARN_FRACTION:
             return None

@@ -1,4 +1,4 @@
-"""XLA's programs: kept on disk from one launch to the next, and counted."""
+"""The persistent cache of compiled XLA programs, and a count of compilations."""
 
 import os
 import re
@@ -17,10 +17,10 @@ import jax
 from platformdirs import user_cache_path
 
 MAX_CACHE_BYTES = 1 << 30
-# Older ones print lines of errors for each program that they read on many CPUs, for no reason
+# Older versions print false errors for each program that they read on many CPUs
 # (https://github.com/jax-ml/jax/issues/38445).
 _FIRST_QUIET_JAXLIB = (0, 10, 2)
-# JAX keeps what took a second; but the many small programs of a launch take seconds together.
+# JAX caches programs that took a second; the many small ones of a launch take seconds together.
 _MIN_COMPILE_SECONDS = 0.0
 _MIN_COMPILE_SECONDS_VARIABLE = "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"
 
@@ -30,17 +30,17 @@ _FAILURE = re.compile(r"Error (reading|writing) persistent compilation cache ent
 
 
 def use_program_cache(is_wanted: bool, note: Callable[[str], None]) -> Path | str | None:
-    """Has JAX keep compiled programs on disk, to be called before anything is compiled.
+    """Turns on JAX's persistent compilation cache; call it before anything is compiled.
 
-    They lie in the user's cache directory, or where JAX_COMPILATION_CACHE_DIR says. Ours is kept
-    below about `MAX_CACHE_BYTES`, and mended where it is damaged; another one is left to its owner.
+    The cache is in the user's cache directory, or in JAX_COMPILATION_CACHE_DIR. Ours is pruned to
+    about `MAX_CACHE_BYTES`, and damaged entries are removed; another directory is left to its owner.
 
     Args:
-        is_wanted: False to keep nothing and to read nothing.
-        note: Takes the line that says why programs cannot be kept.
+        is_wanted: False to neither write nor read a cache.
+        note: Takes the line that says why programs cannot be cached.
 
     Returns:
-        The directory, or the address of one that is not on this machine; None without a cache.
+        The directory, or the URL of a remote one; None without a cache.
     """
     if not is_wanted or not _setting("jax_enable_compilation_cache"):
         jax.config.update("jax_enable_compilation_cache", False)
@@ -65,7 +65,7 @@ def use_program_cache(is_wanted: bool, note: Callable[[str], None]) -> Path | st
         note(f"compiled programs are not kept: {directory} cannot be written ({error.strerror})")
         return None
     if not chosen:
-        _mend_when_warned(directory, note)
+        _repair_when_warned(directory, note)
         jax.config.update("jax_compilation_cache_dir", str(directory))
     return directory
 
@@ -79,10 +79,10 @@ def _version(text: str) -> tuple[int, ...]:
 
 
 def _prepare(directory: Path) -> None:
-    """Makes a directory that can be written, by its owner only: what lies in it is run.
+    """Makes a writable directory, private to its owner because cached programs are executed.
 
     Raises:
-        OSError: if that is not possible.
+        OSError: if it cannot be written.
     """
     directory.mkdir(mode=0o700, parents=True, exist_ok=True)
     with tempfile.TemporaryFile(dir=directory):
@@ -90,10 +90,10 @@ def _prepare(directory: Path) -> None:
 
 
 def prune(directory: Path, max_bytes: int) -> None:
-    """Removes the programs that were not used for longest, until the others fit.
+    """Removes the least recently used programs until the rest fit.
 
-    JAX can do this too, but looks at all entries whenever it writes one: with a thousand of them
-    that takes longer than most programs take to compile.
+    JAX's own limit scans all entries at every write, which with a thousand entries takes longer
+    than compiling most programs.
     """
     files = []
     for path in directory.rglob("*"):
@@ -109,13 +109,13 @@ def prune(directory: Path, max_bytes: int) -> None:
         excess -= size
 
 
-def _mend_when_warned(directory: Path, note: Callable[[str], None]) -> None:
-    """Removes entries that JAX warns of, and passes on the first warning of each kind as a note.
+def _repair_when_warned(directory: Path, note: Callable[[str], None]) -> None:
+    """Removes entries that JAX cannot read, and notes the first failure of each kind.
 
-    JAX compiles anew what it cannot read, but never overwrites an entry: one that was cut off, by
-    a full disk perhaps, would be warned of at every launch.
+    JAX recompiles a program that it cannot read but never overwrites its entry, so that a truncated
+    one, for example after a full disk, would warn at every launch.
     """
-    show, told = warnings.showwarning, set[str]()
+    show, noted = warnings.showwarning, set[str]()
 
     def showwarning(message: Warning | str, *others: object, **more: object) -> None:
         failure = _FAILURE.match(str(message))
@@ -127,8 +127,8 @@ def _mend_when_warned(directory: Path, note: Callable[[str], None]) -> None:
             for entry in directory.glob(f"{escape(program)}-*"):
                 with suppress(OSError):
                     entry.unlink()
-        if verb not in told:
-            told.add(verb)
+        if verb not in noted:
+            noted.add(verb)
             cause = str(message)[failure.end() :].strip(": ").splitlines()
             note(f"{directory}: {verb} a compiled program failed ({cause[0] if cause else ''})")
 
@@ -137,22 +137,22 @@ def _mend_when_warned(directory: Path, note: Callable[[str], None]) -> None:
 
 @dataclass
 class ProgramCount:
-    """Programs that XLA made ready to run since counting began.
+    """XLA executables compiled or read from the cache since counting began.
 
-    Each executable counts, however small; JAX makes one of every operation outside of `jit` too.
-    Tracing and lowering are not in the seconds.
+    Every executable counts; JAX also makes one for each operation outside of `jit`. The seconds do
+    not include tracing and lowering.
     """
 
     cache: Path | str | None = None
-    """Where programs are kept."""
+    """Directory of the cache."""
     compiled: int = 0
     seconds: float = 0.0
-    """Spent on compiling."""
+    """Compile time."""
     cached: int = 0
-    """Read from the cache instead."""
+    """Programs read from the cache."""
 
     def as_record(self) -> dict[str, int | float]:
-        """All counts by name, for a log."""
+        """All counts by name, for metrics.jsonl."""
         return {
             "compiled_programs": self.compiled,
             "cached_programs": self.cached,
@@ -160,7 +160,7 @@ class ProgramCount:
         }
 
     def __str__(self) -> str:
-        """One line for a person."""
+        """Summary in one line."""
         text = f"compiled {self.compiled} programs in {self.seconds:.0f} s"
         return f"{text}; {self.cached} came from the cache at {self.cache}" if self.cache else text
 
@@ -171,7 +171,7 @@ def counting_programs(cache: Path | str | None = None) -> Iterator[ProgramCount]
     count, lock, thread = ProgramCount(cache), threading.Lock(), threading.local()
 
     def on_event(event: str, **_: str | int) -> None:
-        if event == _READ_EVENT:  # Comes within the duration of the same program.
+        if event == _READ_EVENT:  # Arrives before the duration event of the same program.
             thread.was_read = True
 
     def on_duration(event: str, duration_secs: float, **_: str | int) -> None:
