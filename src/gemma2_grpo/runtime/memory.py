@@ -17,7 +17,7 @@ _NAMES = {"bytes_in_use", "peak_bytes_in_use", "bytes_limit"}
 def keep_freed_memory() -> bool:
     """Makes glibc keep freed buffers for reuse; call it before JAX is imported.
 
-    XLA on a CPU allocates one large buffer per call of a program and frees it afterwards. By default
+    XLA on a CPU allocates one large buffer per call of a program and frees it again. By default
     glibc returns it to the kernel, which clears it page by page when it is allocated again: a fifth
     of the time of an update. One arena, because each thread would otherwise keep its own buffers.
 
@@ -49,7 +49,7 @@ class MemoryMonitor:
         """Memory for metrics.jsonl; empty where no device reports it.
 
         For the fullest device, `memory_bytes` is in use now, `peak_memory_bytes` is the maximum
-        since the process began, and `peak_memory_fraction` its share of the memory that programs can
+        since the process began, and `peak_memory_fraction` its share of what programs can
         use. `peak_memory_bytes_by_device` has all devices.
         """
         known = self._known()

@@ -33,7 +33,7 @@ def use_program_cache(is_wanted: bool, note: Callable[[str], None]) -> Path | st
     """Turns on JAX's persistent compilation cache; call it before anything is compiled.
 
     The cache is in the user's cache directory, or in JAX_COMPILATION_CACHE_DIR. Ours is pruned to
-    about `MAX_CACHE_BYTES`, and damaged entries are removed; another directory is left to its owner.
+    about `MAX_CACHE_BYTES`, and damaged entries are removed; another directory is not touched.
 
     Args:
         is_wanted: False to neither write nor read a cache.
