@@ -27,9 +27,9 @@ from gemma2_grpo.sampling.decoding_batch import (
     resize,
 )
 from gemma2_grpo.sampling.draw import Sampling
-from gemma2_grpo.training.packing import MicroBatch, choose_shapes
-from gemma2_grpo.training.programs import Credit, UpdatePrograms
-from gemma2_grpo.training.update import make_optimizer
+from gemma2_grpo.training.optimizer import make_optimizer
+from gemma2_grpo.training.packing import Credit, MicroBatch, choose_shapes
+from gemma2_grpo.training.programs import UpdatePrograms
 
 Lower = Callable[[], jax.stages.Lowered]
 
@@ -145,9 +145,9 @@ class Programs:
         prefix = self._heads(jax.eval_shape(programs.reference_prefix, reference, prompts), None)
         size = (shapes.rows, shapes.row_tokens)
         tokens = self._rows(size)
-        micro = MicroBatch(tokens, tokens, tokens, tokens, self._rows(size[:1]))
-        credit = Credit(self._rows(size, jnp.float32), self._rows(size, jnp.float32))
         lengths, ref = self._rows((shapes.prompts,)), self._rows(size, jnp.float32)
+        micro = MicroBatch(tokens, tokens, tokens, tokens, self._rows(size[:1]), ref)
+        credit = Credit(ref, ref)
         state = nnx.split(self.optimizer)[1]
         found: dict[str, Lower] = {}
         if config.grpo.beta:
