@@ -101,7 +101,6 @@ def test_batches_of_any_size_measure_the_same(batch):
 
 
 def test_a_last_batch_of_one_is_not_filled_with_copies_of_it():
-    """Equal neighbours would be taken for one group, and compiled anew."""
     learner: Any = FakeLearner(eval_batch_prompts=3)
     measure(learner, EXAMPLES, SCORE)
     prompts, _, _ = learner.calls[-1]

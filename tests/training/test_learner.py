@@ -2,7 +2,7 @@ import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import jax
 import numpy as np
@@ -108,7 +108,7 @@ def test_sampling_kl_tells_whether_the_rollout_is_of_the_policy(
     assert (own[-1]["max_ratio"] > 1.01) == (num_iterations > 1)
 
     # An engine that has fallen behind samples from the weights of another policy.
-    stale = Policy.of(make_policy(filled=4), tokenizer, mesh)
+    stale = Policy(make_policy(filled=4), tokenizer, mesh)
     learner.sample = partial(sample, stale, settings=config.rollout)
     assert learner.step(1, examples[:2], by_length).updates[-1]["sampling_kl"] > 0.01
 
@@ -157,33 +157,3 @@ def test_a_run_resumes_on_several_devices(
         jax.tree.leaves(straight.state()), jax.tree.leaves(resumed.state()), strict=True
     ):
         np.testing.assert_array_equal(one, other)
-
-
-def test_tunix_own_engine_samples_from_the_policy_as_it_is(
-    make_learner: Callable[..., Learner],
-    config: Config,
-    examples: list[Example],
-    adapters: Callable[[gemma.Gemma], dict[str, np.ndarray]],
-) -> None:
-    rollout = dataclasses.replace(config.rollout, engine="vanilla")
-    learner = make_learner(dataclasses.replace(config, rollout=rollout))
-    result = learner.step(0, examples[:2], by_length)
-    assert len(result.updates) == 1
-    assert np.isfinite(result.updates[0]["grad_norm"])
-    done = result.completions
-    assert done.logps is not None
-    for row, logps, truncated in zip(done.tokens, done.logps, done.is_truncated, strict=True):
-        # Its sampler takes the stop token off; here it is back, except where there was none. How
-        # likely it was is not known.
-        assert truncated == (len(row) == 12 and row[-1] not in learner.tokenizer.stop_ids)
-        assert np.isnan(logps).tolist() == [False] * (len(row) - 1) + [not truncated]
-    # Its attention is wrong where the sliding window binds, as it does here.
-    assert result.updates[0]["sampling_kl"] > 0.01
-    sampler = cast(Any, learner.sample).cluster.rollout.model()
-    trained = adapters(learner.policy)
-    for name, value in adapters(sampler).items():
-        np.testing.assert_array_equal(value, trained[name])
-    prompts = [render_prompt(example.question) for example in examples[:2]]
-    greedy = learner.sample(prompts, 1, jax.random.key(0), greedy=True)
-    again = learner.sample(prompts, 1, jax.random.key(1), greedy=True)
-    assert greedy.texts == again.texts

@@ -212,6 +212,7 @@ def loss(config: GrpoConfig, segment_ids: np.ndarray | None = None, **values: An
         "old_logps": logps,
         "ref_logps": logps,
         "weights": jnp.ones_like(logps),
+        "rollout_logps": logps + NAN,
     } | {name: jnp.asarray(value, jnp.float32) for name, value in values.items()}
     if inputs["advantages"].ndim == 1:
         inputs["advantages"] = jnp.broadcast_to(inputs["advantages"][:, None], logps.shape)
@@ -324,7 +325,12 @@ class TestPolicyLoss:
             advantages=[1.0],
             weights=[[0.5, 0.5, 0.0]],
         )
-        assert {int(count) for _, count in terms.means.values()} == {2}
+        assert {name: int(count) for name, (_, count) in terms.means.items()} == {
+            "kl": 2,
+            "clip_fraction": 2,
+            "entropy": 2,
+            "sampling_kl": 0,
+        }
         assert float(terms.means["entropy"][0]) == pytest.approx(1.2)
         assert float(terms.means["kl"][0]) == pytest.approx(0.5, rel=1e-5)
         assert float(terms.maxima["max_ratio"]) == 1
@@ -415,6 +421,7 @@ class TestPolicyLoss:
             jnp.ones((1, 2)),
             jnp.array(values["weights"]),
             jnp.zeros((1, 2), int),
+            jnp.full((1, 2), NAN),
             PLAIN,
         )
         assert float(without.loss) == float(with_reference.loss)

@@ -20,9 +20,7 @@ from gemma2_grpo.task.answers import extract_number, printable
 from gemma2_grpo.task.prompts import parse_completion, render_prompt
 
 if TYPE_CHECKING:
-    from functools import partial
-
-    from gemma2_grpo.sampling.rollout import Completions
+    from gemma2_grpo.sampling.rollout import Sample
 
 _QUESTION = "question> "
 
@@ -114,9 +112,7 @@ def _questions(console: Console) -> Iterator[str]:
         yield line.strip()
 
 
-def _answer(
-    sample: "partial[Completions]", question: str, samples: int, seed: int, console: Console
-) -> None:
+def _answer(sample: "Sample", question: str, samples: int, seed: int, console: Console) -> None:
     """Streams one completion; of several, the first, and then how all of them voted."""
     import jax
 

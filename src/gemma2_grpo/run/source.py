@@ -18,7 +18,7 @@ if TYPE_CHECKING:  # A source is found without JAX.
     from tunix.models.gemma import model as gemma
 
     from gemma2_grpo.model.tokenizer import Tokenizer
-    from gemma2_grpo.sampling.rollout import Completions
+    from gemma2_grpo.sampling.rollout import Sample
 
 EMBEDDED = "embedded"
 ADAPTER = "adapter"
@@ -158,14 +158,14 @@ class Opened:
     directory: Path
     """Of the base's files."""
 
-    def sampler(self, *, adapted: bool) -> "partial[Completions]":
+    def sampler(self, *, adapted: bool) -> "Sample":
         """`sample` with the adapters, or with the base alone, and the settings of the source."""
         from gemma2_grpo.sampling.rollout import Policy, sample
 
         model = self.policy if adapted and self.policy is not None else self.base
         merge = self.config.model.dtype == "float32" and model is self.policy
         scale = self.config.model.lora_scale if merge else None
-        policy = Policy.of(model, self.tokenizer, self.mesh, merged_scale=scale)
+        policy = Policy(model, self.tokenizer, self.mesh, merged_scale=scale)
         return partial(sample, policy, settings=self.config.rollout)
 
 

@@ -6,7 +6,7 @@ batch shrinks; as they get longer, the cache grows. Each size is one more compil
 
 from collections.abc import Mapping
 from functools import partial
-from typing import NamedTuple, TypeVar
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -138,18 +138,13 @@ def resize(
     return sharded(moved, mesh)
 
 
-_Caches = TypeVar("_Caches")
-
-
 def sharded(batch: DecodingBatch, mesh: Mesh) -> DecodingBatch:
     """Shards the KV caches, rows over fsdp and heads over tp, which decides decoding speed."""
 
-    def shard(caches: _Caches) -> _Caches:
-        def place(x: jax.Array) -> jax.Array:
-            fsdp = "fsdp" if len(x) % mesh.shape["fsdp"] == 0 else None
-            heads = NamedSharding(mesh, PartitionSpec(fsdp, None, "tp", None))
-            return jax.lax.with_sharding_constraint(x, heads)
+    def place(x: jax.Array) -> jax.Array:
+        fsdp = "fsdp" if len(x) % mesh.shape["fsdp"] == 0 else None
+        heads = NamedSharding(mesh, PartitionSpec(fsdp, None, "tp", None))
+        return jax.lax.with_sharding_constraint(x, heads)
 
-        return jax.tree.map(place, caches)
-
-    return batch._replace(prefix=shard(batch.prefix), own=shard(batch.own))
+    prefix, own = jax.tree.map(place, (batch.prefix, batch.own))
+    return batch._replace(prefix=prefix, own=own)

@@ -2,7 +2,6 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Protocol
 
 import jax
 import numpy as np
@@ -12,7 +11,7 @@ from jaxtyping import Array, Bool, Float, Int, Key
 from tunix.models.gemma import model as gemma
 
 from gemma2_grpo.config import RolloutConfig
-from gemma2_grpo.model.gemma import Network, Weights, network_of, weights_of
+from gemma2_grpo.model.gemma import Weights, network_of, weights_of
 from gemma2_grpo.model.load import plain_network
 from gemma2_grpo.model.lora import merge_adapters
 from gemma2_grpo.model.mesh import batch_sharding
@@ -54,55 +53,45 @@ def is_truncated(
     return np.array([not len(row) or row[-1] not in stop_ids for row in tokens])
 
 
-class Sample(Protocol):
-    """Completes prompts: `sample` with its policy and settings, or one of Tunix's engines."""
+Sample = Callable[..., Completions]
+"""Completes prompts: `sample` with its policy and settings, or one of Tunix's engines.
 
-    def __call__(
-        self,
-        prompts: Sequence[str],
-        group: int,
-        key: Key[Array, ""],
-        *,
-        greedy: bool = False,
-        first_row: int = 0,
-    ) -> Completions:
-        """Completes each prompt `group` times."""
-        ...
+Both are called with prompts, group, key, and by name `greedy` and `first_row`."""
 
 
-@dataclass(frozen=True)
 class Policy:
     """A model to sample from. Programs are compiled per policy, so make one and keep it."""
 
-    model: gemma.Gemma
-    network: Network
-    tokenizer: Tokenizer
-    mesh: Mesh
-    merged_scale: float | None
-    """Scale of the adapters, if they are added into a copy of the weights before sampling."""
-
-    @classmethod
-    def of(
-        cls,
+    def __init__(
+        self,
         model: gemma.Gemma,
         tokenizer: Tokenizer,
         mesh: Mesh,
         *,
         merged_scale: float | None = None,
-    ) -> "Policy":
-        """Prepares a model, with or without adapters, on its mesh."""
+    ) -> None:
+        """Takes a model, with or without adapters, on its mesh.
+
+        Args:
+            model: The model; later changes of its weights are seen.
+            tokenizer: Tokenizer of the model.
+            mesh: Mesh of the model.
+            merged_scale: Scale of the adapters, to add them into a copy of the weights before
+                sampling; None to apply them separately.
+        """
+        self.tokenizer, self.mesh = tokenizer, mesh
+        self._model, self._merged_scale = model, merged_scale
         if merged_scale is None:
-            network = network_of(model, is_sampling=True)
+            self.network = network_of(model, is_sampling=True)
         else:
-            network = plain_network(model.config, mesh, is_sampling=True)
-        return cls(model, network, tokenizer, mesh, merged_scale)
+            self.network = plain_network(model.config, mesh, is_sampling=True)
 
     def weights(self) -> Weights:
         """The weights of the model as they are now."""
-        weights = weights_of(self.model)
-        if self.merged_scale is None:
+        weights = weights_of(self._model)
+        if self._merged_scale is None:
             return weights
-        return Weights(nnx.State({}), merge_adapters(weights, self.merged_scale))
+        return Weights(nnx.State({}), merge_adapters(weights, self._merged_scale))
 
 
 def sample(
@@ -144,6 +133,7 @@ def sample(
     longest, most = settings.max_prompt_tokens, settings.max_completion_tokens
     width = bucket(min(int(lengths.max()), longest), LEAST_TOKENS, longest)
     sharding = batch_sharding(mesh, len(ids))
+    truncation = (0.0, 1.0, 0) if greedy else (settings.temperature, settings.top_p, settings.top_k)
     done = complete(
         policy.network,
         policy.weights(),
@@ -152,13 +142,7 @@ def sample(
         np.array([most] * group * len(ids) if limits is None else limits, np.int32),
         key,
         max_tokens=most,
-        sampling=Sampling(
-            temperature=0.0 if greedy else settings.temperature,
-            top_p=1.0 if greedy else settings.top_p,
-            top_k=0 if greedy else settings.top_k,
-            stop_ids=tokenizer.stop_ids,
-            pad_id=tokenizer.pad,
-        ),
+        sampling=Sampling(*truncation, stop_ids=tokenizer.stop_ids, pad_id=tokenizer.pad),
         mesh=mesh,
         first_row=first_row,
         on_tokens=(lambda rows: on_text(_whole_text(tokenizer, rows[0]))) if on_text else None,

@@ -93,13 +93,10 @@ def _aligned(
     """
     if logps is None:
         return None
-    rows = []
-    for known, ids in zip(logps, tokens, strict=True):
-        row = np.full(len(ids), np.nan, np.float32)
-        kept = min(len(known), len(ids))
-        row[:kept] = known[:kept]
-        rows.append(row)
-    return rows
+    return [
+        np.array([*known[: len(ids)], *[np.nan] * (len(ids) - len(known))], np.float32)
+        for known, ids in zip(logps, tokens, strict=True)
+    ]
 
 
 def _settings(config: Config, tokenizer: Tokenizer) -> base_rollout.RolloutConfig:

@@ -107,7 +107,7 @@ class Learner:
         self._tunix = None
         if config.rollout.engine == "group":
             scale = config.model.lora_scale if self.is_merged else None
-            own = Policy.of(policy, tokenizer, mesh, merged_scale=scale)
+            own = Policy(policy, tokenizer, mesh, merged_scale=scale)
             self.sample: Sample = partial(sample, own, settings=config.rollout)
         else:
             self.sample = self._tunix = TunixEngine(config, policy, tokenizer, mesh)
@@ -263,20 +263,15 @@ def _from_all(
     """
     if jax.process_count() == 1:
         return completions, scores
+    tokens = [row.tolist() for row in completions.tokens]
     rows = gather_rows(
-        {
-            "texts": completions.texts,
-            "tokens": [row.tolist() for row in completions.tokens],
-            "is_truncated": completions.is_truncated.tolist(),
-        }
+        {"texts": completions.texts, "tokens": tokens, "cut": completions.is_truncated.tolist()}
     )
-    gathered = Completions(
-        rows["texts"],
-        [np.array(row, np.int32) for row in rows["tokens"]],
-        np.array(rows["is_truncated"]),
-    )
+    tokens = [np.array(row, np.int32) for row in rows["tokens"]]
     columns = gather_rows({name: column.tolist() for name, column in scores.items()})
-    return gathered, {name: np.array(column) for name, column in columns.items()}
+    return Completions(rows["texts"], tokens, np.array(rows["cut"])), {
+        name: np.array(column) for name, column in columns.items()
+    }
 
 
 def _place_scalars(optimizer: nnx.Optimizer, mesh: Mesh) -> None:
@@ -286,11 +281,8 @@ def _place_scalars(optimizer: nnx.Optimizer, mesh: Mesh) -> None:
     are on all devices.
     """
     everywhere = NamedSharding(mesh, PartitionSpec())
-    state = nnx.state(optimizer)
-    nnx.update(
-        optimizer,
-        jax.tree.map(
-            lambda x: x if isinstance(x.sharding, NamedSharding) else jax.device_put(x, everywhere),
-            state,
-        ),
-    )
+
+    def place(x: jax.Array) -> jax.Array:
+        return x if isinstance(x.sharding, NamedSharding) else jax.device_put(x, everywhere)
+
+    nnx.update(optimizer, jax.tree.map(place, nnx.state(optimizer)))

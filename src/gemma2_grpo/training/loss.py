@@ -144,8 +144,8 @@ def policy_loss(
     advantages: Float[Array, "R W"],
     weights: Float[Array, "R W"],
     segment_ids: Int[Array, "R W"],
+    rollout_logps: Float[Array, "R W"],
     config: GrpoConfig,
-    rollout_logps: Float[Array, "R W"] | None = None,
 ) -> LossTerms:
     """Clipped policy objective with KL penalty, negated.
 
@@ -160,8 +160,8 @@ def policy_loss(
         advantages: Of the completion that a token belongs to.
         weights: Weight of each token, from `token_weights`; 0 for padding.
         segment_ids: Completion of each token.
+        rollout_logps: With which the tokens were drawn; NaN where that is not known.
         config: Objective and its constants.
-        rollout_logps: As the rollout drew the tokens; NaN or None where they are not known.
     """
     is_token = weights > 0
     log_ratio = jnp.where(is_token, policy.logps - old_logps, 0.0)
@@ -176,16 +176,14 @@ def policy_loss(
     kl = k3_divergence(policy.logps, ref)
     per_token = -jnp.minimum(gain, clipped_gain) + config.beta * kl
     tokens = jnp.sum(is_token)
-    means = {
-        "kl": (jnp.sum(kl), tokens),
-        "clip_fraction": (jnp.sum(is_token & (clipped_gain < gain)), tokens),
-        "entropy": (jnp.sum(jnp.where(is_token, policy.entropy, 0.0)), tokens),
-    }
-    if rollout_logps is not None:
-        means["sampling_kl"] = _sampling_kl(rollout_logps, old_logps, is_token)
     return LossTerms(
         loss=jnp.sum(weights * per_token),
-        means=means,
+        means={
+            "kl": (jnp.sum(kl), tokens),
+            "clip_fraction": (jnp.sum(is_token & (clipped_gain < gain)), tokens),
+            "entropy": (jnp.sum(jnp.where(is_token, policy.entropy, 0.0)), tokens),
+            "sampling_kl": _sampling_kl(rollout_logps, old_logps, is_token),
+        },
         maxima={"max_ratio": jnp.max(jnp.where(is_token, ratio, 1.0))},
     )
 

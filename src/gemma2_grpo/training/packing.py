@@ -38,8 +38,8 @@ class MicroBatch(NamedTuple):
     """Completion that each token belongs to, or -1 for padding, which comes last."""
     prompts: Int[Any, " R"]
     """Index of each row's prompt."""
-    rollout_logps: _Values | None = None
-    """Log-probability with which each target was drawn; NaN or None where that is not known."""
+    rollout_logps: _Values
+    """Log-probability with which each target was drawn; NaN where that is not known."""
 
 
 class PromptBatch(NamedTuple):
@@ -154,8 +154,10 @@ def prompt_batches(
         chosen: Which prompts are wanted.
         shapes: Sizes of the micro-batches.
         pad_id: Id of the padding token.
-        logps: Log-probabilities with which the tokens were drawn, where they are known.
+        logps: Log-probabilities with which the tokens were drawn, if they are known.
     """
+    if logps is None:
+        logps = [np.full(len(ids), np.nan) for ids in completions]
     wanted = [i for i, is_chosen in enumerate(chosen) if is_chosen]
     group = len(completions) // len(prompts)
     batches = []
@@ -193,7 +195,7 @@ def _micro_batch(
     completions: Sequence[Int[np.ndarray, " T"]],
     shapes: Shapes,
     pad_id: int,
-    logps: Sequence[Float[np.ndarray, " T"]] | None,
+    logps: Sequence[Float[np.ndarray, " T"]],
 ) -> MicroBatch:
     """One micro-batch of rows, each with its prompt and the completions it holds.
 
@@ -203,7 +205,7 @@ def _micro_batch(
     inputs, targets = (np.full(shape, pad_id, np.int32) for _ in range(2))
     positions, segment_ids = np.zeros(shape, np.int32), np.full(shape, -1, np.int32)
     prompts = np.zeros(shape[0], np.int32)
-    rollout_logps = None if logps is None else np.full(shape, np.nan, np.float32)
+    rollout_logps = np.full(shape, np.nan, np.float32)
     for row, (prompt, numbers) in enumerate(packed):
         prompts[row] = prompt
         position, token = lasts[prompt]
@@ -215,7 +217,6 @@ def _micro_batch(
             targets[place] = ids
             positions[place] = position + np.arange(len(ids))
             segment_ids[place] = number
-            if rollout_logps is not None and logps is not None:
-                rollout_logps[place] = logps[number]
+            rollout_logps[place] = logps[number]
             start += len(ids)
     return MicroBatch(inputs, targets, positions, segment_ids, prompts, rollout_logps)

@@ -98,7 +98,7 @@ def rows_loss(
     # One program serves all iterations, so the choice is made in it. Without stop_gradient the
     # ratio of the first iteration would be constant, and its gradient zero.
     old = jnp.where(is_first, jax.lax.stop_gradient(now.logps), old)
-    terms = policy_loss(now, old, ref, *credit, micro.segment_ids, config, micro.rollout_logps)
+    terms = policy_loss(now, old, ref, *credit, micro.segment_ids, micro.rollout_logps, config)
     return terms.loss, (terms, now.logps)
 
 
