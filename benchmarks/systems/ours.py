@@ -34,12 +34,12 @@ def run(session: Session) -> Scorer:
 
 def _instrument(session: Session, learner: Any) -> None:
     """Forces the lengths of completions, and charges the parts of a step."""
-    generate = learner.generate
+    sample = learner.sample
 
     def forced(*args: Any, **kwargs: Any) -> Any:
-        return generate(*args, limits=session.batch.limits, **kwargs)
+        return sample(*args, limits=session.batch.limits, **kwargs)
 
-    learner.generate = session.measured("rollout", forced)
+    learner.sample = session.measured("rollout", forced)
     updater = learner.updater
     # The reference runs while the host scores. Rewards take no time here, so nothing is lost by
     # waiting for it.
@@ -115,6 +115,6 @@ def _score(learner: Any, prompt: str, ids: Sequence[int]) -> Sequence[float]:
     from gemma2_grpo.sampling.rollout import Completions
 
     completions = Completions([""], [np.array(ids, np.int32)], np.array([True]))
-    packed = learner.pack([prompt], completions, [True])
-    [[logps]] = learner.updater.reference_logps(packed)
+    packed = learner.pack([prompt], completions)
+    [[logps]] = learner.updater.reference_logps(packed.on_device)
     return logps[0, : len(ids)].tolist()

@@ -81,7 +81,7 @@ def test_transformers_writes_the_same_answers(student: Session) -> None:
     )
     tokenizer = transformers.AutoTokenizer.from_pretrained(EMBEDDED)
     prompts = [render_prompt(example.question) for example in student.held_out[:128]]
-    ours = student.learner.generate(prompts, 1, fold_key(0, Stream.EVAL), greedy=True)
+    ours = student.learner.sample(prompts, 1, fold_key(0, Stream.EVAL), greedy=True)
     for prompt, tokens in list(zip(prompts, ours.tokens, strict=True))[:4]:
         ids = tokenizer(prompt, add_special_tokens=False, return_tensors="pt").input_ids
         limit = student.config.rollout.max_completion_tokens

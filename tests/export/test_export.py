@@ -101,7 +101,7 @@ def ours(opened: Opened) -> list[str]:
     """Our greedy answers."""
     prompts = [render_prompt(question) for question in QUESTIONS]
     sampler = opened.sampler(adapted=True)
-    return sampler.generate(prompts, 1, jax.random.key(0), greedy=True).texts
+    return sampler(prompts, 1, jax.random.key(0), greedy=True).texts
 
 
 @pytest.fixture(scope="module")
@@ -152,7 +152,7 @@ def test_our_own_loader_gives_the_policy_back(
     again = open_source(dataclasses.replace(source, config=config))
     prompts = [render_prompt(question) for question in QUESTIONS]
     sampler = again.sampler(adapted=False)
-    assert sampler.generate(prompts, 1, jax.random.key(0), greedy=True).texts == ours
+    assert sampler(prompts, 1, jax.random.key(0), greedy=True).texts == ours
 
 
 def test_an_unfinished_run_gives_its_last_checkpoint(
@@ -192,7 +192,7 @@ def answer(opened: Opened, question: str) -> str:
     """Our greedy answer."""
     sampler = opened.sampler(adapted=True)
     prompts = [render_prompt(question)]
-    return sampler.generate(prompts, 1, jax.random.key(0), greedy=True).texts[0]
+    return sampler(prompts, 1, jax.random.key(0), greedy=True).texts[0]
 
 
 def on_another_base(run: Path, folder: Path, change: Callable[[Path], None]) -> Path:

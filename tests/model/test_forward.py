@@ -67,7 +67,7 @@ def test_packed_completions_are_those_of_transformers(
             entropy = -(np.exp(predicted) * predicted).sum(-1)
             assert len(end) == 1 or expected.std() > 0.1
             for owner in (3 * i, 3 * i + 2):
-                is_own = micro.owners == owner
+                is_own = micro.segment_ids == owner
                 np.testing.assert_allclose(found.logps[is_own], expected, atol=1e-4)
                 np.testing.assert_allclose(found.entropy[is_own], entropy, atol=1e-4)
 

@@ -30,7 +30,6 @@ from gemma2_grpo.sampling.rollout import Completions
 from gemma2_grpo.task.examples import Example
 from gemma2_grpo.task.prompts import render_prompt
 from gemma2_grpo.training.learner import Learner
-from gemma2_grpo.training.update import UpdateMetrics
 
 KINDS = ("q_einsum", "kv_einsum", "attn_vec_einsum", "gate_proj", "up_proj", "down_proj")
 
@@ -355,7 +354,7 @@ class TestGradients:
         config: Config,
         examples: list[Example],
         random_completions: Callable[..., Completions],
-        learn: Callable[..., list[UpdateMetrics]],
+        learn: Callable[..., list[dict[str, float]]],
     ) -> None:
         policy = make_policy()
         tokens = np.random.default_rng(0).integers(3, 496, (3, 18)).astype(np.int32)

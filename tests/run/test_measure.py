@@ -46,7 +46,7 @@ class FakeLearner:
         self.config = SimpleNamespace(run=run)
         self.calls: list[tuple[list[str], int, bool]] = []
 
-    def generate(self, prompts: list[str], group: int, key: Any, *, greedy: bool) -> Completions:
+    def sample(self, prompts: list[str], group: int, key: Any, *, greedy: bool) -> Completions:
         del key
         self.calls.append((list(prompts), group, greedy))
         texts = [answer_of(prompt, draw) for prompt in prompts for draw in range(group)]
@@ -101,7 +101,6 @@ def test_batches_of_any_size_measure_the_same(batch):
 
 
 def test_a_last_batch_of_one_is_not_filled_with_copies_of_it():
-    """Equal neighbours would be taken for one group, and compiled anew."""
     learner: Any = FakeLearner(eval_batch_prompts=3)
     measure(learner, EXAMPLES, SCORE)
     prompts, _, _ = learner.calls[-1]
@@ -171,7 +170,7 @@ def test_the_same_seed_measures_the_same_and_training_draws_are_left_alone(sessi
     learner, prompts = session.learner, [render_prompt(e.question) for e in session.train[:2]]
 
     def training_draw() -> list[str]:
-        return learner.generate(prompts, 4, fold_key(0, Stream.TRAIN, 0)).texts
+        return learner.sample(prompts, 4, fold_key(0, Stream.TRAIN, 0)).texts
 
     seen: list[list[str]] = [[], []]
     before, first = training_draw(), None
@@ -192,7 +191,7 @@ def test_the_same_seed_measures_the_same_and_training_draws_are_left_alone(sessi
 
 def test_sampled_completions_differ_between_problems_samples_and_seeds(session):
     learner, drawn = session.learner, []
-    original = learner.generate
+    original = learner.sample
 
     def spy(*args: Any, **options: Any) -> Completions:
         drawn.append(original(*args, **options))
@@ -201,7 +200,7 @@ def test_sampled_completions_differ_between_problems_samples_and_seeds(session):
     for seed in (0, 1):
         run = dataclasses.replace(learner.config.run, seed=seed)
         config = dataclasses.replace(learner.config, run=run)
-        spied: Any = SimpleNamespace(config=config, generate=spy)
+        spied: Any = SimpleNamespace(config=config, sample=spy)
         measure(spied, session.held_out, SCORE, samples=4)
     texts = [tuple(completions.texts) for completions in drawn]
     # One greedy and two sampled batches for each seed.

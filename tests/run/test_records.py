@@ -12,7 +12,6 @@ from gemma2_grpo.task.examples import Example
 from gemma2_grpo.task.scoring import COMPONENTS
 from gemma2_grpo.training.learner import StepResult
 from gemma2_grpo.training.loss import group_advantages
-from gemma2_grpo.training.update import UpdateMetrics
 
 
 def records(accuracy: list[float], first_step: int = 1) -> list[dict[str, Any]]:
@@ -63,7 +62,7 @@ def test_half_way_is_a_step_of_the_run():
     assert found["half_way_step"] == 108
 
 
-def update(**changes: Any) -> UpdateMetrics:
+def update(**changes: float) -> dict[str, float]:
     values = {
         "loss": 0.5,
         "kl": 0.25,
@@ -71,12 +70,12 @@ def update(**changes: Any) -> UpdateMetrics:
         "entropy": 2.0,
         "max_ratio": 1.5,
         "grad_norm": 3.0,
-        "is_finite": True,
+        "sampling_kl": 0.0625,
     }
-    return UpdateMetrics(**{**values, **changes})
+    return values | changes
 
 
-def result(total: list[float], updates: list[UpdateMetrics], **columns: Any) -> StepResult:
+def result(total: list[float], updates: list[dict[str, float]], **columns: Any) -> StepResult:
     """Two groups of two completions, of 1 to 4 tokens."""
     scores = {name: np.array([1.0, 0.0, 0.5, 0.5]) for name in (*COMPONENTS, *CORRECT)}
     scores |= {"equations": np.array([2.0, 1, 0, 1]), "true_equations": np.array([2.0, 0, 0, 1])}
@@ -116,6 +115,7 @@ def test_a_record_has_the_means_of_a_step():
         "clip_fraction": 0.125,
         "max_ratio": 1.5,
         "grad_norm": 3.0,
+        "sampling_kl": 0.0625,
         "updates": 2,
         "updates_left_out": 0,
         "learning_rate": 0.1,
@@ -137,7 +137,7 @@ def test_what_has_no_score_is_counted_and_not_averaged():
 
 
 def test_an_update_that_was_left_out_is_counted():
-    record = step_record(0, result([1.0, 0, 0, 1], [update(), update(is_finite=False)]))
+    record = step_record(0, result([1.0, 0, 0, 1], [update(), update(grad_norm=math.nan)]))
     assert (record["updates"], record["updates_left_out"]) == (2, 1)
 
 

@@ -38,7 +38,7 @@ def adapters(opened: Opened) -> list[np.ndarray]:
 def greedy(opened: Opened, questions: list[str], *, adapted: bool) -> list[str]:
     prompts = [render_prompt(question) for question in questions]
     sampler = opened.sampler(adapted=adapted)
-    return sampler.generate(prompts, 1, jax.random.key(0), greedy=True).texts
+    return sampler(prompts, 1, jax.random.key(0), greedy=True).texts
 
 
 def measured(finished: Finished, step: int) -> tuple[list[str], list[str]]:

@@ -24,16 +24,17 @@ from gemma2_grpo.runtime.cluster import Cluster, find_cluster
 RUN = """
 import sys
 from gemma2_grpo import cli
-from gemma2_grpo.sampling.rollout import GroupRollout
+from gemma2_grpo.sampling import rollout
 
-generate, sampled = GroupRollout.generate, 0
+complete, sampled = rollout.complete, 0
 
-def counted(self, prompts, *args, **kwargs):
+def counted(*args, **kwargs):
     global sampled
-    sampled += len(prompts)
-    return generate(self, prompts, *args, **kwargs)
+    done = complete(*args, **kwargs)
+    sampled += len(done.lengths)
+    return done
 
-GroupRollout.generate = counted
+rollout.complete = counted
 status = cli.main(sys.argv[1:])
 print("SAMPLED", sampled)
 sys.exit(status)

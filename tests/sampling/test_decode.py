@@ -1,4 +1,4 @@
-"""A group's completions are drawn as if each were alone, however the grid shrinks and grows."""
+"""A group's completions are drawn as if each were alone, however the batch shrinks and grows."""
 
 import dataclasses
 from collections.abc import Callable, Iterator
@@ -19,7 +19,7 @@ from gemma2_grpo.model.load import load_weights
 from gemma2_grpo.model.lora import add_lora
 from gemma2_grpo.model.mesh import batch_sharding, on_mesh
 from gemma2_grpo.model.tokenizer import pad_right
-from gemma2_grpo.sampling import decode
+from gemma2_grpo.sampling import decode, decoding_batch
 from gemma2_grpo.sampling.decode import Completed, complete
 from gemma2_grpo.sampling.draw import Sampling
 
@@ -279,7 +279,7 @@ class TestSampled:
             check_same(actual, Completed(*(x[: 2 * count] for x in pairs)), atol=1e-4)
 
 
-class TestGrid:
+class TestDecodingBatch:
     """Where and when rows are moved changes nothing of what they draw."""
 
     # A prompt whose completions are not wanted, one whose end together, and rows that end apart.
@@ -287,15 +287,15 @@ class TestGrid:
 
     @pytest.fixture
     def moves(self, monkeypatch: pytest.MonkeyPatch) -> Iterator[list[tuple[int, int, int]]]:
-        """Prompts, rows a prompt and slots of each grid that rows are moved to."""
+        """Prompts, rows per prompt and cache length of each batch that rows are moved to."""
         seen: list[tuple[int, int, int]] = []
-        real = decode.regrid
+        real = decode.resize
 
-        def record(grid: Any, kept: Any, *, shape: Any, slots: int, mesh: Mesh) -> Any:
-            seen.append((*shape, slots))
-            return real(grid, kept, shape=shape, slots=slots, mesh=mesh)
+        def record(batch: Any, kept: Any, *, shape: Any, length: int, mesh: Mesh) -> Any:
+            seen.append((*shape, length))
+            return real(batch, kept, shape=shape, length=length, mesh=mesh)
 
-        monkeypatch.setattr(decode, "regrid", record)
+        monkeypatch.setattr(decode, "resize", record)
         return seen
 
     def test_shrinking_and_growing_change_nothing(
@@ -308,9 +308,9 @@ class TestGrid:
     ) -> None:
         sampling = dataclasses.replace(WARM, stop_ids=(-1,))
 
-        def drawn(least_rows: int, first_slots: int) -> Completed:
-            monkeypatch.setattr(decode, "_LEAST_ROWS", least_rows)
-            monkeypatch.setattr(decode, "_FIRST_SLOTS", first_slots)
+        def drawn(least_rows: int, first_length: int) -> Completed:
+            monkeypatch.setattr(decoding_batch, "_LEAST_ROWS", least_rows)
+            monkeypatch.setattr(decoding_batch, "_FIRST_LENGTH", first_length)
             return draw(policy, prompts, sampling, mesh, group=4, limits=self.LIMITS)
 
         whole = drawn(1000, 64)
@@ -324,11 +324,11 @@ class TestGrid:
     def test_fit_by_hand(self) -> None:
         stopped = np.array([[1, 0, 1, 1], [1, 1, 1, 1], [0, 0, 1, 1], [1, 1, 1, 1]], bool)
         # At most two rows of a prompt are left: the busier prompt first, unfinished rows first.
-        rows, shape = decode._fit(stopped, 4, 1)
+        rows, shape = decoding_batch.smallest_fit(stopped, 4, 1)
         assert shape == (4, 2)
         assert rows.tolist() == [8, 9, 1, 0, 4, 5, 12, 13]
         # Of one row each, half of the prompts.
-        rows, shape = decode._fit(np.array([[1], [0], [1], [0]], bool), 1, 1)
+        rows, shape = decoding_batch.smallest_fit(np.array([[1], [0], [1], [0]], bool), 1, 1)
         assert shape == (2, 1)
         assert rows.tolist() == [1, 3]
 
@@ -349,7 +349,7 @@ class TestGrid:
     def test_one_way_down_by_hand(
         self, shape: tuple[int, int], least: int, fsdp: int, smaller: tuple[int, int] | None
     ) -> None:
-        assert decode._smaller(shape, least, fsdp) == smaller
+        assert decoding_batch.smaller_shape(shape, least, fsdp) == smaller
 
 
 def test_tokens_can_be_seen_as_they_come(

@@ -1,5 +1,6 @@
-"""The rollout engine: what Tunix asks of it, and what Tunix's own engine gets wrong."""
+"""Sampling: where Tunix's own engine is right, ours agrees; and what Tunix's gets wrong."""
 
+import copy
 import dataclasses
 from collections.abc import Callable
 from types import ModuleType
@@ -11,13 +12,14 @@ import pytest
 from jax.sharding import Mesh
 from tunix.models.gemma import model as gemma
 from tunix.rl.rollout.base_rollout import CacheConfig, RolloutOutput
+from tunix.rl.rollout.base_rollout import RolloutConfig as StockConfig
 from tunix.rl.rollout.vanilla_rollout import VanillaRollout
 
-from gemma2_grpo.config import Config
+from gemma2_grpo.config import Config, RolloutConfig
 from gemma2_grpo.model.gemma import split_model
 from gemma2_grpo.model.load import load_weights
 from gemma2_grpo.model.tokenizer import Tokenizer
-from gemma2_grpo.sampling.rollout import GroupRollout, GroupRolloutConfig
+from gemma2_grpo.sampling.rollout import Completions, Policy, sample
 from gemma2_grpo.task.examples import Example
 from gemma2_grpo.task.prompts import render_prompt
 from gemma2_grpo.training.learner import Stream, fold_key
@@ -44,23 +46,27 @@ def texts(examples: list[Example]) -> list[str]:
     return [render_prompt(example.question) for example in examples[:4]]
 
 
-def rollout_config(**changes: Any) -> GroupRolloutConfig:
+SETTINGS = RolloutConfig(
+    max_prompt_tokens=WIDTH, max_completion_tokens=LIMIT, temperature=0.7, top_p=1.0
+)
+KEY = jax.random.key(0)
+
+
+def stock_config(**changes: Any) -> StockConfig:
     values: dict[str, Any] = {
         "max_tokens_to_generate": LIMIT,
         "max_prompt_length": WIDTH,
         "kv_cache_size": 48,
         "temperature": 0.7,
         "top_p": 1.0,
-        "top_k": None,
         "eos_tokens": [107, 1],
         "return_logprobs": True,
     }
-    return GroupRolloutConfig(**values | changes)
+    return StockConfig(**values | changes)
 
 
 # Tunix's engine is greedy where top_p is None, whatever the temperature; no token stops it.
-STOCK_GREEDY = rollout_config(top_p=None, eos_tokens=[-1])
-GREEDY = rollout_config(temperature=0.0, eos_tokens=[-1])
+STOCK_GREEDY = stock_config(top_p=None, eos_tokens=[-1])
 
 
 def make_vanilla(model: gemma.Gemma, tokenizer: Tokenizer) -> VanillaRollout:
@@ -80,21 +86,29 @@ def vanilla(no_window: gemma.Gemma, tokenizer: Tokenizer) -> VanillaRollout:
 
 
 @pytest.fixture(scope="module")
-def engine(no_window: gemma.Gemma, tokenizer: Tokenizer, mesh: Mesh) -> GroupRollout:
-    return GroupRollout(no_window, tokenizer, mesh, rollout_config())
+def policy(no_window: gemma.Gemma, tokenizer: Tokenizer, mesh: Mesh) -> Policy:
+    return Policy(no_window, tokenizer, mesh)
 
 
-def ids(output: RolloutOutput) -> list[list[int]]:
+def ids(output: RolloutOutput | Completions) -> list[list[int]]:
     return [np.asarray(row).tolist() for row in output.tokens]
+
+
+def greedy(policy: Policy, texts: list[str], group: int = 1, **options: Any) -> Completions:
+    """Greedy completions that no token stops, or those that are given."""
+    stops = options.pop("stops", (-1,))
+    policy = copy.copy(policy)
+    policy.tokenizer = dataclasses.replace(policy.tokenizer, stop_ids=stops)
+    return sample(policy, texts, group, KEY, SETTINGS, greedy=True, **options)
 
 
 class TestStockEngine:
     """Tunix's engine runs on our model; where it is right, ours agrees."""
 
     def test_agrees_where_the_window_does_not_bind(
-        self, engine: GroupRollout, vanilla: VanillaRollout, texts: list[str]
+        self, policy: Policy, vanilla: VanillaRollout, texts: list[str]
     ) -> None:
-        ours = ids(engine.generate(texts, GREEDY))
+        ours = ids(greedy(policy, texts))
         assert ours == ids(vanilla.generate(texts, STOCK_GREEDY))
         assert {len(row) for row in ours} == {LIMIT} and len({*map(tuple, ours)}) == 4
 
@@ -103,38 +117,34 @@ class TestStockEngine:
     ) -> None:
         """It pads on the left, and its window mask compares positions with slots."""
         stock = ids(make_vanilla(base, tokenizer).generate(texts, STOCK_GREEDY))
-        ours = ids(GroupRollout(base, tokenizer, mesh, GREEDY).generate(texts, GREEDY))
+        ours = ids(greedy(Policy(base, tokenizer, mesh), texts))
         assert sum(a != b for a, b in zip(stock, ours, strict=True)) >= 3
 
     def test_repeats_itself_where_our_calls_differ(
-        self, engine: GroupRollout, vanilla: VanillaRollout, texts: list[str]
+        self, policy: Policy, vanilla: VanillaRollout, texts: list[str]
     ) -> None:
         """It uses PRNGKey(0), or the configured seed, at every call."""
         for seed in (None, 5):
-            one, other = (ids(vanilla.generate(texts, rollout_config(seed=seed))) for _ in "ab")
+            one, other = (ids(vanilla.generate(texts, stock_config(seed=seed))) for _ in "ab")
             assert one == other
         keys = [fold_key(0, Stream.TRAIN, step) for step in (0, 1, 0)]
-        one, other, again = (ids(engine.generate(texts, rollout_config(seed=key))) for key in keys)
+        one, other, again = (ids(sample(policy, texts, 1, key, SETTINGS)) for key in keys)
         assert one == again
         assert all(a != b for a, b in zip(one, other, strict=True))
 
-    def test_top_p_of_none_still_samples(
-        self, engine: GroupRollout, vanilla: VanillaRollout, texts: list[str]
-    ) -> None:
+    def test_top_p_of_none_is_greedy(self, vanilla: VanillaRollout, texts: list[str]) -> None:
         """It takes `top_p=None` for greedy, whatever the temperature."""
         one, other = (
-            ids(vanilla.generate(texts, rollout_config(top_p=None, seed=seed))) for seed in (0, 1)
+            ids(vanilla.generate(texts, stock_config(top_p=None, seed=seed))) for seed in (0, 1)
         )
         assert one == other
-        configs = [rollout_config(top_p=None, seed=jax.random.key(seed)) for seed in (0, 1)]
-        one, other = (ids(engine.generate(texts, config)) for config in configs)
-        assert all(a != b for a, b in zip(one, other, strict=True))
 
     def test_either_stop_token_ends_a_completion_and_is_kept(
-        self, engine: GroupRollout, vanilla: VanillaRollout, tokenizer: Tokenizer, texts: list[str]
+        self, policy: Policy, vanilla: VanillaRollout, tokenizer: Tokenizer, texts: list[str]
     ) -> None:
         """It strips the stop token, so that ending is never trained on."""
-        output = engine.generate(texts, GREEDY)
+        output = greedy(policy, texts)
+        assert output.logps is not None
         whole = ids(output)
         pairs = [(whole[0], whole[2]), (whole[2], whole[0])]
         stops = [max((t for t in row if t not in other), key=row.index) for row, other in pairs]
@@ -146,50 +156,45 @@ class TestStockEngine:
         assert max(len(expected[0]), len(expected[2])) > 1
         assert min(map(len, expected)) < LIMIT
 
-        ending = engine.generate(texts, rollout_config(temperature=0.0, eos_tokens=stops))
+        ending = greedy(policy, texts, stops=tuple(stops))
         assert ids(ending) == expected
-        for row, logps in enumerate(ending.logprobs):
+        assert ending.logps is not None
+        for row, logps in enumerate(ending.logps):
             assert logps.dtype == np.float32
-            np.testing.assert_allclose(logps, output.logprobs[row][: len(expected[row])], atol=1e-5)
-        assert ending.text == [tokenizer.decode(np.array(row)) for row in expected]
-        stock = vanilla.generate(texts, rollout_config(top_p=None, eos_tokens=stops))
+            np.testing.assert_allclose(logps, output.logps[row][: len(expected[row])], atol=1e-5)
+        stopping = dataclasses.replace(tokenizer, stop_ids=tuple(stops))
+        assert ending.texts == [stopping.decode(np.array(row)) for row in expected]
+        stock = vanilla.generate(texts, stock_config(top_p=None, eos_tokens=stops))
         assert ids(stock) == [row[:-1] if row[-1] in stops else row for row in expected]
 
 
 class TestGroups:
-    def test_equal_neighbours_share_a_prompt(
-        self, engine: GroupRollout, tokenizer: Tokenizer, texts: list[str]
+    def test_what_a_row_draws_depends_on_its_number_and_its_prompt_alone(
+        self, policy: Policy, texts: list[str]
     ) -> None:
-        """What a row draws depends on its number and its prompt alone."""
-        config = rollout_config(seed=jax.random.key(4))
         a, b = texts[:2]
-        pairs = engine.generate([a, a, b, b], config)
-        odd = engine.generate([a, b, b, b], config)
-        assert len({*map(tuple, ids(pairs))}) == 4
-        assert [ids(pairs)[row] for row in (0, 2, 3)] == [ids(odd)[row] for row in (0, 2, 3)]
-        assert ids(pairs)[1] != ids(odd)[1]
-        for output, given in ((pairs, [a, a, b, b]), (odd, [a, b, b, b])):
-            assert output.left_padded_prompt_tokens.shape == (4, WIDTH)
-            for row, text in zip(output.left_padded_prompt_tokens, given, strict=True):
-                tokens = tokenizer.encode(text)
-                assert row.tolist() == [0] * (WIDTH - len(tokens)) + tokens
+        key = jax.random.key(4)
+        pairs = ids(sample(policy, [a, b], 2, key, SETTINGS))
+        alone = ids(sample(policy, [a, b, b, b], 1, key, SETTINGS))
+        assert len({*map(tuple, pairs)}) == 4
+        assert [pairs[row] for row in (0, 2, 3)] == [alone[row] for row in (0, 2, 3)]
+        assert pairs[1] != alone[1]
+        assert ids(sample(policy, [b], 2, key, SETTINGS, first_row=2)) == pairs[2:]
 
-    def test_limits_are_those_of_each_completion(
-        self, engine: GroupRollout, texts: list[str]
-    ) -> None:
-        prompts = [texts[0], texts[0], texts[1], texts[1]]
+    def test_limits_are_those_of_each_completion(self, policy: Policy, texts: list[str]) -> None:
         limits = [12, 0, 5, 1]
-        whole = engine.generate(prompts, GREEDY)
-        limited = engine.generate(prompts, dataclasses.replace(GREEDY, limits=limits))
+        whole = greedy(policy, texts[:2], 2)
+        limited = greedy(policy, texts[:2], 2, limits=limits)
         assert ids(limited) == [row[:n] for row, n in zip(ids(whole), limits, strict=True)]
-        assert [len(row) for row in limited.logprobs] == limits
-        assert limited.text[1] == ""
+        assert limited.logps is not None
+        assert [len(row) for row in limited.logps] == limits
+        assert limited.texts[1] == ""
 
-    def test_a_prompt_is_never_cut(self, engine: GroupRollout) -> None:
+    def test_a_prompt_is_never_cut(self, policy: Policy) -> None:
         """Tunix's engine widens the batch to the next power of two, in silence."""
         text = "<bos>" + "apples " * 40
         with pytest.raises(ValueError, match=r"^prompt of \d+ tokens exceeds max_prompt_tokens"):
-            engine.generate([text], rollout_config())
+            sample(policy, [text], 1, KEY, SETTINGS)
 
 
 class TestMergedAdapters:
@@ -204,17 +209,17 @@ class TestMergedAdapters:
         mesh: Mesh,
     ) -> None:
         """And follow the policy from call to call, without a change of the weights they share."""
-        policy = make_policy(filled=1, scale=0.1)
+        model = make_policy(filled=1, scale=0.1)
         scale = config.model.lora_alpha / config.model.lora_rank
-        merged = GroupRollout(policy, tokenizer, mesh, GREEDY, merged_scale=scale)
-        beside = GroupRollout(policy, tokenizer, mesh, GREEDY)
+        policies = [Policy(model, tokenizer, mesh, merged_scale=s) for s in (scale, None)]
         seen = []
         for seed in (1, 2):
-            fill_adapters(policy, seed, 0.1)
-            one, other = (engine.generate(texts, GREEDY) for engine in (merged, beside))
+            fill_adapters(model, seed, 0.1)
+            one, other = (greedy(policy, texts) for policy in policies)
             assert ids(one) == ids(other)
-            np.testing.assert_allclose(one.logprobs, other.logprobs, atol=1e-4)
+            assert one.logps is not None and other.logps is not None
+            np.testing.assert_allclose(one.logps, other.logps, atol=1e-4)
             seen.append(ids(one))
         assert seen[0] != seen[1]
-        weights, expected = split_model(policy)[1].base, split_model(base)[1].base
+        weights, expected = split_model(model)[1].base, split_model(base)[1].base
         jax.tree.map(np.testing.assert_array_equal, weights, expected)

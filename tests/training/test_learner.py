@@ -1,7 +1,8 @@
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import jax
 import numpy as np
@@ -13,10 +14,10 @@ from gemma2_grpo.config import Config
 from gemma2_grpo.model.lora import add_lora
 from gemma2_grpo.model.tokenizer import Tokenizer
 from gemma2_grpo.runtime.checkpoint import restore_checkpoint, save_checkpoint
+from gemma2_grpo.sampling.rollout import Policy, sample
 from gemma2_grpo.task.examples import Example
 from gemma2_grpo.task.prompts import render_prompt
 from gemma2_grpo.training.learner import Learner, Stream, fold_key
-from gemma2_grpo.training.update import UpdateMetrics
 
 
 def by_length(_: Sequence[Example], texts: Sequence[str], __: Any) -> Mapping[str, np.ndarray]:
@@ -48,7 +49,7 @@ def stopping(
 
 def test_truncated_completions_are_flagged(stopping: Learner, examples: list[Example]) -> None:
     prompts = [render_prompt(example.question) for example in examples[:4]]
-    completions = stopping.generate(prompts, 4, jax.random.key(0))
+    completions = stopping.sample(prompts, 4, jax.random.key(0))
     for row, truncated in zip(completions.tokens, completions.is_truncated, strict=True):
         assert not set(row[:-1].tolist()) & set(stopping.tokenizer.stop_ids)
         assert truncated == (row[-1] not in stopping.tokenizer.stop_ids)
@@ -58,20 +59,20 @@ def test_truncated_completions_are_flagged(stopping: Learner, examples: list[Exa
 
     # One key is one outcome, and limits cut it off.
     limits = [12, 3, 0, 1] * 4
-    again = stopping.generate(prompts, 4, jax.random.key(0), limits=limits)
+    again = stopping.sample(prompts, 4, jax.random.key(0), limits=limits)
     for row, whole, limit, truncated in zip(
         again.tokens, completions.tokens, limits, again.is_truncated, strict=True
     ):
         np.testing.assert_array_equal(row, whole[:limit])
         assert truncated == (not len(row) or row[-1] not in stopping.tokenizer.stop_ids)
-    assert stopping.generate(prompts, 4, jax.random.key(0)).texts == completions.texts
+    assert stopping.sample(prompts, 4, jax.random.key(0)).texts == completions.texts
 
 
 def test_a_step_learns_from_what_it_sampled(
     make_learner: Callable[..., Learner],
     config: Config,
     examples: list[Example],
-    learn: Callable[..., list[UpdateMetrics]],
+    learn: Callable[..., list[dict[str, float]]],
     adapters: Callable[[gemma.Gemma], dict[str, np.ndarray]],
 ) -> None:
     """The update of a step is that of its completions and scores, in the order they are told."""
@@ -81,11 +82,46 @@ def test_a_step_learns_from_what_it_sampled(
     assert result.examples == [batch[0]] * 4 + [batch[1]] * 4
     prompts = [render_prompt(example.question) for example in batch]
     key = fold_key(config.run.seed, Stream.TRAIN, 3)
-    assert other.generate(prompts, 4, key).texts == result.completions.texts
+    assert other.sample(prompts, 4, key).texts == result.completions.texts
     metrics = learn(other, prompts, result.completions, result.scores["total"].reshape(2, 4))
-    np.testing.assert_allclose(metrics, result.updates, rtol=1e-6)
+    assert metrics == [pytest.approx(update, rel=1e-6) for update in result.updates]
     for name, value in adapters(learner.policy).items():
         np.testing.assert_array_equal(adapters(other.policy)[name], value)
+
+
+@pytest.mark.parametrize("num_iterations", [1, 2])
+def test_sampling_kl_tells_whether_the_rollout_is_of_the_policy(
+    make_learner: Callable[..., Learner],
+    make_policy: Callable[..., gemma.Gemma],
+    changed: Callable[..., Config],
+    config: Config,
+    examples: list[Example],
+    tokenizer: Tokenizer,
+    mesh: Mesh,
+    num_iterations: int,
+) -> None:
+    config = changed(config, num_iterations=num_iterations, learning_rate=1e-2)
+    learner = make_learner(config, make_policy(filled=3))
+    own = learner.step(0, examples[:2], by_length).updates
+    # Before any update, so the same in all iterations, whose ratios are no longer 1.
+    assert [0 <= update["sampling_kl"] < 1e-9 for update in own] == [True] * num_iterations
+    assert (own[-1]["max_ratio"] > 1.01) == (num_iterations > 1)
+
+    # An engine that has fallen behind samples from the weights of another policy.
+    stale = Policy(make_policy(filled=4), tokenizer, mesh)
+    learner.sample = partial(sample, stale, settings=config.rollout)
+    assert learner.step(1, examples[:2], by_length).updates[-1]["sampling_kl"] > 0.01
+
+
+def test_what_truncation_removes_is_part_of_sampling_kl(
+    make_learner: Callable[..., Learner],
+    make_policy: Callable[..., gemma.Gemma],
+    changed: Callable[..., Config],
+    config: Config,
+    examples: list[Example],
+) -> None:
+    learner = make_learner(changed(config, top_k=5), make_policy(filled=3))
+    assert learner.step(0, examples[:2], by_length).updates[0]["sampling_kl"] > 0.01
 
 
 @pytest.mark.slow
@@ -121,29 +157,3 @@ def test_a_run_resumes_on_several_devices(
         jax.tree.leaves(straight.state()), jax.tree.leaves(resumed.state()), strict=True
     ):
         np.testing.assert_array_equal(one, other)
-
-
-def test_tunix_own_engine_samples_from_the_policy_as_it_is(
-    make_learner: Callable[..., Learner],
-    config: Config,
-    examples: list[Example],
-    adapters: Callable[[gemma.Gemma], dict[str, np.ndarray]],
-) -> None:
-    rollout = dataclasses.replace(config.rollout, engine="vanilla")
-    learner = make_learner(dataclasses.replace(config, rollout=rollout))
-    result = learner.step(0, examples[:2], by_length)
-    assert len(result.updates) == 1
-    assert np.isfinite(result.updates[0].grad_norm)
-    for row, truncated in zip(
-        result.completions.tokens, result.completions.is_truncated, strict=True
-    ):
-        # Its sampler takes the stop token off; here it is back, except where there was none.
-        assert truncated == (len(row) == 12 and row[-1] not in learner.tokenizer.stop_ids)
-    sampler = cast(Any, learner.cluster.rollout.model())
-    trained = adapters(learner.policy)
-    for name, value in adapters(sampler).items():
-        np.testing.assert_array_equal(value, trained[name])
-    prompts = [render_prompt(example.question) for example in examples[:2]]
-    greedy = learner.generate(prompts, 1, jax.random.key(0), greedy=True)
-    again = learner.generate(prompts, 1, jax.random.key(1), greedy=True)
-    assert greedy.texts == again.texts

@@ -2,8 +2,9 @@
 
 import dataclasses
 import math
+from functools import partial
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, get_args, get_type_hints
 
 import jax
 import jax.numpy as jnp
@@ -18,7 +19,9 @@ from tunix.rl.reward_manager import SequenceRewardManager
 from gemma2_grpo.config import GrpoConfig
 from gemma2_grpo.model.logprobs import TokenLogps
 from gemma2_grpo.training.loss import (
+    OBJECTIVES,
     LossTerms,
+    combine,
     group_advantages,
     k3_divergence,
     policy_loss,
@@ -141,6 +144,10 @@ class TestTokenWeights:
             assert not got.any()
 
 
+def test_objectives_are_those_of_the_configuration() -> None:
+    assert set(OBJECTIVES) == set(get_args(get_type_hints(GrpoConfig)["loss_type"]))
+
+
 class TestDivergence:
     def test_by_hand(self) -> None:
         # Policy 0.5 and 0.2, reference 0.25 and 0.4: r = 0.5 and 2; r - 1 - ln r.
@@ -193,11 +200,11 @@ class TestDivergence:
 _compiled = jax.jit(policy_loss, static_argnames="config")
 
 
-def loss(config: GrpoConfig, owners: np.ndarray | None = None, **values: Any) -> LossTerms:
+def loss(config: GrpoConfig, segment_ids: np.ndarray | None = None, **values: Any) -> LossTerms:
     """The loss of one batch; what is not given is that of the policy that sampled.
 
-    Each row is a completion of its own, with padding where tokens weigh nothing, unless `owners`
-    says otherwise; advantages may be given by row.
+    Each row is a completion of its own, with padding where tokens weigh nothing, unless
+    `segment_ids` says otherwise; advantages may be given by row.
     """
     logps = jnp.asarray(values.pop("logps"), jnp.float32)
     entropy = jnp.asarray(values.pop("entropy", np.zeros(logps.shape)), jnp.float32)
@@ -205,12 +212,13 @@ def loss(config: GrpoConfig, owners: np.ndarray | None = None, **values: Any) ->
         "old_logps": logps,
         "ref_logps": logps,
         "weights": jnp.ones_like(logps),
+        "rollout_logps": logps + NAN,
     } | {name: jnp.asarray(value, jnp.float32) for name, value in values.items()}
     if inputs["advantages"].ndim == 1:
         inputs["advantages"] = jnp.broadcast_to(inputs["advantages"][:, None], logps.shape)
     rows = jnp.where(inputs["weights"] > 0, jnp.arange(len(logps))[:, None], -1)
-    owners = rows if owners is None else jnp.asarray(owners)
-    return _compiled(TokenLogps(logps, entropy), **inputs, owners=owners, config=config)
+    segment_ids = rows if segment_ids is None else jnp.asarray(segment_ids)
+    return _compiled(TokenLogps(logps, entropy), **inputs, segment_ids=segment_ids, config=config)
 
 
 PLAIN = GrpoConfig(beta=0.0)
@@ -232,9 +240,8 @@ class TestPolicyLoss:
         # A < 0: the lesser of -r and -clip(r) = -1.5, -0.9, -0.8; only the last is clipped.
         objective = (0.1 * 2.4 + 0.2 * 2.2 + 0.3 * 1.0) + (0.4 * -1.5 + 0.5 * -0.9 + 0.6 * -0.8)
         assert float(terms.loss) == pytest.approx(-objective, rel=1e-6)
-        assert int(terms.clipped_sum) == 2
-        assert int(terms.token_count) == 6
-        assert float(terms.max_ratio) == pytest.approx(1.5)
+        assert [int(each) for each in terms.means["clip_fraction"]] == [2, 6]
+        assert float(terms.maxima["max_ratio"]) == pytest.approx(1.5)
 
     def test_epsilon_high_by_hand(self) -> None:
         config = dataclasses.replace(PLAIN, epsilon_high=0.4)
@@ -246,7 +253,7 @@ class TestPolicyLoss:
         )
         # Above, only 1.5 is clipped, to 1.4; below, 0.7 is clipped to 0.8 where A < 0.
         assert float(terms.loss) == pytest.approx(-(1.3 + 1.4 + 0.7) + (1.3 + 1.5 + 0.8))
-        assert int(terms.clipped_sum) == 2
+        assert int(terms.means["clip_fraction"][0]) == 2
 
     def test_gradient_by_hand(self) -> None:
         """The gradient of a token is -weight x ratio x advantage, or 0 where it is clipped."""
@@ -318,10 +325,40 @@ class TestPolicyLoss:
             advantages=[1.0],
             weights=[[0.5, 0.5, 0.0]],
         )
-        assert int(terms.token_count) == 2
-        assert float(terms.entropy_sum) == pytest.approx(1.2)
-        assert float(terms.kl_sum) == pytest.approx(0.5, rel=1e-5)
-        assert float(terms.max_ratio) == 1
+        assert {name: int(count) for name, (_, count) in terms.means.items()} == {
+            "kl": 2,
+            "clip_fraction": 2,
+            "entropy": 2,
+            "sampling_kl": 0,
+        }
+        assert float(terms.means["entropy"][0]) == pytest.approx(1.2)
+        assert float(terms.means["kl"][0]) == pytest.approx(0.5, rel=1e-5)
+        assert float(terms.maxima["max_ratio"]) == 1
+
+    def test_sampling_kl_by_hand(self) -> None:
+        """KL(rollout || policy before its first update) of the tokens whose rollout is known."""
+        # Drawn with 0.5 and 0.2 where the policy has 0.25 and 0.4; then a token without a
+        # log-probability, and padding.
+        terms = loss(
+            PLAIN,
+            logps=np.log([[0.9, 0.8, 0.7, 0.6]]),
+            old_logps=np.log([[0.25, 0.4, 0.3, 0.3]]),
+            rollout_logps=np.log([[0.5, 0.2, NAN, 0.9]]),
+            advantages=[1.0],
+            weights=[[0.5, 0.5, 0.5, 0.0]],
+        )
+        total, count = terms.means["sampling_kl"]
+        assert float(total) == pytest.approx((0.5 - 1 + math.log(2)) + (2 - 1 - math.log(2)))
+        assert int(count) == 2
+        assert math.isfinite(float(terms.loss))
+
+    def test_micro_batches_are_combined_by_name(self) -> None:
+        one, other = (
+            LossTerms(np.float32(value), {"kl": (3 * value, 4), "none": (0.0, 0)}, {"most": value})
+            for value in (0.5, 2.0)
+        )
+        # A mean over nothing is no mean of 0.
+        assert combine([one, other]) == {"loss": 2.5, "kl": 7.5 / 8, "most": 2.0}
 
     @pytest.mark.parametrize("loss_type", ["grpo", "gspo", "token_mean", "drgrpo"])
     def test_what_shares_a_row_does_not_matter(self, loss_type: Any) -> None:
@@ -335,14 +372,14 @@ class TestPolicyLoss:
         tokens = [random.standard_normal((4, n)) * 0.4 for n in lengths]
 
         def laid(rows: list[list[int]], width: int) -> Any:
-            owners = np.full((len(rows), width), -1)
+            segment_ids = np.full((len(rows), width), -1)
             fields = np.zeros((4, len(rows), width), np.float32)
             for row, members in enumerate(rows):
                 start = 0
                 for i in members:
                     slots = slice(start, start := start + lengths[i])
-                    owners[row, slots], fields[:, row, slots] = i, tokens[i]
-            is_token = owners >= 0
+                    segment_ids[row, slots], fields[:, row, slots] = i, tokens[i]
+            is_token = segment_ids >= 0
 
             def of(logps: jax.Array) -> tuple[jax.Array, LossTerms]:
                 terms = loss(
@@ -351,19 +388,20 @@ class TestPolicyLoss:
                     old_logps=fields[1],
                     ref_logps=fields[2],
                     entropy=fields[3],
-                    advantages=np.where(is_token, advantages[owners], 0),
-                    weights=np.where(is_token, by_completion[owners], 0),
-                    owners=owners,
+                    advantages=np.where(is_token, advantages[segment_ids], 0),
+                    weights=np.where(is_token, by_completion[segment_ids], 0),
+                    segment_ids=segment_ids,
                 )
                 return terms.loss, terms
 
             (_, terms), gradient = jax.value_and_grad(of, has_aux=True)(jnp.asarray(fields[0]))
-            return terms, [np.asarray(gradient)[owners == i] for i in range(5)]
+            return terms, [np.asarray(gradient)[segment_ids == i] for i in range(5)]
 
         terms, gradients = laid([[i] for i in range(5)], 5)
         packed, packed_gradients = laid([[1, 0], [3, 2, 4]], 9)
-        np.testing.assert_allclose(packed, terms, rtol=1e-5)
-        assert int(terms.clipped_sum) > 0 and int(terms.token_count) == 3 + 5 + 4 + 1
+        jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-5), packed, terms)
+        clipped, count = map(int, terms.means["clip_fraction"])
+        assert clipped > 0 and count == 3 + 5 + 4 + 1
         for one, other in zip(gradients, packed_gradients, strict=True):
             np.testing.assert_allclose(other, one, rtol=1e-5, atol=1e-7)
         assert not gradients[2].any()
@@ -383,10 +421,11 @@ class TestPolicyLoss:
             jnp.ones((1, 2)),
             jnp.array(values["weights"]),
             jnp.zeros((1, 2), int),
+            jnp.full((1, 2), NAN),
             PLAIN,
         )
         assert float(without.loss) == float(with_reference.loss)
-        assert float(without.kl_sum) == 0 < float(with_reference.kl_sum)
+        assert float(without.means["kl"][0]) == 0 < float(with_reference.means["kl"][0])
 
     def test_what_stands_at_padding_does_not_matter(self) -> None:
         weights = [[0.5, 0.5, 0.0, 0.0]]
@@ -509,10 +548,10 @@ class TestAgainstTunix:
         assert float(value) == pytest.approx(float(stock_value), rel=1e-5, abs=1e-6)
         np.testing.assert_allclose(gradient, stock_gradient, atol=1e-6)
         assert abs(gradient).max() > 0.05
-        count = int(terms.token_count)
-        assert int(terms.clipped_sum) > 0
-        assert float(terms.clipped_sum) / count == pytest.approx(float(aux["pg_clipfrac"]))
-        assert float(terms.kl_sum) / count == pytest.approx(float(aux["kl"]), rel=1e-5)
+        clipped, count = map(int, terms.means["clip_fraction"])
+        assert clipped > 0
+        assert clipped / count == pytest.approx(float(aux["pg_clipfrac"]))
+        assert float(terms.means["kl"][0]) / count == pytest.approx(float(aux["kl"]), rel=1e-5)
 
     def test_names_of_tunix_mean_the_same(self) -> None:
         """Tunix's own Dr. GRPO takes the aggregation that the table above compares with."""

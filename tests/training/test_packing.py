@@ -12,12 +12,14 @@ from gemma2_grpo.training.packing import (
     MicroBatch,
     PromptBatch,
     Shapes,
+    assign_credit,
     choose_shapes,
     pack_rows,
     prompt_batches,
 )
 
 PAD = 0
+NAN = np.nan
 SHAPES = Shapes(prompts=2, prompt_tokens=6, rows=4, row_tokens=8, least_rows=1)
 
 
@@ -102,7 +104,24 @@ def test_a_batch_by_hand() -> None:
         [61, 62, 63, 64, 51, 0, 0, 0],
     ]
     assert micro.positions.tolist() == [[2, 3, 4, 5, 6, 2, 3, 0], [1, 2, 3, 4, 1, 0, 0, 0]]
-    assert micro.owners.tolist() == [[0, 0, 0, 0, 0, 1, 1, -1], [3, 3, 3, 3, 2, -1, -1, -1]]
+    assert micro.segment_ids.tolist() == [[0, 0, 0, 0, 0, 1, 1, -1], [3, 3, 3, 3, 2, -1, -1, -1]]
+
+
+def test_log_probabilities_and_credit_are_laid_out_as_the_tokens() -> None:
+    completions = [ints(31, 32, 33, 34, 35), ints(41, 42), ints(51), ints(61, 62, 63, 64)]
+    # A token's log-probability is its negative number; the last completion's first is not known.
+    logps = [-row.astype(np.float32) for row in completions]
+    logps[3][0] = np.nan
+    (batch,) = prompt_batches([[2, 11, 12], [2, 21]], completions, [True, True], SHAPES, PAD, logps)
+    (micro,) = batch.micro
+    expected = [[-31, -32, -33, -34, -35, -41, -42, NAN], [NAN, -62, -63, -64, -51, NAN, NAN, NAN]]
+    np.testing.assert_array_equal(micro.rollout_logps, expected)
+
+    credit = assign_credit(micro, np.array([1.0, -1, 0.5, 2]), np.array([0.1, 0.2, 0.0, 0.4]))
+    advantages = [[1, 1, 1, 1, 1, -1, -1, 0], [2, 2, 2, 2, 0.5, 0, 0, 0]]
+    weights = [[0.1, 0.1, 0.1, 0.1, 0.1, 0.2, 0.2, 0], [0.4, 0.4, 0.4, 0.4, 0, 0, 0, 0]]
+    np.testing.assert_array_equal(credit.advantages, np.float32(advantages))
+    np.testing.assert_array_equal(credit.weights, np.float32(weights))
 
 
 def read_back(
@@ -112,7 +131,9 @@ def read_back(
     found: dict[int, tuple[int, list[int]]] = {}
     for batch in batches:
         for micro in batch.micro:
-            assert {field.dtype for field in micro} == {np.dtype("int32")}
+            *fields, rollout_logps = micro
+            assert {field.dtype for field in fields} == {np.dtype("int32")}
+            assert np.isnan(rollout_logps).all()
             for row in range(len(micro.inputs)):
                 _read_row(batch, micro, row, prompts, found)
     return found
@@ -128,7 +149,7 @@ def _read_row(
     at = micro.prompts[row]
     start = batch.prompts[at, : batch.lengths[at]].tolist()
     assert (batch.prompts[at, batch.lengths[at] :] == PAD).all()
-    owners = micro.owners[row]
+    owners = micro.segment_ids[row]
     real = int((owners >= 0).sum())
     assert (owners[:real] >= 0).all(), "padding comes last"
     assert (micro.inputs[row, real:] == PAD).all() and (micro.targets[row, real:] == PAD).all()
@@ -198,7 +219,7 @@ def test_rows_that_stand_for_nobody_have_no_owner() -> None:
     completions = [np.full(8, i + 1, np.int32) for i in range(3)]
     (batch,) = prompt_batches([[2, 3]], completions, [True], shapes, PAD)
     (micro,) = batch.micro
-    assert micro.owners.tolist() == [[0] * 8, [1] * 8, [2] * 8, [-1] * 8]
+    assert micro.segment_ids.tolist() == [[0] * 8, [1] * 8, [2] * 8, [-1] * 8]
     assert micro.prompts.tolist() == [0, 0, 0, 0]
 
 

@@ -20,7 +20,7 @@ from gemma2_grpo.task.answers import extract_number, printable
 from gemma2_grpo.task.prompts import parse_completion, render_prompt
 
 if TYPE_CHECKING:
-    from gemma2_grpo.sampling.sampler import Sampler
+    from gemma2_grpo.sampling.rollout import Sample
 
 _QUESTION = "question> "
 
@@ -112,15 +112,13 @@ def _questions(console: Console) -> Iterator[str]:
         yield line.strip()
 
 
-def _answer(sampler: "Sampler", question: str, samples: int, seed: int, console: Console) -> None:
+def _answer(sample: "Sample", question: str, samples: int, seed: int, console: Console) -> None:
     """Streams one completion; of several, the first, and then how all of them voted."""
     import jax
 
     prompts, key = [render_prompt(question)], jax.random.key(seed)
     with _Stream(console) as stream:
-        completions = sampler.generate(
-            prompts, samples, key, greedy=samples == 1, on_text=stream.show
-        )
+        completions = sample(prompts, samples, key, greedy=samples == 1, on_text=stream.show)
         stream.show(completions.texts[0])
     if completions.is_truncated[0]:
         console.print("cut off at max_completion_tokens", style="yellow")

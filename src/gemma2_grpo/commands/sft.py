@@ -23,8 +23,8 @@ from gemma2_grpo.runtime.program_cache import counting_programs, use_program_cac
 from gemma2_grpo.task.examples import PROCEDURAL, batch_indices, load_splits
 from gemma2_grpo.task.procedural import bare_equations, generate, sloppy
 from gemma2_grpo.task.prompts import render_prompt
+from gemma2_grpo.training.optimizer import make_optimizer
 from gemma2_grpo.training.supervised import Row, train_supervised
-from gemma2_grpo.training.update import make_optimizer
 
 # Of the weights it writes.
 _STORED = "bfloat16"

@@ -18,7 +18,7 @@ from tunix.models.gemma import model as gemma
 from gemma2_grpo.config import Config
 from gemma2_grpo.model.lora import max_adapter_parameters, samples_merged, updates_merged
 from gemma2_grpo.runtime.chips import Target
-from gemma2_grpo.sampling.decode import cache_sizes
+from gemma2_grpo.sampling.decoding_batch import cache_lengths
 
 _FLOAT32 = 4
 # What a whole step reaches of a chip's peak, on which the estimate of time rests. Assumed.
@@ -247,7 +247,7 @@ def estimate_memory(
     adapters = a.num_layers * config.model.lora_rank * sides
     prompts = rollout.prompts_per_step * rollout.max_prompt_tokens
     token_bytes = sizes.cache_bytes_per_token / (fsdp * tp)
-    slots = cache_sizes(rollout.max_completion_tokens)
+    slots = cache_lengths(rollout.max_completion_tokens)
     caches = [(rows * size + prompts) * token_bytes for size in slots]
     of_programs = {"prefill": caches[0], "decode": caches[-1]}
     if len(caches) > 1:

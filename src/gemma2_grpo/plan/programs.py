@@ -19,18 +19,17 @@ from gemma2_grpo.model.gemma import Weights, network_of, weights_of
 from gemma2_grpo.model.load import plain_model, plain_network
 from gemma2_grpo.model.lora import add_lora, merge_adapters, samples_merged, updates_merged
 from gemma2_grpo.model.mesh import batch_sharding
-from gemma2_grpo.sampling.decode import (
-    Grid,
-    cache_sizes,
-    fill_grid,
+from gemma2_grpo.sampling.decode import decode_until, prefill
+from gemma2_grpo.sampling.decoding_batch import (
+    DecodingBatch,
+    cache_lengths,
     least_rows,
-    regrid,
-    start_grid,
+    resize,
 )
 from gemma2_grpo.sampling.draw import Sampling
-from gemma2_grpo.training.packing import MicroBatch, choose_shapes
-from gemma2_grpo.training.programs import Credit, UpdatePrograms
-from gemma2_grpo.training.update import make_optimizer
+from gemma2_grpo.training.optimizer import make_optimizer
+from gemma2_grpo.training.packing import Credit, MicroBatch, choose_shapes
+from gemma2_grpo.training.programs import UpdatePrograms
 
 Lower = Callable[[], jax.stages.Lowered]
 
@@ -99,31 +98,31 @@ class Programs:
             self._whole(()),
         )
 
-        def grid(slots: int) -> Grid:
-            start = partial(start_grid, network, slots=slots, mesh=mesh)
+        def batch(length: int) -> DecodingBatch:
+            start = partial(prefill, network, length=length, mesh=mesh)
             shapes = jax.eval_shape(start, weights, *inputs)
             return shapes._replace(
                 prefix=self._heads(shapes.prefix, "fsdp"), own=self._heads(shapes.own, "fsdp")
             )
 
-        sizes = cache_sizes(limit)
+        lengths = cache_lengths(limit)
         programs: dict[str, Lower] = {
-            "prefill": lambda: start_grid.lower(
-                network, weights, *inputs, slots=sizes[0], mesh=mesh
+            "prefill": lambda: prefill.lower(
+                network, weights, *inputs, length=lengths[0], mesh=mesh
             ),
-            "decode": lambda: fill_grid.lower(
-                *(network, weights, grid(sizes[-1]), self._whole(())),
+            "decode": lambda: decode_until.lower(
+                *(network, weights, batch(lengths[-1]), self._whole(())),
                 sampling=sampling,
                 least=least_rows(rows),
                 mesh=mesh,
             ),
         }
-        if len(sizes) > 1:
-            programs["grow cache"] = lambda: regrid.lower(
-                grid(sizes[-2]),
+        if len(lengths) > 1:
+            programs["grow cache"] = lambda: resize.lower(
+                batch(lengths[-2]),
                 self._whole((rows,)),
                 shape=(prompts, config.num_generations),
-                slots=sizes[-1],
+                length=lengths[-1],
                 mesh=mesh,
             )
         return programs
@@ -146,9 +145,9 @@ class Programs:
         prefix = self._heads(jax.eval_shape(programs.reference_prefix, reference, prompts), None)
         size = (shapes.rows, shapes.row_tokens)
         tokens = self._rows(size)
-        micro = MicroBatch(tokens, tokens, tokens, tokens, self._rows(size[:1]))
-        credit = Credit(self._rows(size, jnp.float32), self._rows(size, jnp.float32))
         lengths, ref = self._rows((shapes.prompts,)), self._rows(size, jnp.float32)
+        micro = MicroBatch(tokens, tokens, tokens, tokens, self._rows(size[:1]), ref)
+        credit = Credit(ref, ref)
         state = nnx.split(self.optimizer)[1]
         found: dict[str, Lower] = {}
         if config.grpo.beta:

@@ -73,6 +73,7 @@ class Chart:
 
 _METRICS = (
     Chart("kl", "KL to the reference model", "nats per token", limit=KL.warning),
+    Chart("sampling_kl", "KL of the rollout to the policy", "nats per token"),
     Chart("entropy", "Entropy of the policy", "nats per token"),
     Chart("clip_fraction", "Clip fraction", "% of tokens", limit=CLIP_FRACTION.warning),
     Chart("completion_tokens", "Length", "tokens per completion"),

@@ -8,8 +8,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from gemma2_grpo.runtime.processes import gather_rows, has_turn
-from gemma2_grpo.sampling.rollout import Completions
-from gemma2_grpo.sampling.sampler import Sampler
+from gemma2_grpo.sampling.rollout import Completions, Sample
 from gemma2_grpo.task.examples import Example
 from gemma2_grpo.task.prompts import render_prompt
 from gemma2_grpo.task.statistics import pass_at_k, wilson_interval
@@ -153,7 +152,9 @@ def _complete(
         kept = min(size, len(examples) - start)
         if has_turn(index):
             seed = learner.config.run.seed
-            completions = complete_batch(learner, examples, index, size, group, seed, greedy=greedy)
+            completions = complete_batch(
+                learner.sample, examples, index, size, group, seed, greedy=greedy
+            )
             rows += range(start * group, (start + kept) * group)
             texts += completions.texts
             tokens += completions.lengths.tolist()
@@ -174,7 +175,7 @@ def _complete(
 
 
 def complete_batch(
-    model: Learner | Sampler,
+    sample: Sample,
     examples: Sequence[Example],
     index: int,
     size: int,
@@ -186,7 +187,7 @@ def complete_batch(
     """Completes one batch of examples, the same whichever batches came before.
 
     Args:
-        model: What completes prompts.
+        sample: Completes prompts.
         examples: Of all batches.
         index: Of the batch.
         size: Prompts of a batch; the last one may have fewer examples.
@@ -201,8 +202,7 @@ def complete_batch(
     prompts = [render_prompt(example.question) for example in batch]
     # Greedy decoding draws nothing; sampling draws from a stream that training never sees.
     key = fold_key(seed, Stream.EVAL, group, index)
-    done = model.generate(prompts, group, key, greedy=greedy)
-    return Completions(done.texts[:kept], done.tokens[:kept], done.is_truncated[:kept])
+    return sample(prompts, group, key, greedy=greedy).first(kept)
 
 
 def _batch_prompts(learner: Learner, group: int) -> int:

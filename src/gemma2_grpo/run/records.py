@@ -9,6 +9,14 @@ from gemma2_grpo.task.rewards import COMPONENTS, RISING
 from gemma2_grpo.training.learner import StepResult
 
 _AVERAGED = (*COMPONENTS, "custom", "correct", "official_correct")
+_NO_UPDATE = {
+    "kl": 0.0,
+    "loss": 0.0,
+    "entropy": 0.0,
+    "clip_fraction": 0.0,
+    "max_ratio": 1.0,
+    "grad_norm": 0.0,
+}
 _WINDOW = 5
 _NOTABLE_RISE = 0.05
 
@@ -17,7 +25,6 @@ def step_record(step: int, result: StepResult) -> dict[str, Any]:
     """One line of metrics.jsonl; `step` counts finished steps, from 1."""
     scores, completions = result.scores, result.completions
     lengths, total = completions.lengths, scores["total"]
-    last = result.updates[-1] if result.updates else None
     rollout_tokens = int(lengths.sum())
     return {
         "step": step + 1,
@@ -29,20 +36,26 @@ def step_record(step: int, result: StepResult) -> dict[str, Any]:
         "truncated": float(completions.is_truncated.mean()),
         "uniform_groups": float(result.advantages.is_uniform.mean()),
         "unscored": int((~result.advantages.is_scored).sum()),
-        "kl": last.kl if last else 0.0,
-        "loss": last.loss if last else 0.0,
-        "entropy": result.updates[0].entropy if last else 0.0,
-        "clip_fraction": last.clip_fraction if last else 0.0,
-        "max_ratio": last.max_ratio if last else 1.0,
-        "grad_norm": result.updates[0].grad_norm if last else 0.0,
+        **_update_metrics(result.updates),
         "updates": len(result.updates),
-        "updates_left_out": sum(not update.is_finite for update in result.updates),
+        "updates_left_out": sum(not np.isfinite(each["grad_norm"]) for each in result.updates),
         "learning_rate": result.learning_rate,
         "rollout_seconds": result.rollout_seconds,
         "reward_seconds": result.reward_seconds,
         "update_seconds": result.update_seconds,
         "tokens_per_second": rollout_tokens / max(result.rollout_seconds, 1e-9),
     }
+
+
+def _update_metrics(updates: Sequence[Mapping[str, float]]) -> Mapping[str, float]:
+    """Metrics after the last update of a step, but entropy and gradient as before the first.
+
+    All that `training.loss.policy_loss` names, so `sampling_kl` too if the engine gives the
+    log-probabilities of what it sampled.
+    """
+    if not updates:
+        return _NO_UPDATE
+    return {**updates[-1], **{name: updates[0][name] for name in ("entropy", "grad_norm")}}
 
 
 def find_rises(records: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:

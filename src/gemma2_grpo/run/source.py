@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -17,7 +18,7 @@ if TYPE_CHECKING:  # A source is found without JAX.
     from tunix.models.gemma import model as gemma
 
     from gemma2_grpo.model.tokenizer import Tokenizer
-    from gemma2_grpo.sampling.sampler import Sampler
+    from gemma2_grpo.sampling.rollout import Sample
 
 EMBEDDED = "embedded"
 ADAPTER = "adapter"
@@ -157,19 +158,15 @@ class Opened:
     directory: Path
     """Of the base's files."""
 
-    def sampler(self, *, adapted: bool) -> "Sampler":
-        """What completes prompts, with the adapters or with the base alone."""
-        from gemma2_grpo.sampling.sampler import Sampler
+    def sampler(self, *, adapted: bool) -> "Sample":
+        """`sample` with the adapters, or with the base alone, and the settings of the source."""
+        from gemma2_grpo.sampling.rollout import Policy, sample
 
         model = self.policy if adapted and self.policy is not None else self.base
         merge = self.config.model.dtype == "float32" and model is self.policy
-        return Sampler(
-            model,
-            self.tokenizer,
-            self.mesh,
-            self.config.rollout,
-            merged_scale=self.config.model.lora_scale if merge else None,
-        )
+        scale = self.config.model.lora_scale if merge else None
+        policy = Policy(model, self.tokenizer, self.mesh, merged_scale=scale)
+        return partial(sample, policy, settings=self.config.rollout)
 
 
 def open_source(source: Source) -> Opened:

@@ -4,13 +4,15 @@ from dataclasses import dataclass
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Float, Int, Key
 
+# Probabilities are summed in blocks of this many tokens, and then within one block.
 _BLOCK = 128
 
 
 @dataclass(frozen=True)
 class Sampling:
-    """How a token is drawn. A temperature of 0 takes the likeliest."""
+    """How a token is drawn. A temperature of 0 takes the most likely one."""
 
     temperature: float
     top_p: float
@@ -20,46 +22,42 @@ class Sampling:
 
 
 def draw_tokens(
-    keys: jax.Array, logits: jax.Array, sampling: Sampling
-) -> tuple[jax.Array, jax.Array]:
-    """Draws a token per row and gives its log-probability under the drawing distribution.
+    keys: Key[Array, " R"], logits: Float[Array, "R V"], sampling: Sampling
+) -> tuple[Int[Array, " R"], Float[Array, " R"]]:
+    """Draws a token per row, with its log-probability under the drawing distribution.
 
-    Args:
-        keys: One key per row [R].
-        logits: Float32 logits [R, V].
-        sampling: Temperature and truncation.
-
-    Returns:
-        Token ids [R] and log-probabilities [R].
+    That includes temperature, top-k and top-p, and is in float32.
     """
     if sampling.temperature > 0:
         logits = truncate(logits / sampling.temperature, sampling)
+    # Less the highest logit, no exponential overflows, and their sum is at least 1.
     top = logits.max(axis=-1, keepdims=True)
-    masses = jnp.exp(logits - top)
+    weights = jnp.exp(logits - top)
     if sampling.temperature > 0:
-        tokens = pick(jax.vmap(jax.random.uniform)(keys), masses)
+        tokens = pick(jax.vmap(jax.random.uniform)(keys), weights)
     else:
         tokens = jnp.argmax(logits, axis=-1)
+    # The log-softmax of the drawn token alone: that of all V is never written to memory.
     chosen = jnp.take_along_axis(logits, tokens[:, None], axis=-1)
-    logps = chosen - top - jnp.log(masses.sum(axis=-1, keepdims=True))
+    logps = chosen - top - jnp.log(weights.sum(axis=-1, keepdims=True))
     return tokens.astype(jnp.int32), logps[:, 0]
 
 
-def pick(uniforms: jax.Array, masses: jax.Array) -> jax.Array:
+def pick(uniforms: Float[Array, " R"], weights: Float[Array, "R V"]) -> Int[Array, " R"]:
     """Inverts the cumulative distribution of each row, first by blocks and then within one.
 
-    One random number a row, where adding noise to the logits takes one for each of V tokens; on
+    One random number per row, where adding noise to the logits takes one for each of V tokens; on
     a CPU that noise costs more than the output head.
 
     Args:
-        uniforms: In [0, 1), [R].
-        masses: Unnormalised probabilities [R, V], not all zero.
+        uniforms: In [0, 1).
+        weights: Unnormalised probabilities, not all zero.
 
     Returns:
-        Indices [R], never of a mass of zero. They never fall as the uniform rises.
+        Indices, never of a weight of zero. They never fall as the uniform rises.
     """
-    rows, size = masses.shape
-    blocks = jnp.pad(masses, [(0, 0), (0, -size % _BLOCK)]).reshape(rows, -1, _BLOCK)
+    rows, size = weights.shape
+    blocks = jnp.pad(weights, [(0, 0), (0, -size % _BLOCK)]).reshape(rows, -1, _BLOCK)
     sums = blocks.sum(axis=-1)
     cumulated = jnp.cumsum(sums, axis=-1)
     target = uniforms[:, None] * cumulated[:, -1:]
@@ -70,30 +68,24 @@ def pick(uniforms: jax.Array, masses: jax.Array) -> jax.Array:
     return (block * _BLOCK + index)[:, 0]
 
 
-def _first_above(cumulated: jax.Array, masses: jax.Array, target: jax.Array) -> jax.Array:
-    """First index with a mass whose cumulated sum exceeds the target, or the last with a mass.
+def _first_above(
+    cumulated: Float[Array, "R N"], weights: Float[Array, "R N"], target: Float[Array, "R 1"]
+) -> Int[Array, "R 1"]:
+    """First index with a weight whose cumulated sum exceeds the target, else the last with one.
 
     Parallel sums in float32 are not monotone: where nothing is added, the sum may still rise by a
-    rounding error. So an index without mass is excluded as such, not by its sum.
-
-    Args:
-        cumulated: Sums up to and with each index [R, N].
-        masses: What each index adds [R, N].
-        target: [R, 1].
-
-    Returns:
-        Indices [R, 1].
+    rounding error. So an index without weight is excluded as such, not by its sum.
     """
-    indices = jnp.arange(masses.shape[-1])
-    has_mass = masses > 0
-    is_above = has_mass & (cumulated > target)
-    first = jnp.where(is_above, indices, masses.shape[-1]).min(axis=-1, keepdims=True)
-    last = jnp.where(has_mass, indices, 0).max(axis=-1, keepdims=True)
+    indices = jnp.arange(weights.shape[-1])
+    has_weight = weights > 0
+    is_above = has_weight & (cumulated > target)
+    first = jnp.where(is_above, indices, weights.shape[-1]).min(axis=-1, keepdims=True)
+    last = jnp.where(has_weight, indices, 0).max(axis=-1, keepdims=True)
     return jnp.minimum(first, last)
 
 
-def truncate(logits: jax.Array, sampling: Sampling) -> jax.Array:
-    """Sets what top-k and top-p exclude to minus infinity, [R, V]."""
+def truncate(logits: Float[Array, "R V"], sampling: Sampling) -> Float[Array, "R V"]:
+    """Sets the logits of tokens that top-k and top-p exclude to minus infinity."""
     if sampling.top_k:
         kth = jax.lax.top_k(logits, min(sampling.top_k, logits.shape[-1]))[0][:, -1:]
         logits = jnp.where(logits < kth, -jnp.inf, logits)

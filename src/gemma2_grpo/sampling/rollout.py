@@ -1,207 +1,161 @@
-"""Tunix's rollout engines: ours, and what Tunix's own need."""
+"""Completing prompts: one `sample` for training, measuring, `evaluate` and `ask`."""
 
-import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from itertools import groupby
-from typing import Any
 
 import jax
 import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
+from jaxtyping import Array, Bool, Float, Int, Key
 from tunix.models.gemma import model as gemma
-from tunix.rl.rollout import base_rollout
 
-from gemma2_grpo.config import Config
-from gemma2_grpo.model.find import find_model
+from gemma2_grpo.config import RolloutConfig
 from gemma2_grpo.model.gemma import Weights, network_of, weights_of
 from gemma2_grpo.model.load import plain_network
 from gemma2_grpo.model.lora import merge_adapters
 from gemma2_grpo.model.mesh import batch_sharding
-from gemma2_grpo.model.tokenizer import LEAST_TOKENS, bucket, pad_right
-from gemma2_grpo.sampling.decode import OnTokens, complete
+from gemma2_grpo.model.tokenizer import LEAST_TOKENS, Tokenizer, bucket, pad_right
+from gemma2_grpo.sampling.decode import complete
 from gemma2_grpo.sampling.draw import Sampling
 
 
 @dataclass(frozen=True)
 class Completions:
-    """N completions in the order of their prompts, groups together."""
+    """N completions in the order of their prompts, those of a group next to each other."""
 
     texts: list[str]
-    tokens: list[np.ndarray]
+    tokens: list[Int[np.ndarray, " T"]]
     """Token ids, with the stop token where one was drawn."""
-    is_truncated: np.ndarray
-    """True where the token limit came before a stop token, [N]."""
+    is_truncated: Bool[np.ndarray, " N"]
+    """True where the token limit came before a stop token."""
+    logps: list[Float[np.ndarray, " T"]] | None = None
+    """Float32 log-probability of each token under the distribution it was drawn from, temperature
+    included; NaN where the engine gives none, None where it gives none at all."""
 
     @property
-    def lengths(self) -> np.ndarray:
-        """Tokens of each completion, [N]."""
+    def lengths(self) -> Int[np.ndarray, " N"]:
+        """Tokens of each completion."""
         return np.array([len(row) for row in self.tokens])
 
-
-@dataclass
-class GroupRolloutConfig(base_rollout.RolloutConfig):
-    """Tunix's settings of a call, and what only this engine knows."""
-
-    limits: Sequence[int] | None = None
-    """The most tokens of each completion; by default `max_tokens_to_generate` for all."""
-    first_row: int = 0
-    """Number of the first completion where these are part of a larger batch."""
-    on_tokens: OnTokens | None = None
-    """Takes the tokens so far, every few tokens."""
+    def first(self, count: int) -> "Completions":
+        """The first `count` completions."""
+        logps = None if self.logps is None else self.logps[:count]
+        return Completions(
+            self.texts[:count], self.tokens[:count], self.is_truncated[:count], logps
+        )
 
 
-class GroupRollout(base_rollout.BaseRollout):
-    """Tunix rollout engine for groups of completions.
+def is_truncated(
+    tokens: Sequence[Int[np.ndarray, " T"]], stop_ids: Sequence[int]
+) -> Bool[np.ndarray, " N"]:
+    """Which completions do not end with a stop token."""
+    return np.array([not len(row) or row[-1] not in stop_ids for row in tokens])
 
-    Unlike Tunix's own, it computes the prompt once per group, draws every completion from a key
-    of its own, keeps the stop token (it has to be trained on), gives the same result however
-    prompts were padded, and spends nothing on completions that have ended.
-    """
+
+Sample = Callable[..., Completions]
+"""Completes prompts: `sample` with its policy and settings, or one of Tunix's engines.
+
+Both are called with prompts, group, key, and by name `greedy` and `first_row`."""
+
+
+class Policy:
+    """A model to sample from. Programs are compiled per policy, so make one and keep it."""
 
     def __init__(
         self,
-        rollout_actor: gemma.Gemma,
-        tokenizer: Any,
+        model: gemma.Gemma,
+        tokenizer: Tokenizer,
         mesh: Mesh,
-        rollout_config: base_rollout.RolloutConfig,
         *,
         merged_scale: float | None = None,
     ) -> None:
-        """Takes what `RLCluster` hands to a rollout engine.
+        """Takes a model, with or without adapters, on its mesh.
 
         Args:
-            rollout_actor: The policy.
-            tokenizer: Encodes prompts and decodes completions.
-            mesh: Mesh of the policy.
-            rollout_config: It is given again at each call, where it may differ.
-            merged_scale: Scale of the adapters, to add them into the weights before sampling;
-                None to run them beside the weights.
+            model: The model; later changes of its weights are seen.
+            tokenizer: Tokenizer of the model.
+            mesh: Mesh of the model.
+            merged_scale: Scale of the adapters, to add them into a copy of the weights before
+                sampling; None to apply them separately.
         """
-        del rollout_config
-        self._model = rollout_actor
-        self._tokenizer = tokenizer
-        self._mesh = mesh
-        self._merged_scale = merged_scale
-        self._network = (
-            network_of(rollout_actor, is_sampling=True)
-            if merged_scale is None
-            else plain_network(rollout_actor.config, mesh, is_sampling=True)
-        )
+        self.tokenizer, self.mesh = tokenizer, mesh
+        self._model, self._merged_scale = model, merged_scale
+        if merged_scale is None:
+            self.network = network_of(model, is_sampling=True)
+        else:
+            self.network = plain_network(model.config, mesh, is_sampling=True)
 
-    def generate(
-        self,
-        prompts: list[str],
-        rollout_config: base_rollout.RolloutConfig,
-        **_: Any,
-    ) -> base_rollout.RolloutOutput:
-        """Samples one completion per entry; equal neighbours form a group and share a prefill.
-
-        Args:
-            prompts: Rendered prompts, each repeated once per completion that is wanted.
-            rollout_config: Sampling settings. `seed` is the key of this very call and
-                `max_prompt_length` the longest prompt there may be.
-
-        Returns:
-            Texts, token ids with their stop token, and float32 log-probabilities under the
-            distribution that was sampled from (temperature and truncation included).
-        """
-        # The largest group that every run of equal prompts is made of.
-        group = math.gcd(*(len(list(copies)) for _, copies in groupby(prompts)))
-        ids = [self._tokenizer.encode(prompt) for prompt in prompts[::group]]
-        lengths = np.array([len(row) for row in ids], np.int32)
-        longest = rollout_config.max_prompt_length
-        width = bucket(min(int(lengths.max()), longest), LEAST_TOKENS, longest)
-        limit = rollout_config.max_tokens_to_generate
-        limits = getattr(rollout_config, "limits", None)
-        sampling = Sampling(
-            temperature=rollout_config.temperature,
-            top_p=1.0 if rollout_config.top_p is None else rollout_config.top_p,
-            top_k=rollout_config.top_k or 0,
-            stop_ids=tuple(rollout_config.eos_tokens or (self.eos_id(),)),
-            pad_id=self.pad_id(),
-        )
-        sharding = batch_sharding(self._mesh, len(ids))
-        done = complete(
-            self._network,
-            self._weights(),
-            jax.device_put(pad_right(ids, width, self.pad_id()), sharding),
-            jax.device_put(lengths, sharding),
-            np.array([limit] * len(prompts) if limits is None else limits, np.int32),
-            jax.random.key(0) if rollout_config.seed is None else rollout_config.seed,
-            max_tokens=limit,
-            sampling=sampling,
-            mesh=self._mesh,
-            first_row=getattr(rollout_config, "first_row", 0),
-            on_tokens=getattr(rollout_config, "on_tokens", None),
-        )
-        tokens = [row[:end] for row, end in zip(done.tokens, done.lengths, strict=True)]
-        return base_rollout.RolloutOutput(
-            text=[self._tokenizer.decode(row) for row in tokens],
-            logits=[],
-            tokens=tokens,
-            left_padded_prompt_tokens=np.repeat(
-                _pad_left(ids, longest, self.pad_id()), group, axis=0
-            ),
-            logprobs=[row[:end] for row, end in zip(done.logps, done.lengths, strict=True)],
-        )
-
-    def _weights(self) -> Weights:
-        """The policy's weights as its network takes them."""
+    def weights(self) -> Weights:
+        """The weights of the model as they are now."""
         weights = weights_of(self._model)
         if self._merged_scale is None:
             return weights
         return Weights(nnx.State({}), merge_adapters(weights, self._merged_scale))
 
-    def get_per_token_logps(
-        self, prompt_tokens: jax.Array, completion_tokens: jax.Array
-    ) -> jax.Array:
-        """Not part of this engine: the update computes old log-probabilities itself."""
-        raise NotImplementedError("the first update iteration gives the old log-probabilities")
 
-    def update_params(self, params: Any, filter_types: tuple[Any, ...] | None = None) -> None:
-        """Takes new weights; with a shared model there is nothing to do."""
-        del filter_types
-        nnx.update(self._model, params)
+def sample(
+    policy: Policy,
+    prompts: Sequence[str],
+    group: int,
+    key: Key[Array, ""],
+    settings: RolloutConfig,
+    *,
+    greedy: bool = False,
+    limits: Sequence[int] | None = None,
+    first_row: int = 0,
+    on_text: Callable[[str], None] | None = None,
+) -> Completions:
+    """Completes each prompt `group` times, with randomness from `key` alone.
 
-    def pad_id(self) -> int:
-        """Id of the padding token."""
-        return self._tokenizer.pad_id()
+    Unlike Tunix's engines, it runs a prompt once per group, draws every completion with a key of
+    its own, keeps the stop token (ending a turn has to be learned), gives the same result however
+    prompts are padded, and spends little on completions that have ended.
 
-    def eos_id(self) -> int:
-        """Id of the token that ends a turn."""
-        return self._tokenizer.eos_id()
+    Args:
+        policy: The model.
+        prompts: Rendered prompts of at most `settings.max_prompt_tokens`.
+        group: Completions of each.
+        key: Key of this call.
+        settings: Limits, temperature, top-p and top-k.
+        greedy: Take the most likely token each time.
+        limits: Most tokens of each completion, if they differ.
+        first_row: Number of the first completion in a batch of which these are a part; with the
+            key, it decides the randomness.
+        on_text: Called with the text of the first completion so far, every few tokens.
 
-    def model(self) -> gemma.Gemma:
-        """The policy that samples."""
-        return self._model
+    Raises:
+        ValueError: if a prompt is too long.
+    """
+    tokenizer, mesh = policy.tokenizer, policy.mesh
+    ids = [tokenizer.encode(prompt) for prompt in prompts]
+    lengths = np.array([len(row) for row in ids], np.int32)
+    longest, most = settings.max_prompt_tokens, settings.max_completion_tokens
+    width = bucket(min(int(lengths.max()), longest), LEAST_TOKENS, longest)
+    sharding = batch_sharding(mesh, len(ids))
+    truncation = (0.0, 1.0, 0) if greedy else (settings.temperature, settings.top_p, settings.top_k)
+    done = complete(
+        policy.network,
+        policy.weights(),
+        jax.device_put(pad_right(ids, width, tokenizer.pad), sharding),
+        jax.device_put(lengths, sharding),
+        np.array([most] * group * len(ids) if limits is None else limits, np.int32),
+        key,
+        max_tokens=most,
+        sampling=Sampling(*truncation, stop_ids=tokenizer.stop_ids, pad_id=tokenizer.pad),
+        mesh=mesh,
+        first_row=first_row,
+        on_tokens=(lambda rows: on_text(_whole_text(tokenizer, rows[0]))) if on_text else None,
+    )
+    tokens = [row[:end] for row, end in zip(done.tokens, done.lengths, strict=True)]
+    return Completions(
+        [tokenizer.decode(row) for row in tokens],
+        tokens,
+        is_truncated(tokens, tokenizer.stop_ids),
+        [row[:end] for row, end in zip(done.logps, done.lengths, strict=True)],
+    )
 
 
-def engine_settings(config: Config) -> dict[str, Any]:
-    """What vLLM and SGLang-JAX need to know besides, under Tunix's names."""
-    model, engine = config.model, config.rollout.engine
-    if engine == "vllm":
-        return {
-            "rollout_vllm_model_version": str(find_model(model.model)),
-            "rollout_vllm_init_with_random_weights": False,
-            "rollout_vllm_lora_config": {"rank": model.lora_rank, "alpha": model.lora_alpha},
-        }
-    if engine == "sglang_jax":
-        return {
-            "rollout_sglang_jax_model_version": str(find_model(model.model)),
-            "rollout_sglang_jax_init_with_random_weights": False,
-            "rollout_sglang_jax_enable_static_lora": True,
-            "rollout_sglang_jax_lora_target_modules": ["all"],
-            "rollout_sglang_jax_max_lora_rank": model.lora_rank,
-            "rollout_sglang_jax_lora_scaling": model.lora_scale,
-        }
-    return {}
-
-
-def _pad_left(rows: list[list[int]], width: int, pad_id: int) -> np.ndarray:
-    """Left-pads token ids to [B, width], which is how Tunix wants its prompts back."""
-    padded = np.full((len(rows), width), pad_id, np.int32)
-    for i, row in enumerate(rows):
-        padded[i, width - len(row) :] = row
-    return padded
+def _whole_text(tokenizer: Tokenizer, row: Int[np.ndarray, " T"]) -> str:
+    """Text of tokens, of which the last may be half a character."""
+    return tokenizer.decode(row).rstrip("\ufffd")

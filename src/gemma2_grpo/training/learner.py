@@ -1,41 +1,37 @@
-"""GRPO's loop on Tunix's cluster: rollouts, rewards, advantages, updates."""
+"""GRPO: `Learner.step` samples, scores, and updates the policy; the page to read first."""
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from enum import IntEnum
 from functools import partial
-from typing import Any, cast
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jaxtyping import Bool, Float, Int
 from tunix.models.gemma import model as gemma
-from tunix.rl.rl_cluster import ClusterConfig, Mode, RLCluster, RLTrainingConfig, Role
-from tunix.rl.rollout.base_rollout import RolloutConfig as TunixRolloutConfig
 
 from gemma2_grpo.config import Config
-from gemma2_grpo.model.lora import samples_merged
+from gemma2_grpo.model.lora import adapters_of, samples_merged, set_adapters
 from gemma2_grpo.model.tokenizer import Tokenizer
 from gemma2_grpo.runtime.processes import gather, gather_rows, share
-from gemma2_grpo.sampling.rollout import (
-    Completions,
-    GroupRollout,
-    GroupRolloutConfig,
-    engine_settings,
-)
+from gemma2_grpo.sampling.rollout import Completions, Policy, Sample, sample
+from gemma2_grpo.sampling.tunix import TunixEngine
 from gemma2_grpo.task.examples import Example
 from gemma2_grpo.task.prompts import render_prompt
-from gemma2_grpo.training.loss import Advantages, group_advantages, token_weights
-from gemma2_grpo.training.packing import PromptBatch, choose_shapes, prompt_batches
-from gemma2_grpo.training.update import (
-    Credit,
-    UpdateMetrics,
-    Updater,
-    learning_rate_schedule,
-    make_optimizer,
+from gemma2_grpo.training.loss import OBJECTIVES, Advantages, group_advantages, token_weights
+from gemma2_grpo.training.optimizer import learning_rate_schedule, make_optimizer
+from gemma2_grpo.training.packing import (
+    PromptBatch,
+    assign_credit,
+    choose_shapes,
+    prompt_batches,
 )
+from gemma2_grpo.training.update import Logps, Updater
 
 
 class Stream(IntEnum):
@@ -64,18 +60,27 @@ class StepResult:
     """What one step did."""
 
     examples: list[Example]
-    """Of each completion, [B * G]."""
+    """The example of each completion, [B * G]."""
     completions: Completions
     scores: Mapping[str, np.ndarray]
     """Columns [B * G] as the reward gave them; `total` is NaN where there is no score."""
     advantages: Advantages
-    updates: list[UpdateMetrics]
-    """One per iteration; empty where the whole batch taught nothing."""
+    updates: list[dict[str, float]]
+    """Loss and metrics of each iteration by name; empty if the whole batch taught nothing."""
     learning_rate: float
-    """Of the step's first update."""
+    """Learning rate of the step's first update."""
     rollout_seconds: float
     reward_seconds: float
     update_seconds: float
+
+
+class Packed(NamedTuple):
+    """A batch of rollouts cut into micro-batches, as the updates take it."""
+
+    on_host: list[PromptBatch]
+    on_device: list[PromptBatch]
+    references: Logps | None
+    """Log-probabilities under the reference, still being computed; None without a KL penalty."""
 
 
 class Learner:
@@ -89,272 +94,195 @@ class Learner:
         tokenizer: Tokenizer,
         mesh: Mesh,
     ) -> None:
-        """Builds Tunix's cluster around models that share their base weights."""
+        """Takes models that share their base weights."""
         self.config = config
+        self.policy = policy
         self.tokenizer = tokenizer
-        self._num_updates = config.run.max_steps * config.grpo.num_iterations
-        self._schedule = learning_rate_schedule(config.optimizer, self._num_updates)
-        self.cluster = RLCluster(
-            actor=policy,
-            reference=reference,
-            tokenizer=tokenizer,
-            cluster_config=ClusterConfig(
-                role_to_mesh={Role.ACTOR: mesh, Role.REFERENCE: mesh, Role.ROLLOUT: mesh},
-                rollout_engine=self._engine(),
-                rollout_config={
-                    Mode.TRAIN: self._rollout_config(config.rollout.temperature),
-                    Mode.EVAL: self._rollout_config(0.0),
-                },
-                training_config=RLTrainingConfig(
-                    actor_optimizer=make_optimizer(config.optimizer, self._num_updates),
-                    eval_every_n_steps=self._num_updates + 1,
-                ),
-            ),
-        )
-        # Tunix keeps a second copy of all weights on the host for a sync that is never made here.
-        self.cluster._anchor_policy_state = None
-        _place_scalars(self.cluster.actor_trainer.optimizer, mesh)
-        self.updater = Updater(self.cluster.actor_trainer, reference, config, mesh)
-
-    def _engine(self) -> Any:
-        """What Tunix's cluster samples with: our engine, or the name of one of its own."""
-        if self.config.rollout.engine != "group":
-            return self.config.rollout.engine
-        scale = self.config.model.lora_scale if self.is_merged else None
-        return partial(GroupRollout, merged_scale=scale)
+        num_updates = config.run.max_steps * config.grpo.num_iterations
+        self._schedule = learning_rate_schedule(config.optimizer, num_updates)
+        transform = make_optimizer(config.optimizer, num_updates)
+        self.optimizer = nnx.Optimizer(policy, transform, wrt=nnx.LoRAParam)
+        _place_scalars(self.optimizer, mesh)
+        self.updater = Updater(policy, self.optimizer, reference, config, mesh)
+        self._tunix = None
+        if config.rollout.engine == "group":
+            scale = config.model.lora_scale if self.is_merged else None
+            own = Policy(policy, tokenizer, mesh, merged_scale=scale)
+            self.sample: Sample = partial(sample, own, settings=config.rollout)
+        else:
+            self.sample = self._tunix = TunixEngine(config, policy, tokenizer, mesh)
 
     @property
     def is_merged(self) -> bool:
         """Whether our engine adds the adapters into the weights before sampling."""
         return samples_merged(self.config)
 
-    def _rollout_config(self, temperature: float) -> TunixRolloutConfig:
-        rollout = self.config.rollout
-        return GroupRolloutConfig(
-            max_tokens_to_generate=rollout.max_completion_tokens,
-            max_prompt_length=rollout.max_prompt_tokens,
-            kv_cache_size=rollout.kv_cache_tokens
-            or rollout.max_prompt_tokens + rollout.max_completion_tokens,
-            temperature=temperature,
-            # Tunix's sampler takes the likeliest token only where it is given neither.
-            top_p=rollout.top_p if temperature else None,
-            top_k=(rollout.top_k or None) if temperature else None,
-            eos_tokens=list(self.tokenizer.stop_ids),
-            return_logprobs=True,
-            **engine_settings(self.config),
-        )
-
-    def generate(
-        self,
-        prompts: Sequence[str],
-        group: int,
-        key: jax.Array,
-        *,
-        greedy: bool = False,
-        limits: Sequence[int] | None = None,
-        first_row: int = 0,
-    ) -> Completions:
-        """Completes each prompt `group` times, with randomness from `key` alone.
-
-        Args:
-            prompts: Rendered prompts.
-            group: Completions of each.
-            key: Key of this call.
-            greedy: Take the likeliest token.
-            limits: The most tokens of each completion, where they differ.
-            first_row: Number of the first completion in a batch of which these are a part; with
-                the key, it decides the randomness.
-        """
-        mode = Mode.EVAL if greedy else Mode.TRAIN
-        settings = cast(GroupRolloutConfig, self.cluster.get_rollout_config(mode))
-        # Tunix hands an engine the same seed at every call; here each call has its own.
-        settings.seed, settings.limits, settings.first_row = key, limits, first_row
-        repeated = [prompt for prompt in prompts for _ in range(group)]
-        output = self.cluster.generate(repeated, mode=mode)
-        tokens = output.tokens
-        if self.config.rollout.engine != "group":
-            tokens = [self._with_stop(row) for row in tokens]
-        stops = self.tokenizer.stop_ids
-        truncated = np.array([not len(row) or row[-1] not in stops for row in tokens])
-        return Completions(output.text, tokens, truncated)
-
-    def _with_stop(self, row: np.ndarray) -> np.ndarray:
-        """Puts back the stop token that Tunix's engines take off, since it has to be learned."""
-        is_cut = len(row) >= self.config.rollout.max_completion_tokens
-        return row if is_cut else np.append(row, self.tokenizer.eos_id()).astype(np.int32)
-
     def step(self, step: int, batch: Sequence[Example], score: Scores) -> StepResult:
-        """One batch of rollouts and its updates, of which each process does its own part.
+        """One batch of rollouts and its mu updates.
+
+        Each process rolls out, scores and packs its own part of the batch; advantages and updates
+        are those of the whole batch, in all processes alike.
 
         Args:
             step: Number of the step from 0; with the seed, it decides all randomness.
             batch: One example per prompt, for all processes.
             score: Scores the completions.
         """
-        group, seed = self.config.rollout.num_generations, self.config.run.seed
-        started = time.perf_counter()
-        own = share(len(batch))
-        rows = slice(own.start * group, own.stop * group)
+        seconds: dict[str, float] = {}
+        group = self.config.rollout.num_generations
+        own, rows = _own_part(len(batch), group)
         prompts = [render_prompt(example.question) for example in batch[own]]
-        key = fold_key(seed, Stream.TRAIN, step)
-        completions = self.generate(prompts, group, key, first_row=rows.start)
-        sampled = time.perf_counter()
         examples = [example for example in batch for _ in range(group)]
-        # The reference runs on the device while the host scores.
-        packed, references = [], None
-        if self.config.grpo.beta:
-            packed = self.pack(prompts, completions, [True] * len(prompts))
-            references = self.updater.reference_logps(packed)
-        scores = score(examples[rows], completions.texts, completions.is_truncated)
-        everyones, scores = _from_all(completions, scores)
-        values = scores["total"]
-        if self.config.rewards.shuffle_rewards:
-            values = np.random.default_rng([seed, Stream.CONTROL, step]).permutation(values)
-        advantages = group_advantages(
-            values.reshape(len(batch), group),
-            scale_by_std=self.config.grpo.loss_type != "drgrpo",
-        )
-        if not self.config.grpo.beta:
-            packed = self.pack(prompts, completions, ~advantages.is_uniform[own])
-        scored = time.perf_counter()
-        first_update = self.updater.made
-        updates = self.update(packed, references, everyones, advantages, rows)
+        key = fold_key(self.config.run.seed, Stream.TRAIN, step)
+        with _timed(seconds, "rollout_seconds"):
+            completions = self.sample(prompts, group, key, first_row=rows.start)
+        with _timed(seconds, "reward_seconds"):
+            # With a KL penalty all groups are trained on, so they are packed before they are
+            # scored: the reference runs on the device while the host scores.
+            packed = self.pack(prompts, completions) if self.config.grpo.beta else None
+            scores = score(examples[rows], completions.texts, completions.is_truncated)
+            everyones, scores = _from_all(completions, scores)
+            advantages = self.advantages(step, scores["total"])
+            # Without one, a group whose rewards are all equal teaches nothing and is left out.
+            packed = packed or self.pack(prompts, completions, ~advantages.is_uniform[own])
+        learning_rate = np.asarray(self._schedule(self.updater.made)).item()
+        with _timed(seconds, "update_seconds"):
+            updates = self.update(packed, everyones.lengths, advantages, rows)
         return StepResult(
-            examples=examples,
-            completions=everyones,
-            scores=scores,
-            advantages=advantages,
-            updates=updates,
-            learning_rate=np.asarray(self._schedule(first_update)).item(),
-            rollout_seconds=sampled - started,
-            reward_seconds=scored - sampled,
-            update_seconds=time.perf_counter() - scored,
+            examples, everyones, scores, advantages, updates, learning_rate, **seconds
         )
 
+    def advantages(self, step: int, rewards: Float[np.ndarray, " N"]) -> Advantages:
+        """Advantages of a whole batch from its rewards, shuffled first in a control experiment."""
+        if self.config.rewards.shuffle_rewards:
+            seed = [self.config.run.seed, Stream.CONTROL, step]
+            rewards = np.random.default_rng(seed).permutation(rewards)
+        groups = rewards.reshape(-1, self.config.rollout.num_generations)
+        objective = OBJECTIVES[self.config.grpo.loss_type]
+        return group_advantages(groups, scale_by_std=objective.scale_by_std)
+
     def pack(
-        self, prompts: Sequence[str], completions: Completions, chosen: Sequence[bool] | np.ndarray
-    ) -> list[PromptBatch]:
-        """Cuts a batch into micro-batches of whole completions and puts them on the devices.
+        self,
+        prompts: Sequence[str],
+        completions: Completions,
+        chosen: Bool[np.ndarray, " B"] | None = None,
+    ) -> Packed:
+        """Cuts a batch into micro-batches on the devices, and starts the reference on them.
 
         Args:
             prompts: Rendered prompts.
             completions: A group for each.
-            chosen: Which prompts are wanted.
+            chosen: Which prompts are wanted; by default all.
         """
         ids = [self.tokenizer.encode(prompt) for prompt in prompts]
         longest_prompt, longest = max(map(len, ids)), int(completions.lengths.max())
-        shapes = choose_shapes(self.config, len(prompts), longest_prompt, longest)
-        packed = prompt_batches(ids, completions.tokens, list(chosen), shapes, self.tokenizer.pad)
-        return [self.updater.place(batch) for batch in packed]
+        batches = prompt_batches(
+            ids,
+            completions.tokens,
+            [True] * len(ids) if chosen is None else chosen.tolist(),
+            choose_shapes(self.config, len(prompts), longest_prompt, longest),
+            self.tokenizer.pad,
+            completions.logps,
+        )
+        placed = [self.updater.place(batch) for batch in batches]
+        references = self.updater.reference_logps(placed) if self.config.grpo.beta else None
+        return Packed(batches, placed, references)
 
     def update(
         self,
-        packed: Sequence[PromptBatch],
-        references: Sequence[Sequence[jax.Array]] | None,
-        completions: Completions,
+        packed: Packed,
+        lengths: Int[np.ndarray, " N"],
         advantages: Advantages,
         rows: slice = slice(None),
-    ) -> list[UpdateMetrics]:
-        """The updates of one batch; none where no completion has a score or a gradient.
+    ) -> list[dict[str, float]]:
+        """The mu updates of one batch; none where no completion has a score or a gradient.
 
         Args:
-            packed: What `pack` gave, of this process's completions.
-            references: What the updater's `reference_logps` gave for it.
-            completions: Those of all processes, over which the loss is a mean.
-            advantages: Likewise of all.
-            rows: Which of them are this process's.
+            packed: The completions of this process.
+            lengths: Tokens of each completion of all processes, over which the loss is a mean.
+            advantages: Advantages of all processes.
+            rows: Which of the completions are this process's.
         """
         is_scored = advantages.is_scored.ravel()
-        if not is_scored.any() or not any(gather(len(packed))):
+        if not is_scored.any() or not any(gather(len(packed.on_host))):
             return []
-        weights = token_weights(
-            completions.lengths,
-            is_scored,
-            self.config.grpo.loss_type,
-            self.config.rollout.max_completion_tokens,
-        )
-        values, weights = advantages.values.ravel()[rows], weights[rows]
-
-        def credit(owners: np.ndarray) -> Credit:
-            is_token = owners >= 0
-            return Credit(
-                np.where(is_token, values[owners], 0.0).astype(np.float32),
-                np.where(is_token, weights[owners], 0.0).astype(np.float32),
-            )
-
-        credited = [
-            self.updater.place([credit(np.asarray(micro.owners)) for micro in batch.micro])
-            for batch in packed
+        grpo, limit = self.config.grpo, self.config.rollout.max_completion_tokens
+        weights = token_weights(lengths, is_scored, grpo.loss_type, limit)[rows]
+        values = advantages.values.ravel()[rows]
+        # From the micro-batches on the host, so that nothing is fetched back from the devices.
+        credit = [
+            [assign_credit(micro, values, weights) for micro in batch.micro]
+            for batch in packed.on_host
         ]
-        metrics = self.updater.update(packed, credited, references)
-        self._tell_engine()
+        metrics = self.updater.update(
+            packed.on_device, self.updater.place(credit), packed.references
+        )
+        self._update_engine()
         return metrics
 
-    def _tell_engine(self) -> None:
-        """Gives the adapters to an engine of Tunix's, which has weights of its own."""
-        if self.config.rollout.engine != "group":
-            adapters = nnx.state(self.policy, nnx.LoRAParam)
-            self.cluster.rollout.update_params(adapters, cast(Any, nnx.LoRAParam))
-
-    @property
-    def policy(self) -> gemma.Gemma:
-        """The model that is trained, with its adapters."""
-        return cast(gemma.Gemma, self.cluster.actor_trainer.model)
+    def _update_engine(self) -> None:
+        if self._tunix:
+            self._tunix.update_weights(self.policy)
 
     def state(self) -> dict[str, Any]:
         """Everything that training changes: adapters and optimizer."""
-        trainer = self.cluster.actor_trainer
         return {
-            "lora": nnx.to_pure_dict(nnx.state(trainer.model, nnx.LoRAParam)),
-            "optimizer": nnx.to_pure_dict(nnx.state(trainer.optimizer)),
+            "lora": adapters_of(self.policy),
+            "optimizer": nnx.to_pure_dict(nnx.state(self.optimizer)),
         }
 
     def set_state(self, state: dict[str, Any]) -> None:
-        """Puts a state back that `state` gave."""
-        trainer = self.cluster.actor_trainer
-        for target, name in (
-            (nnx.state(trainer.model, nnx.LoRAParam), "lora"),
-            (nnx.state(trainer.optimizer), "optimizer"),
-        ):
-            nnx.replace_by_pure_dict(target, state[name])
-            nnx.update(trainer.model if name == "lora" else trainer.optimizer, target)
-        self._tell_engine()
+        """Puts back a state that `state` gave."""
+        set_adapters(self.policy, state["lora"])
+        optimizer = nnx.state(self.optimizer)
+        nnx.replace_by_pure_dict(optimizer, state["optimizer"])
+        nnx.update(self.optimizer, optimizer)
+        self._update_engine()
+
+
+@contextmanager
+def _timed(seconds: dict[str, float], name: str) -> Iterator[None]:
+    """Notes the wall time of what runs within, in seconds."""
+    started = time.perf_counter()
+    yield
+    seconds[name] = time.perf_counter() - started
+
+
+def _own_part(prompts: int, group: int) -> tuple[slice, slice]:
+    """The prompts of a batch that are this process's own, and their completions."""
+    own = share(prompts)
+    return own, slice(own.start * group, own.stop * group)
 
 
 def _from_all(
     completions: Completions, scores: Mapping[str, np.ndarray]
 ) -> tuple[Completions, Mapping[str, np.ndarray]]:
-    """Completions and scores of all processes, in the order of the batch."""
+    """Completions and scores of all processes, in the order of the batch.
+
+    Log-probabilities are left out: each process packs its own.
+    """
     if jax.process_count() == 1:
         return completions, scores
+    tokens = [row.tolist() for row in completions.tokens]
     rows = gather_rows(
-        {
-            "texts": completions.texts,
-            "tokens": [row.tolist() for row in completions.tokens],
-            "is_truncated": completions.is_truncated.tolist(),
-        }
+        {"texts": completions.texts, "tokens": tokens, "cut": completions.is_truncated.tolist()}
     )
-    gathered = Completions(
-        rows["texts"],
-        [np.array(row, np.int32) for row in rows["tokens"]],
-        np.array(rows["is_truncated"]),
-    )
+    tokens = [np.array(row, np.int32) for row in rows["tokens"]]
     columns = gather_rows({name: column.tolist() for name, column in scores.items()})
-    return gathered, {name: np.array(column) for name, column in columns.items()}
+    return Completions(rows["texts"], tokens, np.array(rows["cut"])), {
+        name: np.array(column) for name, column in columns.items()
+    }
 
 
 def _place_scalars(optimizer: nnx.Optimizer, mesh: Mesh) -> None:
     """Puts the counters of the optimizer on the whole mesh.
 
-    They begin on its first device, where a restored checkpoint would then fix them, beside
-    moments that lie on all devices.
+    They begin on its first device. A restored checkpoint would fix them there, while the moments
+    are on all devices.
     """
     everywhere = NamedSharding(mesh, PartitionSpec())
-    state = nnx.state(optimizer)
-    nnx.update(
-        optimizer,
-        jax.tree.map(
-            lambda x: x if isinstance(x.sharding, NamedSharding) else jax.device_put(x, everywhere),
-            state,
-        ),
-    )
+
+    def place(x: jax.Array) -> jax.Array:
+        return x if isinstance(x.sharding, NamedSharding) else jax.device_put(x, everywhere)
+
+    nnx.update(optimizer, jax.tree.map(place, nnx.state(optimizer)))

@@ -1,4 +1,4 @@
-"""Cutting a batch of completions into micro-batches with as little padding as can be had."""
+"""Packing the completions of a batch into micro-batches with as little padding as possible."""
 
 import math
 from collections.abc import Sequence
@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
+from jaxtyping import Float, Int
 
 from gemma2_grpo.config import Config
 from gemma2_grpo.model.tokenizer import LEAST_TOKENS, bucket, pad_right
@@ -15,33 +16,60 @@ from gemma2_grpo.model.tokenizer import LEAST_TOKENS, bucket, pad_right
 _LONGEST_PER_ROW = 2
 
 
+# Arrays of numpy on the host, of JAX on the devices.
+_Ids = Int[Any, "R W"]
+_Values = Float[Any, "R W"]
+
+
 class MicroBatch(NamedTuple):
     """R rows of W tokens; a row holds completions of one prompt, one after the other.
 
-    A completion of T tokens takes T slots: the last token of its prompt and all of its own but
+    A completion of T tokens takes T places: the last token of its prompt and all of its own but
     the last are run, and each of its own is predicted.
     """
 
-    inputs: Any
-    """Token ids that are run [R, W]."""
-    targets: Any
-    """Token ids that they predict [R, W]."""
-    positions: Any
-    """Position of each input, counted from the start of its prompt, [R, W]."""
-    owners: Any
-    """Completion of each slot, or -1 for padding, which comes last, [R, W]."""
-    prompts: Any
-    """Index of each row's prompt [R]."""
+    inputs: _Ids
+    """Token ids that are run."""
+    targets: _Ids
+    """Token ids that they predict."""
+    positions: _Ids
+    """Position of each input, counted from the start of its prompt."""
+    segment_ids: _Ids
+    """Completion that each token belongs to, or -1 for padding, which comes last."""
+    prompts: Int[Any, " R"]
+    """Index of each row's prompt."""
+    rollout_logps: _Values
+    """Log-probability with which each target was drawn; NaN where that is not known."""
 
 
 class PromptBatch(NamedTuple):
     """Prompts and the micro-batches of their completions."""
 
-    prompts: Any
-    """Token ids [B, P] without the last of each prompt, right-padded."""
-    lengths: Any
-    """How many of them are real [B]."""
+    prompts: Int[Any, "B P"]
+    """Token ids without the last of each prompt, right-padded."""
+    lengths: Int[Any, " B"]
+    """How many of them are real."""
     micro: list[MicroBatch]
+
+
+class Credit(NamedTuple):
+    """What the rewards say of each token of a micro-batch."""
+
+    advantages: _Values
+    weights: _Values
+    """Weight in the loss of the whole batch, 0 for padding and for what does not count."""
+
+
+def assign_credit(
+    micro: MicroBatch, advantages: Float[np.ndarray, " N"], weights: Float[np.ndarray, " N"]
+) -> Credit:
+    """Gives each token of a micro-batch on the host the advantage and weight of its completion."""
+    ids = micro.segment_ids
+
+    def spread(values: Float[np.ndarray, " N"]) -> Float[np.ndarray, "R W"]:
+        return np.where(ids >= 0, values[ids], 0.0).astype(np.float32)
+
+    return Credit(spread(advantages), spread(weights))
 
 
 def pack_rows(lengths: Sequence[int], width: int) -> list[list[int]]:
@@ -112,10 +140,11 @@ def choose_shapes(
 
 def prompt_batches(
     prompts: Sequence[Sequence[int]],
-    completions: Sequence[np.ndarray],
+    completions: Sequence[Int[np.ndarray, " T"]],
     chosen: Sequence[bool],
     shapes: Shapes,
     pad_id: int,
+    logps: Sequence[Float[np.ndarray, " T"]] | None = None,
 ) -> list[PromptBatch]:
     """Packs completions into micro-batches of few shapes, with the prompts that they follow.
 
@@ -125,7 +154,10 @@ def prompt_batches(
         chosen: Which prompts are wanted.
         shapes: Sizes of the micro-batches.
         pad_id: Id of the padding token.
+        logps: Log-probabilities with which the tokens were drawn, if they are known.
     """
+    if logps is None:
+        logps = [np.full(len(ids), np.nan) for ids in completions]
     wanted = [i for i, is_chosen in enumerate(chosen) if is_chosen]
     group = len(completions) // len(prompts)
     batches = []
@@ -134,7 +166,7 @@ def prompt_batches(
         size = bucket(len(part), 1, shapes.prompts)
         ids = [prompts[i][:-1] for i in part] + [[]] * (size - len(part))
         packed = [
-            (i, [owner + prompt * group for owner in row])
+            (i, [number + prompt * group for number in row])
             for i, prompt in enumerate(part)
             for row in pack_rows(
                 [len(ids) for ids in completions[prompt * group : (prompt + 1) * group]],
@@ -147,7 +179,9 @@ def prompt_batches(
                 pad_right(ids, shapes.prompt_tokens, pad_id),
                 np.array([len(row) for row in ids], np.int32),
                 [
-                    _micro_batch(packed[at : at + shapes.rows], lasts, completions, shapes, pad_id)
+                    _micro_batch(
+                        packed[at : at + shapes.rows], lasts, completions, shapes, pad_id, logps
+                    )
                     for at in range(0, len(packed), shapes.rows)
                 ],
             )
@@ -158,32 +192,31 @@ def prompt_batches(
 def _micro_batch(
     packed: Sequence[tuple[int, list[int]]],
     lasts: Sequence[tuple[int, int]],
-    completions: Sequence[np.ndarray],
+    completions: Sequence[Int[np.ndarray, " T"]],
     shapes: Shapes,
     pad_id: int,
+    logps: Sequence[Float[np.ndarray, " T"]],
 ) -> MicroBatch:
     """One micro-batch of rows, each with its prompt and the completions it holds.
 
     `lasts` has position and id of the last token of each prompt.
     """
     shape = (bucket(len(packed), shapes.least_rows, shapes.rows), shapes.row_tokens)
-    batch = MicroBatch(
-        inputs=np.full(shape, pad_id, np.int32),
-        targets=np.full(shape, pad_id, np.int32),
-        positions=np.zeros(shape, np.int32),
-        owners=np.full(shape, -1, np.int32),
-        prompts=np.zeros(shape[0], np.int32),
-    )
-    for row, (prompt, owners) in enumerate(packed):
-        batch.prompts[row] = prompt
+    inputs, targets = (np.full(shape, pad_id, np.int32) for _ in range(2))
+    positions, segment_ids = np.zeros(shape, np.int32), np.full(shape, -1, np.int32)
+    prompts = np.zeros(shape[0], np.int32)
+    rollout_logps = np.full(shape, np.nan, np.float32)
+    for row, (prompt, numbers) in enumerate(packed):
+        prompts[row] = prompt
         position, token = lasts[prompt]
         start = 0
-        for owner in owners:
-            ids = completions[owner]
-            slots = slice(start, start + len(ids))
-            batch.inputs[row, slots] = [token, *ids[:-1]]
-            batch.targets[row, slots] = ids
-            batch.positions[row, slots] = position + np.arange(len(ids))
-            batch.owners[row, slots] = owner
+        for number in numbers:
+            ids = completions[number]
+            place = row, slice(start, start + len(ids))
+            inputs[place] = [token, *ids[:-1]]
+            targets[place] = ids
+            positions[place] = position + np.arange(len(ids))
+            segment_ids[place] = number
+            rollout_logps[place] = logps[number]
             start += len(ids)
-    return batch
+    return MicroBatch(inputs, targets, positions, segment_ids, prompts, rollout_logps)
