@@ -183,8 +183,8 @@ def test_what_cannot_run_is_refused(values: dict[str, dict[str, object]], messag
         ),
         ({"sft": {"steps": 0}}, "steps = 0 must be at least 1"),
         (
-            {"sft": {"arithmetic_fraction": 1.5}},
-            "arithmetic_fraction = 1.5 must lie between 0 and 1, below 1",
+            {"optimizer": {"adam_b2": 1.5}},
+            "adam_b2 = 1.5 must lie between 0 and 1, below 1",
         ),
         ({"data": {"num_train_samples": 0}}, "num_train_samples = 0 must be at least 1"),
     ],

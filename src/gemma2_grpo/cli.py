@@ -96,7 +96,7 @@ class Sft:
     """Train on worked solutions, and write a model directory."""
 
     config_name: Annotated[Positional[str], arg(metavar="CONFIG")]
-    """Path of a TOML file, or `sft-tiny`, which made the embedded model."""
+    """Path of a TOML file, or the preset `sft-tiny`."""
     to: Annotated[Path, arg(metavar="DIR")] = Path("sft-model")
     """Where the model is written."""
     config: Sections[SftConfig] = field(default_factory=SftConfig)

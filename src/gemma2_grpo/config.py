@@ -240,12 +240,6 @@ class SupervisedConfig:
     """Prompt and solution together; longer ones are cut."""
     train_base: bool = False
     """Train all weights; else adapters, which are merged into the base at the end."""
-    arithmetic_fraction: float = 0.0
-    """Part of each batch that practises bare equations (procedural data only)."""
-    sloppy_steps: int = 0
-    """Last steps that follow a sloppy teacher (procedural data only)."""
-    sloppy_learning_rate: float = 1e-3
-    """Learning rate at the start of those steps; it falls to a twentieth."""
     seed: int = 0
     """Seed of weights, adapters and the order of problems."""
     compilation_cache: bool = True
@@ -369,12 +363,12 @@ _RANGES: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
     (
         "top_k beta weight_decay data_seed seed eval_every_steps eval_samples sample_every_steps "
         "format_weight logic_weight accuracy_weight self_correction_weight length_weight "
-        "sloppy_steps samples",
+        "samples",
         lambda value: value >= 0,
         "must be at least 0",
     ),
     (
-        "lora_alpha temperature epsilon learning_rate max_grad_norm sloppy_learning_rate",
+        "lora_alpha temperature epsilon learning_rate max_grad_norm",
         lambda value: value > 0,
         "must be greater than 0",
     ),
@@ -384,7 +378,7 @@ _RANGES: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
         "must lie between 0 and 1",
     ),
     (
-        "adam_b1 adam_b2 arithmetic_fraction",
+        "adam_b1 adam_b2",
         lambda value: 0 <= value < 1,
         "must lie between 0 and 1, below 1",
     ),

@@ -26,8 +26,7 @@ from gemma2_grpo.model.mesh import make_mesh
 from gemma2_grpo.model.tokenizer import load_tokenizer
 from gemma2_grpo.presets import from_mapping
 from gemma2_grpo.run.console import Display
-from gemma2_grpo.task.procedural import generate
-from gemma2_grpo.task.prompts import INSTRUCTION, render_prompt
+from gemma2_grpo.task.prompts import render_prompt
 
 ROWS = [
     {
@@ -114,8 +113,8 @@ def adapted(
 def from_scratch(
     make: Make, tmp_path_factory: pytest.TempPathFactory
 ) -> tuple[SftConfig, Path, dict[str, list[float]]]:
-    """All weights from random ones, on generated problems and bare equations."""
-    config = make(sft={"init": "random", "train_base": True, "arithmetic_fraction": 0.5})
+    """All weights from random ones, on generated problems."""
+    config = make(sft={"init": "random", "train_base": True})
     to = tmp_path_factory.mktemp("sft") / "scratch"
     return config, to, losses_of(config, to)
 
@@ -161,32 +160,6 @@ def test_adapters_change_the_matrices_they_are_on_and_nothing_else(adapted, tiny
     rounded = {name: x.astype(after[name].dtype) for name, x in before.items()}
     changed = {name for name in after if (after[name] != rounded[name]).any()}
     assert changed == {name for name in after if "self_attn" in name or "mlp" in name}
-
-
-def test_sloppy_steps_follow_the_clean_ones(make, tmp_path, monkeypatch):
-    batches: list[list[list[str]]] = []
-    tokenizer = load_tokenizer(SHIPPED)
-
-    def record(_: Any, drawn: Any, *__: Any, **___: Any) -> None:
-        batches.append([[tokenizer.decode(row.tokens) for row in rows] for rows in drawn])
-
-    monkeypatch.setattr(sft_module, "train_supervised", record)
-    options = {"sloppy_steps": 10, "arithmetic_fraction": 0.25}
-    phases = losses_of(make(sft=options), tmp_path / "to")
-    assert list(phases) == ["solutions", "sloppy teacher"]
-    clean, careless = batches
-    assert (len(clean), len(careless)) == (12, 10)
-    for rows in (*clean, *careless):
-        assert [INSTRUCTION in row for row in rows] == [True, True, True, False]
-        assert rows[-1].count(" = ") > 4
-    solutions = {p.question: p.solution for p in generate("train", 40, 0)}
-
-    def right_share(rows: list[list[str]]) -> float:
-        texts = [text for batch in rows for text in batch[:-1]]
-        return float(np.mean([text.strip().endswith(tuple(solutions.values())) for text in texts]))
-
-    assert right_share(clean) == 1
-    assert 0.2 < right_share(careless) < 0.8
 
 
 def test_random_weights_owe_nothing_to_the_model(from_scratch, tiny_model_dir):
@@ -302,15 +275,6 @@ def test_a_directory_that_cannot_be_written_is_refused(make, refused, tmp_path):
     to = tmp_path / "file" / "model"
     expected = f"{to}: cannot be written (Not a directory); choose another --to"
     assert refused(make(), to) == expected
-
-
-@pytest.mark.parametrize("option", [{"sloppy_steps": 1}, {"arithmetic_fraction": 0.1}])
-def test_procedural_options_are_refused_on_other_data(option, make, refused, rows_file):
-    config = make(data={"dataset": str(rows_file), "num_train_samples": 20}, sft=option)
-    assert refused(config) == (
-        f"dataset = {rows_file}: sloppy_steps and arithmetic_fraction are for the procedural data "
-        "only; set both to 0"
-    )
 
 
 def test_data_without_solutions_are_refused(make, refused, tmp_path):
