@@ -5,7 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from gemma2_grpo.config import Config, SftConfig, check, check_sft
+from gemma2_grpo.checks import check, check_sft
+from gemma2_grpo.config import Config, SftConfig
 from gemma2_grpo.errors import ConfigError
 from gemma2_grpo.presets import from_mapping, load_config, load_sft_config, preset_names, read_toml
 

@@ -15,10 +15,11 @@ from rich.console import Console
 from safetensors.numpy import load_file
 from tokenizers import Tokenizer
 
-from gemma2_grpo.commands import sft as sft_module
-from gemma2_grpo.commands.sft import sft
-from gemma2_grpo.config import SftConfig, check_sft
+from gemma2_grpo.checks import check_sft
+from gemma2_grpo.commands.sft import Sft
+from gemma2_grpo.config import SftConfig
 from gemma2_grpo.errors import UserError
+from gemma2_grpo.model import load, save
 from gemma2_grpo.model.gemma import run_from_start, split_model
 from gemma2_grpo.model.load import load_weights
 from gemma2_grpo.model.logprobs import output_logits
@@ -27,6 +28,7 @@ from gemma2_grpo.model.tokenizer import load_tokenizer
 from gemma2_grpo.presets import from_mapping
 from gemma2_grpo.run.console import Display
 from gemma2_grpo.task.prompts import render_prompt
+from gemma2_grpo.training import supervised
 
 ROWS = [
     {
@@ -94,7 +96,7 @@ def rows_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def losses_of(config: SftConfig, to: Path) -> dict[str, list[float]]:
     display = Losses()
-    assert sft(config, to, display=display) == to
+    assert Sft("test", to, config)(display) == to
     return display.phases
 
 
@@ -220,7 +222,7 @@ def test_a_base_as_tools_leave_it_gives_a_model_that_chats(
     make, tiny_model_dir, tmp_path, monkeypatch
 ):
     """No chat template, a fixed length, one stop token."""
-    monkeypatch.setattr(sft_module, "train_supervised", lambda *_, **__: None)
+    monkeypatch.setattr(supervised, "train_supervised", lambda *_, **__: None)
     base, to = tmp_path / "base", tmp_path / "to"
     shutil.copytree(tiny_model_dir, base)
     settings = json.loads((base / "tokenizer_config.json").read_text())
@@ -231,7 +233,7 @@ def test_a_base_as_tools_leave_it_gives_a_model_that_chats(
     backend.save(str(base / "tokenizer.json"))
     (base / "generation_config.json").write_text('{"eos_token_id": 1, "temperature": 2.0}')
     display = Losses()
-    sft(make(model={"model": str(base)}), to, display=display)
+    Sft("test", to, make(model={"model": str(base)}))(display)
     assert (to / "chat_template.jinja").is_file()
     assert json.loads((to / "tokenizer.json").read_text())["truncation"] is None
     generation = json.loads((to / "generation_config.json").read_text())
@@ -250,10 +252,10 @@ def refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[..., st
             raise AssertionError("weights are made")
 
         for name in ("load_weights", "random_weights"):
-            monkeypatch.setattr(sft_module, name, fail)
+            monkeypatch.setattr(load, name, fail)
         before = sorted(tmp_path.rglob("*"))
         with pytest.raises(UserError) as refusal:
-            sft(config, to or tmp_path / "to", display=Losses())
+            Sft("test", to or tmp_path / "to", config)(Losses())
         assert sorted(tmp_path.rglob("*")) == before
         assert "\n" not in str(refusal.value)
         return str(refusal.value)
@@ -292,7 +294,7 @@ def test_a_model_without_weights_will_do_for_random_ones(make, tiny_model_dir, r
     assert "no *.safetensors file in it" in refused(make(model={"model": str(bare)}))
     config = make(model={"model": str(bare)}, sft={"init": "random"})
     with pytest.raises(AssertionError, match="weights are made"):
-        sft(config, tmp_path / "to", display=Losses())
+        Sft("test", tmp_path / "to", config)(Losses())
 
 
 @pytest.mark.parametrize("is_new", [True, False])
@@ -301,15 +303,15 @@ def test_a_disk_that_fills_up_leaves_no_half_model(is_new, make, tmp_path, monke
         (args[1] / "model.safetensors").write_bytes(b"half")
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(sft_module, "save_model", full)
-    monkeypatch.setattr(sft_module, "train_supervised", lambda *_, **__: None)
+    monkeypatch.setattr(save, "save_model", full)
+    monkeypatch.setattr(supervised, "train_supervised", lambda *_, **__: None)
     to = tmp_path / "models" / "to"
     if not is_new:
         to.mkdir(parents=True)
         (to / "notes").write_text("mine")
     before = sorted(tmp_path.rglob("*"))
     with pytest.raises(UserError) as refusal:
-        sft(make(), to, display=Losses())
+        Sft("test", to, make())(Losses())
     assert str(refusal.value) == (
         f"{to}: could not be written (No space left on device); nothing is left of it"
     )

@@ -73,7 +73,7 @@ def run(
 COMMANDS = {
     "train": ["train", "--max-steps", "1"],
     "sft": ["sft", "sft-tiny", "--to", "made"],
-    "evaluate": ["evaluate", "embedded", "--limit", "1"],
+    "evaluate": ["evaluate", "embedded", "--num-test-samples", "1"],
     "ask": ["ask", "embedded", "1 + 1?"],
 }
 
@@ -112,7 +112,7 @@ def test_what_was_asked_for_is_named_with_the_fix(
     start = "from gemma2_grpo.runtime.devices import start_jax; start_jax(print)"
     done = run(["-c", start], tmp_path, **variables)
     *_, last = done.stderr.splitlines()
-    assert last.startswith("gemma2_grpo.config.UserError: ") and found in last and fix in last
+    assert last.startswith("gemma2_grpo.errors.UserError: ") and found in last and fix in last
     assert "During handling" not in done.stderr
 
 

@@ -13,12 +13,12 @@ import pytest
 from tools.tiny_gemma2.__main__ import main, make
 from tools.tiny_gemma2.lessons import bare_equations, tiny_phases
 
-from gemma2_grpo.commands import sft as sft_module
 from gemma2_grpo.config import SftConfig
 from gemma2_grpo.model.tokenizer import Tokenizer, load_tokenizer
 from gemma2_grpo.presets import load_sft_config
 from gemma2_grpo.task.procedural import OPERATIONS, generate
 from gemma2_grpo.task.prompts import INSTRUCTION
+from gemma2_grpo.training import supervised
 
 SHIPPED = Path(str(resources.files("gemma2_grpo") / "assets" / "tiny-gemma2"))
 EQUATION = re.compile(r"(\d+) ([-+x]) (\d+) = (\d+)")
@@ -94,7 +94,7 @@ def test_one_command_writes_tokenizer_architecture_and_weights(
     def count(_: Any, batches: Any, *__: Any, **___: Any) -> None:
         trained.extend((step, len(rows)) for step, rows in enumerate(batches))
 
-    monkeypatch.setattr(sft_module, "train_supervised", count)
+    monkeypatch.setattr(supervised, "train_supervised", count)
     config = tiny(400)
     short = dataclasses.replace(config, sft=dataclasses.replace(config.sft, steps=1))
     make(tmp_path / "made", short)

@@ -1,13 +1,12 @@
 """Makes the embedded model: python -m tools.tiny_gemma2 --to DIR."""
 
 import argparse
-import dataclasses
 import sys
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-from gemma2_grpo.commands.sft import sft
-from gemma2_grpo.config import SftConfig
+from gemma2_grpo.commands.sft import Sft
+from gemma2_grpo.config import SftConfig, replaced
 from gemma2_grpo.errors import UserError
 from gemma2_grpo.presets import load_sft_config
 from tools.tiny_gemma2.lessons import tiny_phases
@@ -18,8 +17,7 @@ def make(to: Path, config: SftConfig) -> None:
     """Writes tokenizer and architecture, and trains the model on them from random weights."""
     with TemporaryDirectory() as folder:
         make_config(Path(folder), make_tokenizer(Path(folder)))
-        model = dataclasses.replace(config.model, model=folder)
-        sft(dataclasses.replace(config, model=model), to, phases=tiny_phases)
+        Sft("sft-tiny", to, replaced(config, model=folder))(make_phases=tiny_phases)
 
 
 def main() -> int:

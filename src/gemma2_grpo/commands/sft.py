@@ -1,33 +1,29 @@
 """`gemma2-grpo sft`: supervised training on worked solutions, written as a model directory."""
 
 from collections.abc import Callable
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, Annotated, NamedTuple
 
-from tunix.models.gemma import model as gemma
+from tyro.conf import Positional, arg
 
+from gemma2_grpo.checks import check_sft
+from gemma2_grpo.commands.options import Sections
 from gemma2_grpo.config import OptimizerConfig, SftConfig
 from gemma2_grpo.errors import UserError
-from gemma2_grpo.model.architecture import query_scale, read_architecture
-from gemma2_grpo.model.find import check_model, find_model
-from gemma2_grpo.model.load import load_weights, random_weights
-from gemma2_grpo.model.lora import add_lora
-from gemma2_grpo.model.mesh import make_mesh
-from gemma2_grpo.model.save import save_model, write_settings
-from gemma2_grpo.model.tokenizer import Tokenizer, load_tokenizer
-from gemma2_grpo.run.console import Display
-from gemma2_grpo.runtime.atomic import check_target, staged
-from gemma2_grpo.runtime.devices import start_jax
-from gemma2_grpo.runtime.program_cache import counting_programs, use_program_cache
-from gemma2_grpo.task.examples import batch_indices, load_splits
 from gemma2_grpo.task.prompts import render_prompt
-from gemma2_grpo.training.supervised import Row, train_supervised
-from gemma2_grpo.training.update import make_optimizer
 
-# Of the weights it writes.
+if TYPE_CHECKING:
+    from tunix.models.gemma import model as gemma
+
+    from gemma2_grpo.model.tokenizer import Tokenizer
+    from gemma2_grpo.run.console import Display
+    from gemma2_grpo.training.supervised import Row
+
 _STORED = "bfloat16"
+"""Type of the weights that are written."""
 
-DrawBatch = Callable[[int], list[Row]]
+DrawBatch = Callable[[int], "list[Row]"]
 """The rows of a step, a pure function of its number."""
 
 
@@ -40,64 +36,99 @@ class Phase(NamedTuple):
     optimizer: OptimizerConfig
 
 
-def solution_phases(config: SftConfig, tokenizer: Tokenizer) -> list[Phase]:
+def solution_phases(config: SftConfig, tokenizer: "Tokenizer") -> list[Phase]:
     """One phase: the worked solutions of the training problems.
 
     Raises:
         UserError: for data that cannot be read or have no solutions.
     """
+    from gemma2_grpo.task.examples import batch_indices, load_splits
+
     data, sft = config.data, config.sft
     solved = [example for example in load_splits(data).train if example.solution]
     if not solved:
         raise UserError(f"dataset = {data.dataset}: has no worked solutions to train on")
 
-    def draw(step: int) -> list[Row]:
+    def draw(step: int) -> "list[Row]":
         chosen = batch_indices(len(solved), sft.batch_size, data.data_seed, step)
         return [solution_row(tokenizer, solved[i].question, solved[i].solution) for i in chosen]
 
     return [Phase("solutions", sft.steps, draw, config.optimizer)]
 
 
-def solution_row(tokenizer: Tokenizer, question: str, solution: str) -> Row:
+def solution_row(tokenizer: "Tokenizer", question: str, solution: str) -> "Row":
     """Prompt and solution; the loss is on the solution and the end of the turn."""
+    from gemma2_grpo.training.supervised import Row
+
     prompt = tokenizer.encode(render_prompt(question))
     completion = [*tokenizer.encode(solution), tokenizer.eos_id()]
     return Row(prompt + completion, [False] * len(prompt) + [True] * len(completion))
 
 
-def sft(
+@dataclass(frozen=True)
+class Sft:
+    """Train on worked solutions, and write a model directory."""
+
+    config_name: Annotated[Positional[str], arg(metavar="CONFIG")]
+    """Path of a TOML file, or the preset `sft-tiny`."""
+    to: Annotated[Path, arg(metavar="DIR")] = Path("sft-model")
+    """Where the model is written, as HF safetensors with config and tokenizer."""
+    config: Sections[SftConfig] = field(default_factory=SftConfig)
+
+    def __call__(
+        self,
+        display: "Display | None" = None,
+        make_phases: "Callable[[SftConfig, Tokenizer], list[Phase]]" = solution_phases,
+    ) -> Path:
+        """Trains with the loss on completions only, and writes the model.
+
+        Args:
+            display: What shows the progress.
+            make_phases: Makes the parts of the training, in order.
+
+        Returns:
+            The model directory.
+
+        Raises:
+            UserError: for anything that the user can correct.
+        """
+        config = check_sft(self.config)
+        from gemma2_grpo.model.find import check_model, find_model
+        from gemma2_grpo.run.console import Display
+        from gemma2_grpo.runtime.atomic import check_target
+        from gemma2_grpo.runtime.devices import require_jax, start_jax
+
+        require_jax()
+        display = display or Display()
+        if any(self.to.glob("*.safetensors")):
+            raise UserError(f"{self.to}: holds a model already; choose another --to")
+        check_target(self.to)
+        is_pretrained = config.sft.init == "pretrained"
+        if is_pretrained:
+            check_model(config.model.model)
+        start_jax(display.note)
+        display.warn_of_cpu(config.model, "this configuration")
+        source = find_model(config.model.model, needs_weights=is_pretrained)
+        _sft(config, source, self.to, display, make_phases)
+        return self.to
+
+
+def _sft(
     config: SftConfig,
+    source: Path,
     to: Path,
-    *,
-    phases: Callable[[SftConfig, Tokenizer], list[Phase]] = solution_phases,
-    display: Display | None = None,
-) -> Path:
-    """Trains on worked solutions with the loss on completions only, and writes the model.
+    display: "Display",
+    make_phases: "Callable[[SftConfig, Tokenizer], list[Phase]]",
+) -> None:
+    """Trains the model of a directory, and writes it to another."""
+    from gemma2_grpo.model.architecture import query_scale
+    from gemma2_grpo.model.save import save_model, write_settings
+    from gemma2_grpo.model.tokenizer import load_tokenizer
+    from gemma2_grpo.runtime.atomic import staged
+    from gemma2_grpo.runtime.program_cache import counting_programs, use_program_cache
 
-    Args:
-        config: A checked configuration.
-        to: Directory for the trained model, as HF safetensors with config and tokenizer. It must
-            not hold another model.
-        phases: Makes the parts of the training, in order.
-        display: What shows the progress.
-
-    Returns:
-        The model directory.
-
-    Raises:
-        UserError: for anything that the user can mend.
-    """
-    display = display or Display()
-    if any(to.glob("*.safetensors")):
-        raise UserError(f"{to}: holds a model already; choose another --to")
-    check_target(to)
-    if config.sft.init == "pretrained":
-        check_model(config.model.model)
-    start_jax(display.note)
-    display.warn_of_cpu(config.model, "this configuration")
-    source = find_model(config.model.model, needs_weights=config.sft.init == "pretrained")
     tokenizer = load_tokenizer(source)
-    parts = phases(config, tokenizer)
+    phases = make_phases(config, tokenizer)
     display.plan(
         {
             "model": f"{config.model.model}, {config.sft.init}",
@@ -108,7 +139,7 @@ def sft(
     )
     cache = use_program_cache(config.sft.compilation_cache, display.note)
     with counting_programs(cache) as programs:
-        trained = _train(config, source, tokenizer, parts, display)
+        trained = _train(config, source, tokenizer, phases, display)
     with staged(to) as folder:
         chat = write_settings(folder, source, _STORED)
         save_model(
@@ -122,13 +153,23 @@ def sft(
     if chat:
         display.note(chat)
     display.note(f"model directory: {to}")
-    return to
 
 
 def _train(
-    config: SftConfig, source: Path, tokenizer: Tokenizer, phases: list[Phase], display: Display
-) -> gemma.Gemma:
+    config: SftConfig,
+    source: Path,
+    tokenizer: "Tokenizer",
+    phases: list[Phase],
+    display: "Display",
+) -> "gemma.Gemma":
     """Returns the trained model, with its adapters where those were trained."""
+    from gemma2_grpo.model.architecture import read_architecture
+    from gemma2_grpo.model.load import load_weights, random_weights
+    from gemma2_grpo.model.lora import add_lora
+    from gemma2_grpo.model.mesh import make_mesh
+    from gemma2_grpo.training.supervised import train_supervised
+    from gemma2_grpo.training.update import make_optimizer
+
     mesh = make_mesh(config.model.mesh_shape)
     if config.sft.init == "random":
         base = random_weights(read_architecture(source), config.model.dtype, mesh, config.sft.seed)
