@@ -138,7 +138,8 @@ def _joined(cluster: "Cluster | None", config: Config) -> Iterator[bool]:
     from gemma2_grpo.runtime.memory import keep_freed_memory
 
     keep_freed_memory()
-    from gemma2_grpo.runtime.processes import check_same, is_first, joined
+    from gemma2_grpo.runtime.farewell import joined
+    from gemma2_grpo.runtime.processes import check_same, is_first
 
     with joined(cluster.coordinator, cluster.num_processes, cluster.process_id) as count:
         check_same(flat(config))
