@@ -4,12 +4,13 @@ import dataclasses
 import json
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
 
 import docstring_parser
 
 from gemma2_grpo.config import Config, SftConfig
 from gemma2_grpo.presets import preset_names, read_toml
+from gemma2_grpo.ranges import demand
 from gemma2_grpo.task.rewards import COMPONENTS, score_completion
 
 DOCS = Path(__file__).parent
@@ -67,6 +68,7 @@ def _table(field: dataclasses.Field[Any], presets: list[str]) -> Iterator[str]:
     meanings = {
         p.arg_name: p.description or "" for p in docstring_parser.parse_from_object(kind).params
     }
+    hints = get_type_hints(kind, include_extras=True)
     rows = ["| field | default | meaning |", "| --- | --- | --- |"]
     for each in dataclasses.fields(kind):
         differs = [
@@ -75,7 +77,12 @@ def _table(field: dataclasses.Field[Any], presets: list[str]) -> Iterator[str]:
             if each.name in values and _plain(values[each.name]) != _plain(each.default)
         ]
         meaning = " ".join(meanings.get(each.name, "").split())
-        notes = [meaning, f"*{'; '.join(differs)}*" if differs else ""]
+        allowed = demand(hints[each.name]).replace("must", "Must", 1)
+        notes = [
+            meaning,
+            f"{allowed}." if allowed else "",
+            f"*{'; '.join(differs)}*" if differs else "",
+        ]
         text = " ".join(filter(None, notes)).replace("|", "\\|")
         rows.append(f"| `{each.name}` | {_value(each.default)} | {text} |")
     yield "\n".join(rows) + "\n"

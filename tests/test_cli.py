@@ -1,39 +1,39 @@
 """The command answers at once, passes on what was asked, and says mistakes in one line."""
 
 import dataclasses
+import itertools
 import os
+import re
 import subprocess
 import sys
 import tomllib
-from collections.abc import Callable
 from importlib import metadata
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from gemma2_grpo import cli
-from gemma2_grpo.config import Config, EvaluateConfig, RewardConfig
+from gemma2_grpo.commands.evaluate import Evaluate
+from gemma2_grpo.commands.export import Export
+from gemma2_grpo.commands.score import Score
+from gemma2_grpo.commands.sft import Sft
+from gemma2_grpo.commands.train import Train
+from gemma2_grpo.config import Config, EvaluateConfig, flat, replaced
 from gemma2_grpo.errors import UserError
 from gemma2_grpo.presets import load_config, load_sft_config
+from gemma2_grpo.runtime.devices import OLDEST_JAX
 
 ALL = ", ".join(cli.COMMANDS)
-Recorder = list[tuple[tuple[Any, ...], dict[str, Any]]]
-
-
-def _stub(monkeypatch: pytest.MonkeyPatch, name: str, function: Callable[..., None]) -> None:
-    """Replaces `gemma2_grpo.MODULE:FUNCTION`, so that nothing heavy loads."""
-    module, attribute = name.split(":")
-    stub = SimpleNamespace(**{attribute: function})
-    monkeypatch.setitem(sys.modules, f"gemma2_grpo.{module}", stub)  # type: ignore[arg-type]
+Recorder = list[tuple[Any, ...]]
 
 
 @pytest.fixture
-def train_calls(monkeypatch: pytest.MonkeyPatch) -> Recorder:
-    """What `train` is called with, in place of training."""
+def train_calls(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Recorder:
+    """What a run is begun with, in place of running it."""
     calls: Recorder = []
-    _stub(monkeypatch, "commands.train:train", lambda *args, **kwargs: calls.append((args, kwargs)))
+    monkeypatch.setattr("gemma2_grpo.commands.train._run", lambda *given: calls.append(given))
+    monkeypatch.chdir(tmp_path)
     return calls
 
 
@@ -45,18 +45,17 @@ def _python(code: str) -> subprocess.CompletedProcess[str]:
 
 def test_train_alone_is_the_tiny_preset(train_calls: Recorder) -> None:
     assert cli.main(["train"]) == 0
-    arguments, keywords = train_calls[0]
-    assert arguments == (load_config("tiny"), None, "tiny")
-    assert keywords == {"allow_config_change": False, "cluster": None}
+    [(config, name, directory, _, cluster)] = train_calls
+    assert (config, name, cluster) == (load_config("tiny"), "tiny", None)
+    assert directory.path == Path("runs/tiny")
+    assert cli.parse(["train"]) == Train(config=load_config("tiny"))
 
 
-def test_options_override_the_preset(train_calls: Recorder) -> None:
+def test_options_override_the_preset() -> None:
     command = "train gemma2-2b-v5e8 --run out --max-steps 10 --num_generations=4 --mesh-shape 1 1"
     command += " --beta 0 --epsilon-high 0.3 --no-tensorboard --lora-modules a b"
-    assert cli.main([*command.split(), "--allow-config-change"]) == 0
-    (config, run, name), keywords = train_calls[0]
     flagship = load_config("gemma2-2b-v5e8")
-    assert config == Config(
+    config = Config(
         model=dataclasses.replace(flagship.model, mesh_shape=(1, 1), lora_modules=("a", "b")),
         data=flagship.data,
         rollout=dataclasses.replace(flagship.rollout, num_generations=4),
@@ -65,16 +64,16 @@ def test_options_override_the_preset(train_calls: Recorder) -> None:
         rewards=flagship.rewards,
         run=dataclasses.replace(flagship.run, max_steps=10, tensorboard=False),
     )
-    assert (run, name) == (Path("out"), "gemma2-2b-v5e8")
-    assert keywords == {"allow_config_change": True, "cluster": None}
+    assert cli.parse([*command.split(), "--allow-config-change"]) == Train(
+        "gemma2-2b-v5e8", Path("out"), allow_config_change=True, config=config
+    )
 
 
-def test_config_may_be_a_file_and_may_come_last(train_calls: Recorder, tmp_path: Path) -> None:
+def test_config_may_be_a_file_and_may_come_last(tmp_path: Path) -> None:
     file = tmp_path / "mine.toml"
     file.write_text("[run]\nmax_steps = 7\nseed = 3\n")
-    assert cli.main(["train", "--seed", "5", str(file)]) == 0
-    (config, _, name), _ = train_calls[0]
-    assert (config.run.max_steps, config.run.seed, name) == (7, 5, str(file))
+    parsed = cli.parse(["train", "--seed", "5", str(file)])
+    assert parsed == Train(str(file), config=replaced(Config(), max_steps=7, seed=5))
 
 
 def test_an_override_can_mend_a_file_that_cannot_run(train_calls: Recorder, tmp_path: Path) -> None:
@@ -85,51 +84,39 @@ def test_an_override_can_mend_a_file_that_cannot_run(train_calls: Recorder, tmp_
     assert len(train_calls) == 1
 
 
-def test_sft_passes_config_and_directory(monkeypatch: pytest.MonkeyPatch) -> None:
-    calls: Recorder = []
-    _stub(monkeypatch, "commands.sft:sft", lambda *args: calls.append((args, {})))
-    assert cli.main("sft sft-tiny --to out --steps 3 --data-seed 5".split()) == 0
-    [((config, to), _)] = calls
+def test_sft_takes_config_and_directory() -> None:
     preset = load_sft_config("sft-tiny")
-    assert config.sft == dataclasses.replace(preset.sft, steps=3)
-    assert config.data == dataclasses.replace(preset.data, data_seed=5)
-    assert (config.optimizer, to) == (preset.optimizer, Path("out"))
+    assert cli.parse("sft sft-tiny --to out --steps 3 --data-seed 5".split()) == Sft(
+        "sft-tiny", Path("out"), replaced(preset, steps=3, data_seed=5)
+    )
 
 
-def test_export_passes_its_options(monkeypatch: pytest.MonkeyPatch) -> None:
-    calls: Recorder = []
-    _stub(monkeypatch, "export.export:export", lambda *args, **kwargs: calls.append((args, kwargs)))
-    assert cli.main("export runs/tiny --to out".split()) == 0
-    words = "--format peft --dtype bfloat16 --max-shard-gb 2 --verify always"
-    words += " --push me/model --public --yes"
-    assert cli.main(["export", "runs/tiny", "--to", "out", *words.split()]) == 0
+def test_export_takes_its_options() -> None:
+    assert cli.parse("export runs/tiny --to out".split()) == Export("runs/tiny", Path("out"))
     plain = {"format": "merged", "dtype": None, "max_shard_gb": 5.0, "verify": "auto"}
     plain |= {"push": None, "public": False, "yes": False}
+    assert Export("r", Path()) == Export("r", Path(), **plain)
+    words = "--format peft --dtype bfloat16 --max-shard-gb 2 --verify always"
+    words += " --push me/model --public --yes"
     full = {"format": "peft", "dtype": "bfloat16", "max_shard_gb": 2.0, "verify": "always"}
     full |= {"push": "me/model", "public": True, "yes": True}
-    assert calls == [(("runs/tiny", Path("out")), plain), (("runs/tiny", Path("out")), full)]
+    parsed = cli.parse(["export", "runs/tiny", "--to", "out", *words.split()])
+    assert parsed == Export("runs/tiny", Path("out"), **full)
 
 
-def test_score_passes_file_and_format(monkeypatch: pytest.MonkeyPatch) -> None:
-    calls: Recorder = []
-    _stub(monkeypatch, "commands.score:score_file", lambda *args: calls.append((args, {})))
-    assert cli.main(["score", "completions.jsonl", "--json"]) == 0
-    assert calls == [((Path("completions.jsonl"), True, RewardConfig()), {})]
+def test_score_takes_file_and_format() -> None:
+    parsed = cli.parse(["score", "completions.jsonl", "--json"])
+    assert parsed == Score(Path("completions.jsonl"), json=True)
 
 
-def test_evaluate_passes_what_is_asked(monkeypatch: pytest.MonkeyPatch) -> None:
-    calls: Recorder = []
-    _stub(
-        monkeypatch,
-        "commands.evaluate:evaluate",
-        lambda *args, **kwargs: calls.append((args, kwargs)),
+def test_evaluate_takes_the_options_of_train() -> None:
+    command = "evaluate runs/tiny --eval-samples 8 --num-test-samples 20 --dataset procedural"
+    asked = EvaluateConfig(dataset="procedural", num_test_samples=20, eval_samples=8)
+    assert cli.parse(f"{command} --to out --json".split()) == Evaluate(
+        "runs/tiny", Path("out"), json=True, config=asked
     )
-    command = "evaluate runs/tiny --samples 8 --limit 20 --data procedural --to out --json"
-    assert cli.main(command.split()) == 0
-    asked = EvaluateConfig(data="procedural", limit=20, samples=8)
-    assert calls == [
-        (("runs/tiny", asked, Path("out")), {"as_json": True, "overwrite": False}),
-    ]
+    shared = {each.name for each in dataclasses.fields(EvaluateConfig)}
+    assert shared < set(flat(Config()))
 
 
 @pytest.mark.parametrize(
@@ -191,7 +178,7 @@ def test_mistakes_are_told_before_jax_loads_and_leave_nothing(tmp_path: Path) ->
         "ask nowhere q": "model 'nowhere': no such directory",
         "ask shards q": "shards: no *.safetensors file in it",
         "evaluate nowhere": "model 'nowhere': no such directory",
-        "evaluate run --data nowhere --to new": "dataset 'nowhere': no such file or directory",
+        "evaluate run --dataset nowhere --to new": "dataset 'nowhere': no such file or directory",
         "export nowhere --to new": "run nowhere: no such directory",
         "train --model nowhere --run new": "model 'nowhere': no such directory",
         "train --model kaggle:x --run new": "model 'kaggle:x': not a Kaggle handle",
@@ -224,13 +211,15 @@ def test_what_a_run_raises_becomes_the_status(
     raised: BaseException,
     status: int,
     stderr: str | None,
+    tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    def fail(*_: object, **__: object) -> None:
+    def fail(*_: object) -> None:
         raise raised
 
-    _stub(monkeypatch, "commands.train:train", fail)
+    monkeypatch.setattr("gemma2_grpo.commands.train._run", fail)
+    monkeypatch.chdir(tmp_path)
     assert cli.main(["train"]) == status
     assert capsys.readouterr() == ("", f"error: {stderr}\n" if stderr else "")
 
@@ -256,7 +245,7 @@ def test_a_jax_that_is_old_or_absent_is_refused(
 def test_the_oldest_jax_is_the_one_of_the_project_file() -> None:
     project = Path(__file__).parents[1] / "pyproject.toml"
     dependencies = tomllib.loads(project.read_text(encoding="utf-8"))["project"]["dependencies"]
-    assert "jax>=" + ".".join(map(str, cli.OLDEST_JAX)) in dependencies
+    assert "jax>=" + ".".join(map(str, OLDEST_JAX)) in dependencies
 
 
 def test_an_old_python_is_refused() -> None:
@@ -267,7 +256,8 @@ def test_an_old_python_is_refused() -> None:
 
 
 @pytest.mark.parametrize(
-    "command", ["--help", "train --help", "train gemma2-2b-gpu -h", "evaluate -h"]
+    "command",
+    ["--help", "train --help", "train gemma2-2b-gpu -h", *(f"{name} -h" for name in cli.COMMANDS)],
 )
 def test_help_is_quick_and_fits_the_screen(command: str) -> None:
     code = f"""
@@ -286,10 +276,31 @@ main({command.split()})
     assert max(map(len, text)) <= 80
 
 
+def _help(*words: str) -> str:
+    return _python(f"from gemma2_grpo.cli import main; main({[*words, '-h']!r})").stdout
+
+
+def test_docstrings_fill_the_lines_of_the_help() -> None:
+    """Each line but the last of a paragraph has no room for the next word."""
+    text = _help("train")
+    paragraph = re.search(r"--dataset STR(.*?)--num-train", text, re.DOTALL)
+    assert paragraph
+    lines = [line.strip(" │") for line in paragraph[1].splitlines()]
+    room = max(map(len, lines[:-1]))
+    for line, following in itertools.pairwise(lines[:-1]):
+        assert len(f"{line} {following.split()[0]}") > room, line
+
+
+def test_defaults_that_say_nothing_are_not_shown() -> None:
+    for command in cli.COMMANDS:
+        text = " ".join(_help(command).replace("│", " ").split())
+        for nothing in ("unset", "default: False", "default: None"):
+            assert nothing not in text, command
+    assert "(default: 40)" in _help("train") and "(default: True)" in _help("train")
+
+
 def test_help_names_every_field_and_the_values_of_the_preset() -> None:
-    text = _python(
-        "from gemma2_grpo.cli import main; main(['train', 'gemma2-2b-gpu', '-h'])"
-    ).stdout
+    text = _help("train", "gemma2-2b-gpu")
     for section in dataclasses.fields(Config):
         assert f" {section.name} options " in text
         for field in dataclasses.fields(getattr(Config(), section.name)):

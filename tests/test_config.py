@@ -5,7 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from gemma2_grpo.config import Config, SftConfig, check, check_sft
+from gemma2_grpo.checks import check, check_sft
+from gemma2_grpo.config import Config, SftConfig
 from gemma2_grpo.errors import ConfigError
 from gemma2_grpo.presets import from_mapping, load_config, load_sft_config, preset_names, read_toml
 
@@ -183,8 +184,8 @@ def test_what_cannot_run_is_refused(values: dict[str, dict[str, object]], messag
         ),
         ({"sft": {"steps": 0}}, "steps = 0 must be at least 1"),
         (
-            {"sft": {"arithmetic_fraction": 1.5}},
-            "arithmetic_fraction = 1.5 must lie between 0 and 1, below 1",
+            {"optimizer": {"adam_b2": 1.5}},
+            "adam_b2 = 1.5 must lie between 0 and 1, below 1",
         ),
         ({"data": {"num_train_samples": 0}}, "num_train_samples = 0 must be at least 1"),
     ],

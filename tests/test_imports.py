@@ -11,7 +11,9 @@ import gemma2_grpo
 # A room may import itself and what precedes it; those of one line know nothing of each other.
 ORDER = (
     ("errors",),
+    ("ranges",),
     ("config",),
+    ("checks",),
     ("presets",),
     ("task",),
     ("runtime",),
@@ -22,10 +24,11 @@ ORDER = (
     ("report",),
     ("export", "plan", "launch"),
     ("commands",),
+    ("cli_errors", "cli_help"),
     ("cli",),
 )
 LEVELS = {room: level for level, rooms in enumerate(ORDER) for room in rooms}
-LIGHT = ("errors", "config", "presets", "task")
+LIGHT = ("errors", "ranges", "config", "checks", "presets", "task")
 HEAVY = {"flax", "grain", "jax", "jaxlib", "optax", "orbax", "qwix", "tunix"}
 SOURCE = Path(gemma2_grpo.__file__).parent
 MODULES = sorted(path.relative_to(SOURCE) for path in SOURCE.rglob("*.py"))

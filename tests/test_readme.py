@@ -21,7 +21,7 @@ OWN_COMPLETIONS = [
 ELSEWHERE = {
     "gemma2-2b": "needs the weights and a TPU or GPU",
     "--wandb": "needs an account; tests/run/test_trackers.py runs it offline",
-    "--print": "has no cluster; tests/launch/test_launch.py reads what it prints",
+    "launch": "has no cluster; tests/launch/test_launch.py reads what it prints",
     "plan": "tests/plan/test_plan.py runs it, and takes minutes of libtpu's compiler",
     "sft": "tests/commands/test_sft.py runs it",
     "--help": "tests/test_cli.py reads it",
@@ -62,9 +62,9 @@ def test_a_newcomer_types_all_of_them(tmp_path: Path) -> None:
         assert done.returncode == 0, f"{command}\n{done.stdout}\n{done.stderr}"
         shown[" ".join(command.split()[1:4])] = done.stdout
     assert "held-out accuracy 98" in shown["train"]
-    base, _, trained = shown["ask runs/tiny --compare"].partition("after 40 steps")
+    base, _, trained = shown["ask runs/tiny --with-base"].partition("after 40 steps")
     assert "✗" in base and "15 + 11 = 26 ✓" in trained
-    assert "pass@8" in shown["evaluate runs/tiny --samples"]
-    assert "McNemar's exact test: p = " in shown["evaluate runs/tiny --samples"]
+    assert "pass@8" in shown["evaluate runs/tiny --eval-samples"]
+    assert "McNemar's exact test: p = " in shown["evaluate runs/tiny --eval-samples"]
     for name in ("runs/tiny/report.html", "runs/tiny/compare.html", "model/model.safetensors"):
         assert (tmp_path / name).stat().st_size > 10_000, name

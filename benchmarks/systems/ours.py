@@ -71,6 +71,7 @@ def _build(session: Session) -> Any:
 
 
 def _config(sizes: Sizes, steps: int, seed: int) -> Any:
+    from gemma2_grpo.checks import check
     from gemma2_grpo.config import (
         Config,
         GrpoConfig,
@@ -78,7 +79,6 @@ def _config(sizes: Sizes, steps: int, seed: int) -> Any:
         OptimizerConfig,
         RolloutConfig,
         RunConfig,
-        check,
     )
 
     # Two of the longest completions on a CPU, whose caches are small; the default elsewhere.

@@ -1,22 +1,28 @@
-"""Run configuration: frozen dataclasses, TOML presets and validation.
+"""Run configuration: frozen dataclasses with the range of each field. Imports no JAX."""
 
-Nothing here imports JAX or looks at the machine, so a mistake in a configuration is
-reported before anything expensive has loaded.
-"""
-
-import dataclasses
-import math
-import re
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
-from typing import Any, Literal
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any, Literal, TypeVar
 
 from pydantic import ConfigDict
 
 from gemma2_grpo.errors import ConfigError
+from gemma2_grpo.ranges import (
+    AtLeast0,
+    AtLeast1,
+    AtLeast2,
+    Decay,
+    Fraction,
+    MeshShape,
+    NotNegative,
+    Patterns,
+    Positive,
+    TopP,
+)
 
-# TOML values are checked strictly ("16" is not 16) and unknown keys are refused.
-_STRICT = ConfigDict(strict=True, extra="forbid")
+# TOML values are checked strictly ("16" is not 16), and `check` looks at every field again.
+_STRICT = ConfigDict(
+    strict=True, extra="forbid", allow_inf_nan=False, revalidate_instances="always"
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,11 +35,11 @@ class ModelConfig:
     """`embedded`, a directory of HF safetensors, a Hugging Face id, or `kaggle:HANDLE`."""
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
     """Type of the base weights and activations. Adapters, loss and optimizer stay float32."""
-    lora_rank: int = 64
+    lora_rank: AtLeast1 = 64
     """Inner size of the adapters."""
-    lora_alpha: float = 64.0
+    lora_alpha: Positive = 64.0
     """Scale of the adapters: their output is multiplied by `lora_alpha / lora_rank`."""
-    lora_modules: tuple[str, ...] = (
+    lora_modules: Patterns = (
         "attn/(q_einsum|kv_einsum|qkv_einsum)",
         "attn/attn_vec_einsum",
         "mlp/(gate_proj|up_proj|down_proj)",
@@ -44,12 +50,12 @@ class ModelConfig:
     within 1/sqrt(inputs), as PEFT and TRL have it; `qwix`, Qwix's own, is 2.45 times as wide."""
     adapter: str | None = None
     """Directory of a saved adapter to start from, made on the same base with the same shape."""
-    mesh_shape: tuple[int, int] = (2, 4)
+    mesh_shape: MeshShape = (2, 4)
     """Devices along (fsdp, tp). Their product is the number of devices used."""
     remat: Literal["none", "block", "decoder"] = "decoder"
     """What the update recomputes instead of keeping: nothing, attention and MLP, or layers."""
-    logprob_chunk_tokens: int = 128
-    """Completion tokens whose logits exist at one time in the update."""
+    logprob_chunk_tokens: AtLeast1 = 128
+    """Chunk size of the output head: completion tokens whose logits are materialised at once."""
 
     @property
     def lora_scale(self) -> float:
@@ -66,13 +72,13 @@ class DataConfig:
     dataset: str = "openai/gsm8k"
     """`procedural`, `openai/gsm8k`, `kaggle:HANDLE`, a directory with train and test JSONL or
     Parquet files, or one JSONL file."""
-    num_train_samples: int = 448
+    num_train_samples: AtLeast1 = 448
     """Problems to train on, drawn from the official train split."""
-    num_test_samples: int = 64
+    num_test_samples: AtLeast1 = 64
     """Problems to measure on, before and after."""
     eval_split: Literal["test", "validation"] = "test"
     """`validation` is disjoint from both; choose settings on it."""
-    data_seed: int = 0
+    data_seed: AtLeast0 = 0
     """Seed of the selection and order of problems."""
 
 
@@ -89,21 +95,21 @@ class RolloutConfig:
     """Room for one sequence in the cache of Tunix's engines; by default for the longest prompt
     and completion. That of `group` grows with the completions."""
 
-    num_generations: int = 16
+    num_generations: AtLeast2 = 16
     """Completions per prompt, the group of GRPO."""
-    prompts_per_step: int = 8
+    prompts_per_step: AtLeast1 = 8
     """Prompts in one batch of rollouts."""
-    max_prompt_tokens: int = 256
+    max_prompt_tokens: AtLeast1 = 256
     """Longer prompts are dropped up front, with a count."""
-    max_completion_tokens: int = 768
+    max_completion_tokens: AtLeast1 = 768
     """Longer completions are cut off, and counted."""
-    temperature: float = 1.0
+    temperature: Positive = 1.0
     """Divides the logits, in sampling and in the loss."""
-    top_p: float = 1.0
+    top_p: TopP = 1.0
     """Sample from the likeliest tokens that make up this probability; 1 keeps all.
 
     The loss uses the whole distribution, so that below 1 sampling is a little off-policy."""
-    top_k: int = 0
+    top_k: AtLeast0 = 0
     """Sample from the k likeliest tokens; 0 keeps all."""
     merge_lora: Literal["auto", "always", "never"] = "auto"
     """Add the adapters into the weights before sampling, which saves a third of the decoder's
@@ -116,17 +122,17 @@ class GrpoConfig:
 
     __pydantic_config__ = _STRICT
 
-    num_iterations: int = 3
+    num_iterations: AtLeast1 = 3
     """Updates per batch of rollouts (mu)."""
-    beta: float = 0.04
+    beta: NotNegative = 0.04
     """Weight of the KL penalty to the reference model."""
-    epsilon: float = 0.2
+    epsilon: Positive = 0.2
     """Clip range of the importance ratio, below (and above, unless epsilon_high is set)."""
     epsilon_high: float | None = None
     """Clip range above 1 (clip-higher, DAPO)."""
     loss_type: Literal["grpo", "drgrpo", "token_mean", "gspo"] = "grpo"
     """How tokens are averaged and advantages scaled."""
-    micro_batch_tokens: int = 12_288
+    micro_batch_tokens: AtLeast1 = 12_288
     """Completion tokens whose gradient is computed at one time; the rest is accumulated."""
 
 
@@ -136,19 +142,19 @@ class OptimizerConfig:
 
     __pydantic_config__ = _STRICT
 
-    learning_rate: float = 2e-6
-    """At its highest, after the warm-up."""
-    warmup_fraction: float = 0.1
-    """Part of all updates over which the learning rate rises from 0."""
-    final_lr_fraction: float = 0.0
-    """Part of `learning_rate` to which it falls, one update after the last."""
-    weight_decay: float = 0.1
-    """Of AdamW, which multiplies it by the learning rate."""
-    adam_b1: float = 0.9
+    learning_rate: Positive = 2e-6
+    """Peak learning rate."""
+    warmup_fraction: Fraction = 0.1
+    """Fraction of all updates used for linear warm-up."""
+    final_lr_fraction: Fraction = 0.0
+    """Fraction of `learning_rate` to which it falls, one update after the last."""
+    weight_decay: NotNegative = 0.1
+    """Weight decay of AdamW, which multiplies it by the learning rate."""
+    adam_b1: Decay = 0.9
     """Decay of the mean of gradients."""
-    adam_b2: float = 0.99
+    adam_b2: Decay = 0.99
     """Decay of the mean of squared gradients."""
-    max_grad_norm: float = 0.1
+    max_grad_norm: Positive = 0.1
     """Gradients of a greater norm, over all adapters together, are scaled down to it. One whose
     norm is not a finite number is left out."""
 
@@ -159,20 +165,20 @@ class RewardConfig:
 
     __pydantic_config__ = _STRICT
 
-    format_weight: float = 0.25
-    """Of the four tags, each once, in order, with nothing outside."""
-    logic_weight: float = 0.30
-    """Of equations that are true, follow from the question and lead to the answer."""
-    accuracy_weight: float = 0.45
-    """Of the right number."""
-    self_correction_weight: float = 0.05
-    """Of a false equation that is noticed and put right; a bonus."""
-    length_weight: float = 0.05
-    """Of 20 to 200 words of reasoning with a right answer in perfect format; a bonus."""
+    format_weight: NotNegative = 0.25
+    """Weight of the format component: the four tags, each once, in order, with nothing outside."""
+    logic_weight: NotNegative = 0.30
+    """Weight of the logic component: true equations that lead from the question to the answer."""
+    accuracy_weight: NotNegative = 0.45
+    """Weight of the accuracy component: the right number."""
+    self_correction_weight: NotNegative = 0.05
+    """Weight of the bonus for a false equation that is noticed and corrected."""
+    length_weight: NotNegative = 0.05
+    """Weight of the bonus for 20 to 200 words with a right answer in perfect format."""
     reward: str | None = None
     """`path.py:function`, added to the total with `reward_weight`. Trusted code: it is run."""
     reward_weight: float = 1.0
-    """Of that function's value."""
+    """Weight of the custom reward."""
     shuffle_rewards: bool = False
     """Control experiment: permute the rewards within each step, so that they teach nothing."""
 
@@ -183,21 +189,21 @@ class RunConfig:
 
     __pydantic_config__ = _STRICT
 
-    max_steps: int = 600
+    max_steps: AtLeast1 = 600
     """Steps; a step is one batch of rollouts and its `num_iterations` updates."""
-    seed: int = 0
+    seed: AtLeast0 = 0
     """Seed of adapters and sampling."""
-    eval_every_steps: int = 100
+    eval_every_steps: AtLeast0 = 100
     """Measure greedily every so many steps; 0 only before and after."""
-    eval_samples: int = 0
+    eval_samples: AtLeast0 = 0
     """Sampled completions per held-out problem, for pass@k before and after; 0 is greedy only."""
-    eval_batch_prompts: int = 16
+    eval_batch_prompts: AtLeast1 = 16
     """Held-out problems that are completed at one time."""
-    checkpoint_every_steps: int = 50
+    checkpoint_every_steps: AtLeast1 = 50
     """A checkpoint is also written when a run is stopped, and at its end."""
-    keep_checkpoints: int = 2
+    keep_checkpoints: AtLeast1 = 2
     """Older ones are deleted."""
-    sample_every_steps: int = 25
+    sample_every_steps: AtLeast0 = 25
     """Show one completion every so many steps; 0 never."""
     tensorboard: bool = True
     """Write the metrics as TensorBoard events."""
@@ -232,21 +238,15 @@ class SupervisedConfig:
 
     init: Literal["pretrained", "random"] = "pretrained"
     """`random` takes only architecture and tokenizer from the model, and draws its weights."""
-    steps: int = 500
+    steps: AtLeast1 = 500
     """Updates."""
-    batch_size: int = 24
+    batch_size: AtLeast1 = 24
     """Solutions in each."""
-    max_tokens: int = 1024
+    max_tokens: AtLeast1 = 1024
     """Prompt and solution together; longer ones are cut."""
     train_base: bool = False
     """Train all weights; else adapters, which are merged into the base at the end."""
-    arithmetic_fraction: float = 0.0
-    """Part of each batch that practises bare equations (procedural data only)."""
-    sloppy_steps: int = 0
-    """Last steps that follow a sloppy teacher (procedural data only)."""
-    sloppy_learning_rate: float = 1e-3
-    """Learning rate at the start of those steps; it falls to a twentieth."""
-    seed: int = 0
+    seed: AtLeast0 = 0
     """Seed of weights, adapters and the order of problems."""
     compilation_cache: bool = True
     """Keep compiled programs for the next launch, in the user's cache directory."""
@@ -266,157 +266,50 @@ class SftConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class EvaluateConfig:
-    """What is asked of a run or a model, and how. What is not set is as in the run."""
+    """Settings of `evaluate`. Unset fields are taken from the run."""
 
-    data: str | None = None
-    """Any source that `train --dataset` takes. Default: that of the run; for a model GSM8K."""
-    split: Literal["test", "validation"] = "test"
+    __pydantic_config__ = _STRICT
+
+    dataset: str | None = None
+    """As for `train`. Default: that of the run; for a model GSM8K."""
+    eval_split: Literal["test", "validation"] = "test"
     """`validation` is disjoint from what was trained on; choose settings on it."""
-    limit: int | None = None
+    num_test_samples: AtLeast1 | None = None
     """Only so many problems. Default: the whole test split, or as many procedural or validation
-    problems as training measures."""
-    samples: int = 0
+    problems as the run has."""
+    eval_samples: AtLeast0 = 0
     """Sampled completions per problem besides the greedy one, for pass@k and maj@k."""
-    temperature: float | None = None
+    temperature: Positive | None = None
     """Divides the logits in sampling."""
-    max_prompt_tokens: int | None = None
+    max_prompt_tokens: AtLeast1 | None = None
     """Longer prompts are dropped, and counted. Default: 512, or the run's where that is more."""
-    max_completion_tokens: int | None = None
+    max_completion_tokens: AtLeast1 | None = None
     """Longer completions are cut off, and counted."""
-    batch_prompts: int | None = None
-    """Greedy completions at one time, and about as many sampled ones."""
-    seed: int | None = None
+    eval_batch_prompts: AtLeast1 | None = None
+    """Prompts per batch for greedy decoding; sampled batches hold about as many completions."""
+    seed: AtLeast0 | None = None
     """Seed of sampling."""
     adapter: str | None = None
     """Directory of a saved adapter of the model, to compare the model with and without it."""
 
 
-def check(config: Config) -> Config:
-    """Refuses combinations that cannot run, in one line that names the field and the mend.
+ConfigT = TypeVar("ConfigT", Config, SftConfig)
+
+
+def flat(config: Config | SftConfig) -> dict[str, Any]:
+    """Values of all fields by name. Sections share no field name."""
+    return {name: value for own in asdict(config).values() for name, value in own.items()}
+
+
+def replaced(config: ConfigT, **values: Any) -> ConfigT:
+    """A configuration with other values of some fields, whichever section they are in.
 
     Raises:
-        ConfigError: for the first impossible value or combination.
+        ConfigError: for a field that does not exist.
     """
-    model, data, rollout, grpo = config.model, config.data, config.rollout, config.grpo
-    _check_ranges(config)
-    if grpo.epsilon_high is not None and grpo.epsilon_high < grpo.epsilon:
-        raise ConfigError(
-            f"epsilon_high = {grpo.epsilon_high} is below epsilon = {grpo.epsilon}; raise it"
-        )
-    sequence = rollout.max_prompt_tokens + rollout.max_completion_tokens
-    if rollout.kv_cache_tokens is not None and rollout.kv_cache_tokens < sequence:
-        raise ConfigError(
-            f"kv_cache_tokens = {rollout.kv_cache_tokens} does not hold max_prompt_tokens + "
-            f"max_completion_tokens = {sequence}; raise it, or leave it out"
-        )
-    longest = max(rollout.max_prompt_tokens, rollout.max_completion_tokens)
-    if grpo.micro_batch_tokens < longest * model.mesh_shape[0]:
-        raise ConfigError(
-            f"micro_batch_tokens = {grpo.micro_batch_tokens} does not hold a sequence of "
-            f"{longest} tokens for each of mesh_shape[0] = {model.mesh_shape[0]}; raise it to "
-            f"{longest * model.mesh_shape[0]}"
-        )
-    if rollout.prompts_per_step > data.num_train_samples:
-        raise ConfigError(
-            f"prompts_per_step = {rollout.prompts_per_step} is more than num_train_samples = "
-            f"{data.num_train_samples}; lower it"
-        )
+    for section, own in asdict(config).items():
+        changes = {name: values.pop(name) for name in own if name in values}
+        config = replace(config, **{section: replace(getattr(config, section), **changes)})
+    for name in values:
+        raise ConfigError(f"unknown field {name!r}; see docs/configuration.md")
     return config
-
-
-def check_sft(config: SftConfig) -> SftConfig:
-    """Refuses what cannot run, in one line that names the field and the mend.
-
-    Raises:
-        ConfigError: for the first impossible value or combination.
-    """
-    _check_ranges(config)
-    if config.sft.batch_size % config.model.mesh_shape[0]:
-        raise ConfigError(
-            f"mesh_shape[0] = {config.model.mesh_shape[0]} does not divide batch_size = "
-            f"{config.sft.batch_size}; change one of them"
-        )
-    if config.sft.train_base and config.model.dtype != "float32":
-        raise ConfigError(
-            f"train_base = true with dtype = {config.model.dtype!r} would round small updates "
-            'away; set dtype = "float32", or train adapters'
-        )
-    return config
-
-
-def check_evaluate(config: EvaluateConfig) -> EvaluateConfig:
-    """Refuses values that mean nothing, in one line that names the field and the mend.
-
-    Raises:
-        ConfigError: for the first impossible value.
-    """
-    values = {f.name: getattr(config, f.name) for f in dataclasses.fields(config)}
-    _check_values({name: value for name, value in values.items() if value is not None})
-    return config
-
-
-# Fields, what must hold, and how the message says so.
-_RANGES: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
-    ("num_generations", lambda value: value >= 2, "must be at least 2"),
-    (
-        "lora_rank logprob_chunk_tokens num_train_samples num_test_samples prompts_per_step "
-        "max_prompt_tokens max_completion_tokens num_iterations micro_batch_tokens max_steps "
-        "eval_batch_prompts checkpoint_every_steps keep_checkpoints steps batch_size max_tokens "
-        "limit batch_prompts",
-        lambda value: value >= 1,
-        "must be at least 1",
-    ),
-    (
-        "top_k beta weight_decay data_seed seed eval_every_steps eval_samples sample_every_steps "
-        "format_weight logic_weight accuracy_weight self_correction_weight length_weight "
-        "sloppy_steps samples",
-        lambda value: value >= 0,
-        "must be at least 0",
-    ),
-    (
-        "lora_alpha temperature epsilon learning_rate max_grad_norm sloppy_learning_rate",
-        lambda value: value > 0,
-        "must be greater than 0",
-    ),
-    (
-        "warmup_fraction final_lr_fraction",
-        lambda value: 0 <= value <= 1,
-        "must lie between 0 and 1",
-    ),
-    (
-        "adam_b1 adam_b2 arithmetic_fraction",
-        lambda value: 0 <= value < 1,
-        "must lie between 0 and 1, below 1",
-    ),
-    ("top_p", lambda value: 0 < value <= 1, "must lie in (0, 1]; 1 keeps all tokens"),
-    ("mesh_shape", lambda value: min(value) >= 1, "must have two positive sizes"),
-    ("lora_modules", bool, "must name at least one module to adapt"),
-)
-
-
-def _check_ranges(config: Config | SftConfig) -> None:
-    """Checks single values against the range in which they mean something."""
-    # Sections share no field name, which is also what lets the command line drop the sections.
-    values = {
-        f.name: getattr(section, f.name)
-        for section in (getattr(config, f.name) for f in dataclasses.fields(config))
-        for f in dataclasses.fields(section)
-    }
-    _check_values(values)
-    for pattern in values["lora_modules"]:
-        try:
-            re.compile(pattern)
-        except re.error as error:
-            raise ConfigError(
-                f"lora_modules: {pattern!r} is not a regular expression: {error}"
-            ) from None
-
-
-def _check_values(values: Mapping[str, Any]) -> None:
-    for name, value in values.items():
-        if isinstance(value, float) and not math.isfinite(value):
-            raise ConfigError(f"{name} = {value} must be a finite number")
-    for names, holds, demand in _RANGES:
-        for name in names.split():
-            if name in values and not holds(values[name]):
-                raise ConfigError(f"{name} = {values[name]} {demand}")

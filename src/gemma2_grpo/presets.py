@@ -1,4 +1,4 @@
-"""TOML presets and files: read, built into configurations, checked."""
+"""TOML presets and files: read, built into configurations, checked, compared."""
 
 import dataclasses
 import difflib
@@ -12,7 +12,8 @@ from typing import Any, TypeVar, get_type_hints
 import tomli_w
 from pydantic import TypeAdapter, ValidationError
 
-from gemma2_grpo.config import Config, SftConfig, check, check_sft
+from gemma2_grpo.checks import check, check_sft, explain, is_out_of_range
+from gemma2_grpo.config import Config, SftConfig, flat
 from gemma2_grpo.errors import ConfigError
 
 ConfigT = TypeVar("ConfigT")
@@ -64,9 +65,8 @@ def from_mapping(kind: type[ConfigT], values: Mapping[str, Any], source: str) ->
             raise ConfigError(
                 f"config {source}: unknown field {name!r}{_nearest(kind, first['loc'])}"
             ) from None
-        raise ConfigError(
-            f"config {source}: {name} = {first['input']!r}: {first['msg'].lower()}"
-        ) from None
+        text = explain(kind, values, error)
+        raise ConfigError(text if is_out_of_range(first) else f"config {source}: {text}") from None
 
 
 def to_toml(config: Config) -> str:
@@ -99,6 +99,23 @@ def load_sft_config(name_or_path: str) -> SftConfig:
         ConfigError: if it cannot be read or cannot run.
     """
     return check_sft(from_mapping(SftConfig, read_toml(name_or_path), name_or_path))
+
+
+def nearest_preset(values: Mapping[str, Any]) -> tuple[str, Config]:
+    """The preset of `train` from which the fewest fields differ, with its name.
+
+    Args:
+        values: Fields without their sections; lists may stand for tuples.
+    """
+
+    def differing(preset: Config) -> int:
+        own = json.loads(json.dumps(flat(preset)))
+        given = json.loads(json.dumps(values, default=str))
+        return sum(own.get(name) != given.get(name) for name in own | given)
+
+    names = (name for name in preset_names() if not name.startswith("sft-"))
+    presets = [(name, load_config(name)) for name in names]
+    return min(presets, key=lambda preset: differing(preset[1]))
 
 
 def _nearest(kind: type, location: tuple[int | str, ...]) -> str:

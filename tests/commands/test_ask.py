@@ -9,7 +9,7 @@ from rich.console import Console
 from tests.fixtures.runs import Finished
 
 from gemma2_grpo import cli
-from gemma2_grpo.commands.ask import ask, vote_line
+from gemma2_grpo.commands.ask import Ask, vote_line
 from gemma2_grpo.errors import UserError
 from gemma2_grpo.run.completion_view import render_completion
 
@@ -30,7 +30,7 @@ def finished(run_straight: Callable[[int], Finished]) -> Finished:
 def asked(finished: Finished, question: str | None, **options: object) -> str:
     shown = io.StringIO()
     console = Console(file=shown, width=200, highlight=False)
-    ask(str(finished.path), question, console=console, **options)  # type: ignore[arg-type]
+    Ask(str(finished.path), question, **options)(console)  # type: ignore[arg-type]
     return shown.getvalue()
 
 
@@ -50,7 +50,7 @@ def test_the_answer_is_that_of_the_policy(finished: Finished) -> None:
 
 def test_the_base_is_shown_beside_it(finished: Finished) -> None:
     question, before = next(iter(said(finished, 0).items()))
-    shown = asked(finished, question, compare=True)
+    shown = asked(finished, question, with_base=True)
     base, _, after = shown.partition("after 5 steps")
     assert before in base and said(finished, 5)[question] in after
 
@@ -78,7 +78,7 @@ def test_a_terminal_ends_with_the_same_lines(finished: Finished) -> None:
     question, expected = next(iter(said(finished, 5).items()))
     shown = io.StringIO()
     console = Console(file=shown, width=200, force_terminal=True, color_system=None)
-    ask(str(finished.path), question, console=console)
+    Ask(str(finished.path), question)(console)
     for line in expected.splitlines():
         assert line in shown.getvalue()
 
@@ -112,7 +112,7 @@ def test_what_cannot_be_asked_is_one_line(
     for words, message in (
         ([str(tmp_path), "Why?"], "neither a run"),
         ([str(finished.path), " "], "the question is blank"),
-        (["embedded", "Why?", "--compare"], "is a base model"),
+        (["embedded", "Why?", "--with-base"], "is a base model"),
         ([str(finished.path), "Why?", "--samples", "0"], "samples = 0 must be at least 1"),
         ([str(finished.path), "Why?", "--temperature", "0"], "temperature = 0.0 must be greater"),
         ([str(finished.path), "Why?", "--seed", "-1"], "seed = -1 must be at least 0"),

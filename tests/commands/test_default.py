@@ -44,7 +44,7 @@ def test_the_embedded_model_is_small_and_described() -> None:
     card = (EMBEDDED / "README.md").read_text()
     sha256 = hashlib.sha256((EMBEDDED / "model.safetensors").read_bytes()).hexdigest()
     assert sha256 in card
-    assert "gemma2-grpo sft sft-tiny --to" in card
+    assert "python -m tools.tiny_gemma2 --to" in card
     assert "sloppy teacher" in card
     architecture = json.loads((EMBEDDED / "config.json").read_text())
     heads = architecture["num_attention_heads"], architecture["num_key_value_heads"]

@@ -1,5 +1,6 @@
 """`gemma2-grpo evaluate`: the right numbers, the same however often it was stopped, in one line."""
 
+import dataclasses
 import io
 import json
 import shutil
@@ -15,7 +16,7 @@ from rich.console import Console
 from tests.fixtures.runs import Finished
 
 from gemma2_grpo import cli
-from gemma2_grpo.commands.evaluate import evaluate
+from gemma2_grpo.commands.evaluate import Evaluate
 from gemma2_grpo.config import Config, EvaluateConfig
 from gemma2_grpo.errors import UserError
 from gemma2_grpo.model.adapter import fingerprint, save_adapter
@@ -32,7 +33,7 @@ from gemma2_grpo.task.rewards import score_completion
 
 TIMES = ("started", "seconds", "command")
 # 5 problems in batches of 2: 3 greedy batches and, of one problem each, 5 sampled ones.
-ASKED = EvaluateConfig(limit=5, samples=2, batch_prompts=2)
+ASKED = EvaluateConfig(num_test_samples=5, eval_samples=2, eval_batch_prompts=2)
 
 
 @pytest.fixture(scope="module")
@@ -61,7 +62,7 @@ def run(made_run: Path, tmp_path: Path) -> Path:
 
 def quietly(name: Path | str, asked: EvaluateConfig = ASKED, **options: Any) -> dict[str, Any]:
     console = Console(file=io.StringIO(), width=80)
-    return evaluate(str(name), asked, console=console, **options)
+    return Evaluate(str(name), config=asked, **options)(console)
 
 
 @pytest.fixture(scope="module")
@@ -116,8 +117,8 @@ def test_the_result_has_the_schema_that_reports_read(finished: Path) -> None:
         "dropped": 0,
     }
     settings = result["settings"]
-    assert (settings["samples"], settings["temperature"], settings["seed"]) == (2, 1.0, 0)
-    assert (settings["max_completion_tokens"], settings["batch_prompts"]) == (8, 2)
+    assert (settings["eval_samples"], settings["temperature"], settings["seed"]) == (2, 1.0, 0)
+    assert (settings["max_completion_tokens"], settings["eval_batch_prompts"]) == (8, 2)
     assert result["seconds"] > 0
     assert result["started"].endswith("Z") and result["versions"]["jax"]
     assert set(result["systems"]) == {"base", "adapter"}
@@ -169,7 +170,7 @@ def test_greedy_answers_are_those_that_the_run_measured(
 ) -> None:
     """Of the base before the first step, and of the adapter after the last."""
     path = Path(shutil.copytree(run_straight(1).path, tmp_path / "run"))
-    quietly(path, EvaluateConfig(limit=5, batch_prompts=4))
+    quietly(path, EvaluateConfig(num_test_samples=5, eval_batch_prompts=4))
     measured = {
         (record["step"], record["question"]): record["completion"]
         for record in map(json.loads, (path / "completions.jsonl").read_text().splitlines())
@@ -259,7 +260,7 @@ def test_a_finished_evaluation_is_only_shown(
     before = {file: file.stat().st_mtime_ns for file in path.rglob("*.json*")}
     refuse_to_load(monkeypatch)
     shown = io.StringIO()
-    evaluate(str(path), ASKED, console=Console(file=shown, width=80))
+    Evaluate(str(path), config=ASKED)(Console(file=shown, width=80))
     assert {file: file.stat().st_mtime_ns for file in path.rglob("*.json*")} == before
     assert "evaluation.json is finished" in shown.getvalue()
     assert "pass@2" in shown.getvalue()
@@ -267,7 +268,7 @@ def test_a_finished_evaluation_is_only_shown(
 
 def test_overwriting_begins_anew(finished: Path, tmp_path: Path) -> None:
     path = Path(shutil.copytree(finished, tmp_path / "drawn"))
-    result = quietly(path, EvaluateConfig(limit=2, batch_prompts=2), overwrite=True)
+    result = quietly(path, EvaluateConfig(num_test_samples=2, eval_batch_prompts=2), overwrite=True)
     assert result["data"]["problems"] == 2 and result == result_of(path)
     assert [(r["system"], r["index"]) for r in records_of(path)] == [
         (system, i) for system in ("base", "adapter") for i in (0, 1)
@@ -288,9 +289,9 @@ def test_json_is_alone_on_standard_output(run: Path, capsys: pytest.CaptureFixtu
     command = [
         "evaluate",
         str(run),
-        "--limit",
+        "--num-test-samples",
         "2",
-        "--batch-prompts",
+        "--eval-batch-prompts",
         "2",
         "--json",
         "--to",
@@ -310,9 +311,9 @@ def test_a_model_with_an_adapter_is_evaluated_like_its_run(
     """The shape of the adapter is in its file; the other settings are those of the run."""
     config = opening.find_source(str(made_run)).config
     plain = opening.Source(config.model.model, config, None, {})
-    monkeypatch.setattr("gemma2_grpo.commands.evaluate.find_source", lambda *_: plain)
+    monkeypatch.setattr("gemma2_grpo.run.source.find_source", lambda *_: plain)
     monkeypatch.chdir(tmp_path)
-    asked = EvaluateConfig(limit=5, samples=2, batch_prompts=2, adapter=str(made_run / "adapter"))
+    asked = dataclasses.replace(ASKED, adapter=str(made_run / "adapter"))
     result = quietly(config.model.model, asked)
     path = tmp_path / "evaluations" / Path(config.model.model).name
     assert result == result_of(path)
@@ -323,7 +324,9 @@ def test_a_model_with_an_adapter_is_evaluated_like_its_run(
 
 def test_the_embedded_model_alone(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """It is right in some: its student is unfinished, not untaught."""
-    command = f"evaluate embedded --limit 12 --batch-prompts 12 --to {tmp_path / 'out'}"
+    command = (
+        f"evaluate embedded --num-test-samples 12 --eval-batch-prompts 12 --to {tmp_path / 'out'}"
+    )
     assert cli.main(command.split()) == 0
     result = result_of(tmp_path / "out")
     assert list(result["systems"]) == ["base"] and result["comparison"] is None
@@ -359,14 +362,14 @@ def refused(
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        ("--limit 0", "limit = 0 must be at least 1"),
-        ("--samples -1", "samples = -1 must be at least 0"),
+        ("--num-test-samples 0", "num_test_samples = 0 must be at least 1"),
+        ("--eval-samples -1", "eval_samples = -1 must be at least 0"),
         ("--temperature 0", "temperature = 0.0 must be greater than 0"),
-        ("--batch-prompts 0", "batch_prompts = 0 must be at least 1"),
+        ("--eval-batch-prompts 0", "eval_batch_prompts = 0 must be at least 1"),
         ("--max-completion-tokens 0", "max_completion_tokens = 0 must be at least 1"),
-        ("--split train", "--split takes one of test, validation, not 'train'"),
+        ("--eval-split train", "--eval-split takes one of test, validation, not 'train'"),
         (
-            "--data nowhere",
+            "--dataset nowhere",
             "dataset 'nowhere': no such file or directory; use procedural, openai/gsm8k, "
             "kaggle:OWNER/NAME, a directory or a JSONL file",
         ),
@@ -386,21 +389,21 @@ def test_an_evaluation_of_something_else_is_refused(
     finished: Path, tmp_path: Path, refused: Callable[..., str]
 ) -> None:
     path = Path(shutil.copytree(finished, tmp_path / "drawn"))
-    same = [str(path), "--limit", "5", "--batch-prompts", "2"]
+    same = [str(path), "--num-test-samples", "5", "--eval-batch-prompts", "2"]
     mend = "choose another --to, or begin anew with --overwrite"
-    assert refused(*same, "--samples", "4") == (
-        f"evaluation in {path}: was made with samples = 2, not 4; {mend}"
+    assert refused(*same, "--eval-samples", "4") == (
+        f"evaluation in {path}: was made with eval_samples = 2, not 4; {mend}"
     )
-    assert "was made with seed = 0, not 3" in refused(*same, "--samples", "2", "--seed", "3")
+    assert "was made with seed = 0, not 3" in refused(*same, "--eval-samples", "2", "--seed", "3")
     assert "with temperature = 1.0, not 0.5" in refused(
-        *same, "--samples", "2", "--temperature", "0.5"
+        *same, "--eval-samples", "2", "--temperature", "0.5"
     )
-    assert "with split = 'test', not 'validation'" in refused(
-        *same, "--samples", "2", "--split", "validation"
+    assert "with eval_split = 'test', not 'validation'" in refused(
+        *same, "--eval-samples", "2", "--eval-split", "validation"
     )
     result = json.loads((path / "result.json").read_text())
     (path / "result.json").write_text(json.dumps({**result, "after": {"step": 7}}))
-    assert "was made with steps = 5, not 7" in refused(*same, "--samples", "2")
+    assert "was made with steps = 5, not 7" in refused(*same, "--eval-samples", "2")
 
 
 def test_problems_that_have_changed_are_refused(
@@ -410,7 +413,7 @@ def test_problems_that_have_changed_are_refused(
     data = tmp_path / "data"
     data.mkdir()
     write_problems(data, 3)
-    options = [str(run), "--data", str(data), "--batch-prompts", "2"]
+    options = [str(run), "--dataset", str(data), "--eval-batch-prompts", "2"]
     with monkeypatch.context() as patch:
         stop_after(patch, 1)
         assert cli.main(["evaluate", *options]) == 130
@@ -431,7 +434,7 @@ def test_a_run_without_checkpoints_and_empty_data(
     empty.mkdir()
     (empty / "train.jsonl").write_text("")
     (empty / "test.jsonl").write_text("")
-    assert refused(str(run), "--data", str(empty)) == (
+    assert refused(str(run), "--dataset", str(empty)) == (
         f"dataset {empty / 'train.jsonl'}: no problems in it"
     )
     shutil.rmtree(run / "adapter")
@@ -444,7 +447,7 @@ def test_adapters_that_do_not_fit(run: Path, tmp_path: Path, refused: Callable[.
         f"adapter = {adapter}: run {run} has its own; name the model in place of the run"
     )
     assert "made for another base" in refused(
-        "embedded", "--limit", "1", "--adapter", adapter, "--to", str(tmp_path / "out")
+        "embedded", "--num-test-samples", "1", "--adapter", adapter, "--to", str(tmp_path / "out")
     )
     assert "not a readable adapter" in refused("embedded", "--adapter", str(tmp_path))
 
@@ -457,7 +460,7 @@ def test_a_folder_that_cannot_be_written(
     assert refused(str(run), "--to", str(file)) == (
         f"evaluation {file}: cannot be written (Not a directory); choose another --to"
     )
-    assert refused("embedded", "--data", "nowhere", "--to", str(tmp_path / "a" / "b"))
+    assert refused("embedded", "--dataset", "nowhere", "--to", str(tmp_path / "a" / "b"))
     assert not (tmp_path / "a").exists()
     folder = EvaluationFolder(run)
     try:

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from gemma2_grpo.commands.score import read_completions, score_file
+from gemma2_grpo.commands.score import Score, read_completions
 from gemma2_grpo.config import RewardConfig
 from gemma2_grpo.errors import UserError
 from gemma2_grpo.task.prompts import render_solution
@@ -32,7 +32,7 @@ def write(path: Path, *lines: str | bytes | dict[str, Any]) -> Path:
 
 def scored(path: Path, *, as_json: bool, weights: RewardConfig | None = None) -> str:
     output = io.StringIO()
-    score_file(path, as_json, weights or RewardConfig(), output)
+    Score(path, as_json)(weights, output)
     return output.getvalue()
 
 
@@ -95,7 +95,7 @@ def test_table_fits_80_columns_and_ends_with_the_means(tmp_path: Path):
 
 
 def test_standard_output_by_default(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
-    score_file(write(tmp_path / "rows.jsonl", *ROWS), True, RewardConfig())
+    Score(write(tmp_path / "rows.jsonl", *ROWS), True)()
     assert len(capsys.readouterr().out.splitlines()) == 3
 
 
@@ -140,7 +140,7 @@ def test_a_fault_is_named_before_anything_is_printed(
     path = write(tmp_path / "rows.jsonl", GOOD_LINE, "", line, GOOD_LINE)
     output = io.StringIO()
     with pytest.raises(UserError) as raised:
-        score_file(path, as_json, RewardConfig(), output)
+        Score(path, as_json)(output=output)
     message = str(raised.value)
     assert message.startswith(f"{path}:3: {fault}")
     assert ";" in message  # the mend
@@ -151,10 +151,10 @@ def test_a_fault_is_named_before_anything_is_printed(
 def test_an_empty_file_is_a_fault(tmp_path: Path, content: str):
     path = write(tmp_path / "rows.jsonl", content)
     with pytest.raises(UserError, match="empty; write one JSON object a line"):
-        score_file(path, True, RewardConfig())
+        Score(path, True)()
 
 
 def test_a_file_that_cannot_be_read_is_a_fault(tmp_path: Path):
     for path in (tmp_path / "none.jsonl", tmp_path):
         with pytest.raises(UserError, match=f"{path}: cannot be read"):
-            score_file(path, True, RewardConfig())
+            Score(path, True)()

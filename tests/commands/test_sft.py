@@ -15,10 +15,11 @@ from rich.console import Console
 from safetensors.numpy import load_file
 from tokenizers import Tokenizer
 
-from gemma2_grpo.commands import sft as sft_module
-from gemma2_grpo.commands.sft import sft
-from gemma2_grpo.config import SftConfig, check_sft
+from gemma2_grpo.checks import check_sft
+from gemma2_grpo.commands.sft import Sft
+from gemma2_grpo.config import SftConfig
 from gemma2_grpo.errors import UserError
+from gemma2_grpo.model import load, save
 from gemma2_grpo.model.gemma import run_from_start, split_model
 from gemma2_grpo.model.load import load_weights
 from gemma2_grpo.model.logprobs import output_logits
@@ -26,8 +27,8 @@ from gemma2_grpo.model.mesh import make_mesh
 from gemma2_grpo.model.tokenizer import load_tokenizer
 from gemma2_grpo.presets import from_mapping
 from gemma2_grpo.run.console import Display
-from gemma2_grpo.task.procedural import generate
-from gemma2_grpo.task.prompts import INSTRUCTION, render_prompt
+from gemma2_grpo.task.prompts import render_prompt
+from gemma2_grpo.training import supervised
 
 ROWS = [
     {
@@ -95,7 +96,7 @@ def rows_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def losses_of(config: SftConfig, to: Path) -> dict[str, list[float]]:
     display = Losses()
-    assert sft(config, to, display=display) == to
+    assert Sft("test", to, config)(display) == to
     return display.phases
 
 
@@ -114,8 +115,8 @@ def adapted(
 def from_scratch(
     make: Make, tmp_path_factory: pytest.TempPathFactory
 ) -> tuple[SftConfig, Path, dict[str, list[float]]]:
-    """All weights from random ones, on generated problems and bare equations."""
-    config = make(sft={"init": "random", "train_base": True, "arithmetic_fraction": 0.5})
+    """All weights from random ones, on generated problems."""
+    config = make(sft={"init": "random", "train_base": True})
     to = tmp_path_factory.mktemp("sft") / "scratch"
     return config, to, losses_of(config, to)
 
@@ -161,32 +162,6 @@ def test_adapters_change_the_matrices_they_are_on_and_nothing_else(adapted, tiny
     rounded = {name: x.astype(after[name].dtype) for name, x in before.items()}
     changed = {name for name in after if (after[name] != rounded[name]).any()}
     assert changed == {name for name in after if "self_attn" in name or "mlp" in name}
-
-
-def test_sloppy_steps_follow_the_clean_ones(make, tmp_path, monkeypatch):
-    batches: list[list[list[str]]] = []
-    tokenizer = load_tokenizer(SHIPPED)
-
-    def record(_: Any, drawn: Any, *__: Any, **___: Any) -> None:
-        batches.append([[tokenizer.decode(row.tokens) for row in rows] for rows in drawn])
-
-    monkeypatch.setattr(sft_module, "train_supervised", record)
-    options = {"sloppy_steps": 10, "arithmetic_fraction": 0.25}
-    phases = losses_of(make(sft=options), tmp_path / "to")
-    assert list(phases) == ["solutions", "sloppy teacher"]
-    clean, careless = batches
-    assert (len(clean), len(careless)) == (12, 10)
-    for rows in (*clean, *careless):
-        assert [INSTRUCTION in row for row in rows] == [True, True, True, False]
-        assert rows[-1].count(" = ") > 4
-    solutions = {p.question: p.solution for p in generate("train", 40, 0)}
-
-    def right_share(rows: list[list[str]]) -> float:
-        texts = [text for batch in rows for text in batch[:-1]]
-        return float(np.mean([text.strip().endswith(tuple(solutions.values())) for text in texts]))
-
-    assert right_share(clean) == 1
-    assert 0.2 < right_share(careless) < 0.8
 
 
 def test_random_weights_owe_nothing_to_the_model(from_scratch, tiny_model_dir):
@@ -247,7 +222,7 @@ def test_a_base_as_tools_leave_it_gives_a_model_that_chats(
     make, tiny_model_dir, tmp_path, monkeypatch
 ):
     """No chat template, a fixed length, one stop token."""
-    monkeypatch.setattr(sft_module, "train_supervised", lambda *_, **__: None)
+    monkeypatch.setattr(supervised, "train_supervised", lambda *_, **__: None)
     base, to = tmp_path / "base", tmp_path / "to"
     shutil.copytree(tiny_model_dir, base)
     settings = json.loads((base / "tokenizer_config.json").read_text())
@@ -258,7 +233,7 @@ def test_a_base_as_tools_leave_it_gives_a_model_that_chats(
     backend.save(str(base / "tokenizer.json"))
     (base / "generation_config.json").write_text('{"eos_token_id": 1, "temperature": 2.0}')
     display = Losses()
-    sft(make(model={"model": str(base)}), to, display=display)
+    Sft("test", to, make(model={"model": str(base)}))(display)
     assert (to / "chat_template.jinja").is_file()
     assert json.loads((to / "tokenizer.json").read_text())["truncation"] is None
     generation = json.loads((to / "generation_config.json").read_text())
@@ -277,10 +252,10 @@ def refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[..., st
             raise AssertionError("weights are made")
 
         for name in ("load_weights", "random_weights"):
-            monkeypatch.setattr(sft_module, name, fail)
+            monkeypatch.setattr(load, name, fail)
         before = sorted(tmp_path.rglob("*"))
         with pytest.raises(UserError) as refusal:
-            sft(config, to or tmp_path / "to", display=Losses())
+            Sft("test", to or tmp_path / "to", config)(Losses())
         assert sorted(tmp_path.rglob("*")) == before
         assert "\n" not in str(refusal.value)
         return str(refusal.value)
@@ -304,15 +279,6 @@ def test_a_directory_that_cannot_be_written_is_refused(make, refused, tmp_path):
     assert refused(make(), to) == expected
 
 
-@pytest.mark.parametrize("option", [{"sloppy_steps": 1}, {"arithmetic_fraction": 0.1}])
-def test_procedural_options_are_refused_on_other_data(option, make, refused, rows_file):
-    config = make(data={"dataset": str(rows_file), "num_train_samples": 20}, sft=option)
-    assert refused(config) == (
-        f"dataset = {rows_file}: sloppy_steps and arithmetic_fraction are for the procedural data "
-        "only; set both to 0"
-    )
-
-
 def test_data_without_solutions_are_refused(make, refused, tmp_path):
     file = tmp_path / "answers.jsonl"
     rows = [{"question": row["question"], "answer": str(i)} for i, row in enumerate(ROWS)]
@@ -328,7 +294,7 @@ def test_a_model_without_weights_will_do_for_random_ones(make, tiny_model_dir, r
     assert "no *.safetensors file in it" in refused(make(model={"model": str(bare)}))
     config = make(model={"model": str(bare)}, sft={"init": "random"})
     with pytest.raises(AssertionError, match="weights are made"):
-        sft(config, tmp_path / "to", display=Losses())
+        Sft("test", tmp_path / "to", config)(Losses())
 
 
 @pytest.mark.parametrize("is_new", [True, False])
@@ -337,15 +303,15 @@ def test_a_disk_that_fills_up_leaves_no_half_model(is_new, make, tmp_path, monke
         (args[1] / "model.safetensors").write_bytes(b"half")
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(sft_module, "save_model", full)
-    monkeypatch.setattr(sft_module, "train_supervised", lambda *_, **__: None)
+    monkeypatch.setattr(save, "save_model", full)
+    monkeypatch.setattr(supervised, "train_supervised", lambda *_, **__: None)
     to = tmp_path / "models" / "to"
     if not is_new:
         to.mkdir(parents=True)
         (to / "notes").write_text("mine")
     before = sorted(tmp_path.rglob("*"))
     with pytest.raises(UserError) as refusal:
-        sft(make(), to, display=Losses())
+        Sft("test", to, make())(Losses())
     assert str(refusal.value) == (
         f"{to}: could not be written (No space left on device); nothing is left of it"
     )

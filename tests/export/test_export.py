@@ -22,9 +22,9 @@ from safetensors.numpy import load_file, save_file
 from tests.fixtures.runs import EMBEDDED
 from tokenizers import Tokenizer
 
+from gemma2_grpo.commands.export import Export
 from gemma2_grpo.errors import UserError
 from gemma2_grpo.export import hub, verify
-from gemma2_grpo.export.export import export
 from gemma2_grpo.export.model_card import Exported, render_card
 from gemma2_grpo.export.parity import compare_with_transformers
 from gemma2_grpo.model import chat_template
@@ -59,7 +59,7 @@ def quiet_export(run: Path | str, to: Path, **options: Any) -> str:
     shown = io.StringIO()
     display = Display(Console(file=shown, width=200, highlight=False))
     options = {"verify": "never", **options}
-    assert export(str(run), to, display=display, **options) == to
+    assert Export(str(run), to, **options)(display) == to
     return shown.getvalue()
 
 

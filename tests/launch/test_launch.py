@@ -11,17 +11,19 @@ import pytest
 import yaml
 
 from gemma2_grpo import cli
+from gemma2_grpo.commands.train import Train
 from gemma2_grpo.config import Config
 from gemma2_grpo.errors import UserError
 from gemma2_grpo.launch.launch import train_command
-from gemma2_grpo.launch.machines import TPU_FAMILIES, find_machines
+from gemma2_grpo.launch.machines import find_machines
 from gemma2_grpo.presets import load_config
+from gemma2_grpo.runtime.chips import TPU_FAMILIES
 
 FLAGSHIP = load_config("gemma2-2b-v5e8")
-XPK = "launch --print xpk --image r/i:1 --storage s --cluster c"
-JOBSET = "launch --print jobset --image r/i:1 --storage gs://b"
-SLURM = "launch --print slurm --accelerator H100:8"
-SKYPILOT = "launch --print skypilot --storage gs://b"
+XPK = "launch xpk --image r/i:1 --storage s --cluster c"
+JOBSET = "launch jobset --image r/i:1 --storage gs://b"
+SLURM = "launch slurm --accelerator H100:8"
+SKYPILOT = "launch skypilot --storage gs://b"
 
 # The options of several processes, and how the test's machines set what SkyPilot would.
 RANK = {"SKYPILOT_NODE_IPS": "10.0.0.1\n10.0.0.2", "SKYPILOT_NUM_NODES": "2"}
@@ -43,11 +45,11 @@ def _with_mesh(config: Config, *shape: int) -> Config:
     return dataclasses.replace(config, model=dataclasses.replace(config.model, mesh_shape=shape))
 
 
-def _train(words: list[str]) -> cli.Train:
+def _train(words: list[str]) -> Train:
     """What `gemma2-grpo train ...` would do."""
     assert words[0] == "gemma2-grpo"
     parsed = cli.parse(words[1:])
-    assert isinstance(parsed, cli.Train)
+    assert isinstance(parsed, Train)
     return parsed
 
 
@@ -184,7 +186,7 @@ def test_jobset_of_several_hosts(recipe: Any) -> None:
 
 
 def test_jobset_of_one_host_and_a_claim(recipe: Any) -> None:
-    command = "launch tiny --print jobset --image i --storage my-claim --run /runs/x --name n"
+    command = "launch jobset tiny --image i --storage my-claim --run /runs/x --name n"
     manifest = yaml.safe_load(recipe(command.split()))
     _check_jobset(manifest)
     assert manifest["metadata"] == {"name": "n"}
@@ -400,30 +402,30 @@ print(time.process_time(), *(m for m in heavy if m in sys.modules))
 @pytest.mark.parametrize(
     ("command", "message"),
     [
-        ("launch", "--print is missing; see gemma2-grpo launch --help"),
+        ("launch", "TOOL is missing; see gemma2-grpo launch --help"),
         (
-            "launch --print pbs",
-            "--print takes one of xpk, jobset, slurm, skypilot, not 'pbs'",
+            "launch pbs",
+            "TOOL takes one of xpk, jobset, slurm, skypilot, not 'pbs'",
         ),
         (
-            "launch --print xpk",
+            "launch xpk",
             "xpk needs --image: the container image with gemma2-grpo in it; docs/scaling.md "
             "shows how to build one",
         ),
         (
-            "launch --print xpk --image i",
+            "launch xpk --image i",
             "xpk needs --storage: the name of a storage that is attached to the cluster",
         ),
         (
-            "launch --print xpk --image i --storage s",
+            "launch xpk --image i --storage s",
             "xpk needs --cluster: the name of the GKE cluster",
         ),
         (
-            "launch --print jobset --image i",
+            "launch jobset --image i",
             "jobset needs --storage: gs://BUCKET, or the name of a volume claim",
         ),
         (
-            "launch --print skypilot",
+            "launch skypilot",
             "skypilot needs --storage: gs://BUCKET, or that of another cloud",
         ),
         (
@@ -436,11 +438,11 @@ print(time.process_time(), *(m for m in heavy if m in sys.modules))
         ),
         (f"{JOBSET} --cluster c", "jobset takes no --cluster: leave it out"),
         (
-            "launch --print jobset --image i --storage s3://b",
+            "launch jobset --image i --storage s3://b",
             "storage 's3://b': jobset takes gs://BUCKET, or the name of a volume claim",
         ),
         (
-            "launch --print skypilot --storage claim",
+            "launch skypilot --storage claim",
             "storage 'claim': skypilot takes gs://BUCKET, or that of another cloud",
         ),
         (
@@ -448,7 +450,7 @@ print(time.process_time(), *(m for m in heavy if m in sys.modules))
             "accelerator 'v5e-4': the smallest v5e of xpk is v5e-8",
         ),
         (
-            "launch --print slurm",
+            "launch slurm",
             "accelerator 'v5e-8': slurm is written for GPUs; pass those of one host, such as "
             "--accelerator H100:8",
         ),

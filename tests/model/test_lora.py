@@ -330,6 +330,19 @@ class TestPatterns:
         with pytest.raises(UserError, match=f"'{pattern}' matches no weight matrix"):
             add_lora(base, modules, mesh, 0)
 
+    @pytest.mark.parametrize("pattern", [".*", ".+", "embedder|mlp/up_proj"])
+    def test_a_pattern_that_matches_the_embedding_is_refused(
+        self, pattern: str, base: gemma.Gemma, mesh: Mesh, config: Config
+    ) -> None:
+        """Qwix would adapt it, and the output head never applies that adapter."""
+        modules = dataclasses.replace(config.model, lora_modules=(pattern,))
+        with pytest.raises(UserError) as refusal:
+            add_lora(base, modules, mesh, seed=0)
+        assert str(refusal.value).startswith(
+            f"lora_modules: {pattern!r} matches the embedder, which takes no adapter; name weight "
+            "matrices of the layers, such as attn/attn_vec_einsum"
+        )
+
     def test_one_that_is_none_is_refused(
         self, base: gemma.Gemma, mesh: Mesh, config: Config
     ) -> None:

@@ -45,7 +45,7 @@ def result(**changes: Any) -> dict[str, Any]:
     better = {"greedy": GREEDY | {"accuracy": 0.6, "mean_tokens": 170.0}, "sampled": SAMPLED}
     return {
         "data": {"source": "openai/gsm8k", "split": "test", "problems": 1319, "dropped": 2},
-        "settings": {"samples": 4, "temperature": 0.7},
+        "settings": {"eval_samples": 4, "temperature": 0.7},
         "systems": {"base": SYSTEM, "adapter": better},
         "comparison": {
             "both_right": 600,
@@ -95,7 +95,8 @@ def test_both_systems_side_by_side() -> None:
 
 
 def test_one_sample_is_one() -> None:
-    assert "1 sample, temperature 0.7" in shown(result(settings={"samples": 1, "temperature": 0.7}))
+    settings = {"eval_samples": 1, "temperature": 0.7}
+    assert "1 sample, temperature 0.7" in shown(result(settings=settings))
 
 
 def test_a_model_alone_without_samples() -> None:

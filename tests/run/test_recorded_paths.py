@@ -13,10 +13,10 @@ from rich.console import Console
 from safetensors import safe_open
 from tests.fixtures.runs import REWARD
 
-from gemma2_grpo.commands.evaluate import evaluate
+from gemma2_grpo.commands.evaluate import Evaluate
+from gemma2_grpo.commands.export import Export
 from gemma2_grpo.config import Config, EvaluateConfig
 from gemma2_grpo.errors import UserError
-from gemma2_grpo.export.export import export
 from gemma2_grpo.model.find import check_model
 from gemma2_grpo.presets import read_toml
 from gemma2_grpo.run.directory import RunDirectory, read_config
@@ -76,7 +76,8 @@ def moved(trained: Project, tmp_path: Path) -> Path:
 
 def quiet_evaluate(source: str, **asked: Any) -> dict[str, Any]:
     console = Console(file=io.StringIO(), width=100)
-    return evaluate(source, EvaluateConfig(limit=2, **asked), console=console)
+    config = EvaluateConfig(num_test_samples=2, **asked)
+    return Evaluate(source, config=config)(console)
 
 
 def test_paths_are_recorded_whole(trained: Project) -> None:
@@ -128,10 +129,10 @@ def test_a_run_is_found_from_another_folder(
     assert config.model.model == str(trained.path / "models" / "tiny")
     result = quiet_evaluate(str(run))
     assert result["model"] == str(trained.path / "models" / "tiny")
-    assert result["settings"]["data"] == str(trained.path / "rows.jsonl")
+    assert result["settings"]["dataset"] == str(trained.path / "rows.jsonl")
     monkeypatch.chdir(trained.path)
     assert quiet_evaluate("runs/one") == result
-    export("runs/one", tmp_path / "peft", format="peft", verify="never")
+    Export("runs/one", tmp_path / "peft", format="peft", verify="never")()
     described = json.loads((tmp_path / "peft" / "adapter_config.json").read_text())
     assert described["base_model_name_or_path"] == str(trained.path / "models" / "tiny")
 

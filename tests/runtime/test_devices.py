@@ -73,7 +73,7 @@ def run(
 COMMANDS = {
     "train": ["train", "--max-steps", "1"],
     "sft": ["sft", "sft-tiny", "--to", "made"],
-    "evaluate": ["evaluate", "embedded", "--limit", "1"],
+    "evaluate": ["evaluate", "embedded", "--num-test-samples", "1"],
     "ask": ["ask", "embedded", "1 + 1?"],
 }
 

@@ -266,7 +266,8 @@ def test_a_device_that_one_lacks_ends_all_with_its_words(
 
 JOINED = """
 import os, signal, sys, time
-from gemma2_grpo.runtime.processes import gather, joined
+from gemma2_grpo.runtime.farewell import joined
+from gemma2_grpo.runtime.processes import gather
 with joined(sys.argv[1], 2, int(sys.argv[2])):
     gather(0)  # Both have joined.
     os.kill(os.getpid(), signal.SIGTERM)

@@ -185,7 +185,7 @@ def test_held_out_problems_are_the_whole_test_split_and_begin_with_the_selected_
     assert len({hash_of(whole), hash_of(whole[:5]), hash_of(whole[:4])}) == 3
     assert hash_of(load_held_out(config(folder))) == hash_of(whole)
     assert message(load_held_out, config(folder), 13) == (
-        f"limit = 13 is more than the 12 problems of that split in {folder}; lower it"
+        f"num_test_samples = 13 is more than the 12 problems of that split in {folder}; lower it"
     )
 
 
@@ -195,7 +195,8 @@ def test_held_out_validation_problems_are_not_trained_on(folder):
     train = set(load_splits(asked).train)
     left = load_held_out(asked, 30)
     assert len(set(left)) == 30 and not train & set(left)
-    assert message(load_held_out, asked, 31).startswith("limit = 31 is more than the 30 problems")
+    said = message(load_held_out, asked, 31)
+    assert said.startswith("num_test_samples = 31 is more than the 30 problems")
     assert len(load_held_out(config(folder, 37, 5, eval_split="validation"))) == 3
     assert message(load_held_out, config(folder, 40, eval_split="validation")) == (
         f"{folder}: no validation problems in it; choose another split"

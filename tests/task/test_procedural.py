@@ -1,4 +1,4 @@
-"""Procedural problems: true arithmetic, separate splits, and the sloppy teacher's errors."""
+"""Procedural problems: true arithmetic and separate splits."""
 
 import hashlib
 import re
@@ -6,17 +6,9 @@ import re
 import numpy as np
 import pytest
 
-from gemma2_grpo.task.procedural import (
-    Problem,
-    bare_equations,
-    generate,
-    make_problem,
-    sloppy,
-    split_of,
-)
+from gemma2_grpo.task.procedural import Problem, generate, make_problem, split_of
 
 EQUATION = re.compile(r"(\d+) ([-+x]) (\d+) = (\d+)")
-SIGNED = r"(-?\d+) ([-+x]) (-?\d+) = (-?\d+)"
 GOLDEN = "ad455e74f8fbfaf2fbc521e82906b55c01121a8a296e9ab339654e77a0c86372"
 SPLITS = ("train", "validation", "test")
 SOLUTION = re.compile(
@@ -27,12 +19,6 @@ SOLUTION = re.compile(
 
 def calculate(left: str, op: str, right: str) -> int:
     return eval(f"{left} {op.replace('x', '*')} {right}")
-
-
-def is_right(problem: Problem, completion: str) -> bool:
-    return completion.startswith("<reasoning>\n") and completion.endswith(
-        f".\n</reasoning>\n<answer>\n{problem.answer}\n</answer>"
-    )
 
 
 @pytest.fixture(scope="module")
@@ -115,75 +101,3 @@ def test_chains_repeat_only_where_new_ones_have_run_out(monkeypatch):
     chains = {problem.chain for problem in drawn}
     assert len(drawn) == 200
     assert 10 < len(chains) < 100  # All the test chains there are.
-
-
-def test_sloppy_solutions_with_all_rates_at_zero_are_the_solution(problems):
-    rng = np.random.default_rng(0)
-    none = dict(minus_rate=0.0, times_rate=0.0, slip_rate=0.0, tag_rate=0.0)
-    assert all(sloppy(problem, rng, **none) == problem.solution for problem in problems[:200])
-
-
-def test_sloppy_minus_and_times_become_plus_and_carry_forward():
-    steps = ((9, "-", 2, 7), (7, "x", 3, 21), (21, "-", 5, 16))
-    problem = Problem("How many?", steps)
-    rng = np.random.default_rng(0)
-    rates = dict(minus_rate=1.0, times_rate=0.0, slip_rate=0.0, tag_rate=0.0)
-    lines = sloppy(problem, rng, **rates).splitlines()
-    assert lines[1:4] == ["Step 1: 9 - 2 = 7", "Step 2: 7 x 3 = 21", "Step 3: 21 + 5 = 26"]
-    assert lines[4:] == [
-        "Therefore, the answer is 26.", "</reasoning>", "<answer>", "26", "</answer>"
-    ]  # fmt: skip
-    rates = dict(minus_rate=0.0, times_rate=1.0, slip_rate=0.0, tag_rate=0.0)
-    lines = sloppy(problem, rng, **rates).splitlines()
-    assert lines[1:4] == ["Step 1: 9 - 2 = 7", "Step 2: 7 + 3 = 10", "Step 3: 10 - 5 = 5"]
-
-
-def test_sloppy_slips_are_one_false_equation_off_by_one_or_ten(problems):
-    rng = np.random.default_rng(0)
-    for problem in problems[:300]:
-        text = sloppy(problem, rng, minus_rate=0, times_rate=0, slip_rate=1, tag_rate=0)
-        off = [
-            int(result) - calculate(left, op, right)
-            for left, op, right, result in re.findall(SIGNED, text)
-        ]
-        wrong = [error for error in off if error]
-        assert len(wrong) <= 1
-        assert set(wrong) <= {-10, -1, 1, 10}
-
-
-def test_sloppy_breaks_exactly_one_tag(problems):
-    rng = np.random.default_rng(0)
-    tags = ["<reasoning>", "</reasoning>", "<answer>", "</answer>"]
-    kinds = set()
-    for problem in problems[:300]:
-        text = sloppy(problem, rng, minus_rate=0, times_rate=0, slip_rate=0, tag_rate=1)
-        written = re.findall(r"</?\w+>", text)
-        if len(written) == 3:
-            kinds.add(tuple(tag for tag in tags if tag not in written))
-        else:
-            changed = [(old, new) for old, new in zip(tags, written, strict=True) if old != new]
-            ((old, new),) = changed
-            assert old.replace("/", "") == new.replace("/", "")
-            kinds.add((old, new))
-    assert len(kinds) == 8
-
-
-def test_sloppy_rates_leave_a_little_under_half_right(problems):
-    rng = np.random.default_rng(0)
-    right = np.mean([is_right(problem, sloppy(problem, rng)) for problem in problems])
-    assert 0.36 < right < 0.42
-    mostly = dict(minus_rate=0.0, times_rate=0.0)
-    right = np.mean([is_right(problem, sloppy(problem, rng, **mostly)) for problem in problems])
-    np.testing.assert_allclose(right, 0.92 * 0.90, atol=0.02)
-
-
-def test_bare_equations_are_true_and_cover_the_operations():
-    equations = bare_equations(np.random.default_rng(0), 900)
-    assert equations == bare_equations(np.random.default_rng(0), 900)
-    matches = [EQUATION.fullmatch(equation) for equation in equations]
-    for match in matches:
-        assert match
-        left, op, right, result = match.groups()
-        assert calculate(left, op, right) == int(result) <= 99
-    counts = [sum(match[2] == op for match in matches if match) for op in "+-x"]
-    assert len(equations) == 900 and min(counts) > 200

@@ -1,84 +1,102 @@
-"""Asking a model a question: the answer as it comes, by tag, with its equations checked."""
+"""`gemma2-grpo ask`: the answer of a model as it comes, by tag, with its equations checked."""
 
 import sys
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Annotated
 
-from rich.console import Console
-from rich.live import Live
-from rich.rule import Rule
-from rich.text import Text
+from tyro.conf import Positional, arg
 
-from gemma2_grpo.config import EvaluateConfig, check_evaluate
+from gemma2_grpo.checks import check_fields
+from gemma2_grpo.commands.options import Flag
+from gemma2_grpo.commands.options import Source as SourceName
+from gemma2_grpo.config import EvaluateConfig
 from gemma2_grpo.errors import UserError
-from gemma2_grpo.run.completion_view import render_completion
-from gemma2_grpo.run.console import inert, open_console
-from gemma2_grpo.run.source import Opened, Source, as_asked, find_source, open_source
-from gemma2_grpo.runtime.devices import start_jax
-from gemma2_grpo.task.answers import extract_number, printable
 from gemma2_grpo.task.prompts import parse_completion, render_prompt
 
 if TYPE_CHECKING:
+    from rich.console import Console
+
+    from gemma2_grpo.run.source import Opened, Source
     from gemma2_grpo.sampling.rollout import Sample
 
 _QUESTION = "question> "
 
 
-def ask(
-    name: str,
-    question: str | None,
-    *,
-    samples: int = 1,
-    compare: bool = False,
-    temperature: float | None = None,
-    max_completion_tokens: int | None = None,
-    seed: int = 0,
-    console: Console | None = None,
-) -> None:
-    """Answers one question, or each that is typed until an empty line.
+@dataclass(frozen=True)
+class Ask:
+    """Ask a trained run or any Gemma 2 a question, and see its equations checked."""
 
-    Args:
-        name: A run directory, a model directory, a hub id, or `embedded`.
-        question: The question; None to ask for it.
-        samples: 1 takes the likeliest token each time; more are sampled, and vote.
-        compare: Show the answer of the base beside it.
-        temperature: Of the samples; by default that of the run.
-        max_completion_tokens: By default that of the run.
-        seed: Of the samples.
-        console: Where to print.
+    source: SourceName
+    """Run directory, model directory, Hugging Face or Kaggle id, or `embedded`."""
+    question: Annotated[Positional[str | None], arg(metavar="[QUESTION]")] = None
+    """The question, in quotes. Without one, questions are asked for until an empty line."""
+    samples: int = 1
+    """1 gives the greedy answer; more are sampled, and vote."""
+    with_base: Flag = False
+    """Show the answer of the base model too."""
+    temperature: float | None = None
+    """Temperature of the samples. Default: that of the run."""
+    max_completion_tokens: int | None = None
+    """Longer answers are cut off. Default: that of the run."""
+    seed: int = 0
+    """Seed of the samples."""
 
-    Raises:
-        UserError: for anything that the user can mend.
-    """
-    console = console or open_console()
-    if samples < 1:
-        raise UserError(f"samples = {samples} must be at least 1")
-    if question is not None and not question.strip():
-        raise UserError("the question is blank; write it in quotes, or leave it out to be asked")
-    asked_for = EvaluateConfig(
-        temperature=temperature, max_completion_tokens=max_completion_tokens, seed=seed
-    )
-    source = as_asked(find_source(name), check_evaluate(asked_for))
-    if compare and source.run is None and not source.config.model.adapter:
-        raise UserError(f"{name} is a base model; --compare needs a run, whose base it shows")
-    opened = _open(source, console)
-    for asked in _questions(console) if question is None else [question]:
-        try:
-            _check_question(opened, asked)
-        except UserError as error:
-            if question is not None or not sys.stdin.isatty():
-                raise
-            console.print(f"{error}\n", markup=False)  # The next one may be shorter.
-            continue
-        if compare:
-            console.print(Rule("base", align="left", style="dim"))
-            _answer(opened.sampler(adapted=False), asked, samples, seed, console)
-            console.print(Rule(f"after {opened.steps} steps", align="left", style="dim"))
-        _answer(opened.sampler(adapted=True), asked, samples, seed, console)
+    def __call__(self, console: "Console | None" = None) -> None:
+        """Answers one question, or each that is typed until an empty line.
+
+        Raises:
+            UserError: for anything that the user can correct.
+        """
+        from gemma2_grpo.run.console import open_console
+        from gemma2_grpo.run.source import as_asked, find_source
+        from gemma2_grpo.runtime.devices import require_jax
+
+        require_jax()
+        console = console or open_console()
+        if self.samples < 1:
+            raise UserError(f"samples = {self.samples} must be at least 1")
+        if self.question is not None and not self.question.strip():
+            raise UserError(
+                "the question is blank; write it in quotes, or leave it out to be asked"
+            )
+        asked_for = EvaluateConfig(
+            temperature=self.temperature,
+            max_completion_tokens=self.max_completion_tokens,
+            seed=self.seed,
+        )
+        source = as_asked(find_source(self.source), check_fields(asked_for))
+        if self.with_base and source.run is None and not source.config.model.adapter:
+            raise UserError(
+                f"{self.source} is a base model; --with-base needs a run, whose base it shows"
+            )
+        self._answer_all(_open(source, console), console)
+
+    def _answer_all(self, opened: "Opened", console: "Console") -> None:
+        from rich.rule import Rule
+
+        for asked in _questions(console) if self.question is None else [self.question]:
+            try:
+                _check_question(opened, asked)
+            except UserError as error:
+                if self.question is not None or not sys.stdin.isatty():
+                    raise
+                console.print(f"{error}\n", markup=False)  # The next one may be shorter.
+                continue
+            if self.with_base:
+                console.print(Rule("base", align="left", style="dim"))
+                base = opened.sampler(adapted=False)
+                _answer(base, asked, self.samples, self.seed, console)
+                console.print(Rule(f"after {opened.steps} steps", align="left", style="dim"))
+            _answer(opened.sampler(adapted=True), asked, self.samples, self.seed, console)
 
 
-def _open(source: Source, console: Console) -> Opened:
+def _open(source: "Source", console: "Console") -> "Opened":
+    from gemma2_grpo.run.console import inert
+    from gemma2_grpo.run.source import open_source
+    from gemma2_grpo.runtime.devices import start_jax
+
     start_jax(lambda text: console.print(inert(text)))
     from gemma2_grpo.runtime.program_cache import use_program_cache
 
@@ -87,7 +105,7 @@ def _open(source: Source, console: Console) -> Opened:
         return open_source(source)
 
 
-def _check_question(opened: Opened, question: str) -> None:
+def _check_question(opened: "Opened", question: str) -> None:
     try:
         question.encode()
     except UnicodeEncodeError:
@@ -100,7 +118,7 @@ def _check_question(opened: Opened, question: str) -> None:
         )
 
 
-def _questions(console: Console) -> Iterator[str]:
+def _questions(console: "Console") -> Iterator[str]:
     """Questions as they are typed or piped in, until an empty line or the end."""
     while True:
         try:
@@ -112,7 +130,7 @@ def _questions(console: Console) -> Iterator[str]:
         yield line.strip()
 
 
-def _answer(sample: "Sample", question: str, samples: int, seed: int, console: Console) -> None:
+def _answer(sample: "Sample", question: str, samples: int, seed: int, console: "Console") -> None:
     """Streams one completion; of several, the first, and then how all of them voted."""
     import jax
 
@@ -130,7 +148,10 @@ def _answer(sample: "Sample", question: str, samples: int, seed: int, console: C
 class _Stream:
     """Prints lines once they are whole; on a terminal the last one is seen while it is written."""
 
-    def __init__(self, console: Console) -> None:
+    def __init__(self, console: "Console") -> None:
+        from rich.live import Live
+        from rich.text import Text
+
         self._console = console
         self._live = Live(console=console, transient=True) if console.is_terminal else None
         self._printed = 0
@@ -143,6 +164,8 @@ class _Stream:
 
     def show(self, text: str) -> None:
         """Takes the completion as far as it has come."""
+        from gemma2_grpo.run.completion_view import render_completion
+
         *whole, self._last = render_completion(text)
         for line in whole[self._printed :]:
             self._console.print(line)
@@ -158,6 +181,8 @@ class _Stream:
 
 def vote_line(completions: Sequence[str]) -> str:
     """How many completions gave each number, most first."""
+    from gemma2_grpo.task.answers import extract_number, printable
+
     numbers = [extract_number(parse_completion(text).answer or "") for text in completions]
     votes = Counter("no number" if n is None else printable(n) for n in numbers)
     counts = ", ".join(f"{answer} x {count}" for answer, count in votes.most_common())

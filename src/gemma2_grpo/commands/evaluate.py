@@ -3,78 +3,85 @@
 import json
 import re
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from rich.console import Console
-
+from gemma2_grpo.checks import check_fields
+from gemma2_grpo.commands.options import Directory, Flag, Sections
+from gemma2_grpo.commands.options import Source as SourceName
 from gemma2_grpo.config import Config, EvaluateConfig
-from gemma2_grpo.run.console import Display, open_console
-from gemma2_grpo.run.directory import command_facts
-from gemma2_grpo.run.evaluation_folder import RESULT, EvaluationFolder
-from gemma2_grpo.run.evaluation_view import show_evaluation
-from gemma2_grpo.run.source import (
-    Source,
-    as_asked,
-    find_source,
-    finished_adapter,
-    open_source,
-    trained_steps,
-)
-from gemma2_grpo.runtime.devices import start_jax
-from gemma2_grpo.task.examples import Example, drop_long, hash_of, load_held_out
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from gemma2_grpo.run.console import Display
+    from gemma2_grpo.run.evaluation_folder import EvaluationFolder
+    from gemma2_grpo.run.source import Source
+    from gemma2_grpo.task.examples import Example
 
 
-def evaluate(
-    name: str,
-    asked: EvaluateConfig,
-    to: Path | None = None,
-    *,
-    as_json: bool = False,
-    overwrite: bool = False,
-    console: Console | None = None,
-) -> dict[str, Any]:
-    """Evaluates a run or a model, or goes on with it; a finished evaluation is only shown.
+@dataclass(frozen=True)
+class Evaluate:
+    """Measure a run or a model on held-out problems, with and without its adapter.
 
-    Args:
-        name: What `find_source` takes.
-        asked: Checked settings.
-        to: Where the results are written; by default the run directory, for a model
-            `evaluations/` and its name.
-        as_json: Print evaluation.json on standard output, and all else on standard error.
-        overwrite: Begin anew where an evaluation is already.
-        console: What shows the progress.
-
-    Returns:
-        What evaluation.json holds.
-
-    Raises:
-        UserError: for anything that the user can mend.
+    Run it again to resume an interrupted evaluation, or to show a finished one.
     """
-    display = Display(console or open_console(stderr=as_json))
-    source = as_asked(find_source(name, asked.adapter), asked)
-    path = to or source.run or Path("evaluations") / _file_name(name)
-    folder = EvaluationFolder(path, overwrite=overwrite)
-    try:
-        folder.check_same("settings", _settings(source.config, asked))
-        # Before JAX loads.
-        problems = () if folder.result else load_held_out(source.config.data, asked.limit)
-        folder.check_same("weights", _weights(source))
-        if folder.result:
-            display.note(f"{path / RESULT} is finished:")
-        else:
-            _run(source, asked, problems, folder, display)
-            if path == source.run:
-                from gemma2_grpo.report.report import write_report
 
-                write_report(path)
-        show_evaluation(display.console, folder.result or {})
-        display.note(f"results: {path / RESULT}")
-    finally:
-        folder.close()
-    if as_json:
-        print(json.dumps(folder.result, indent=1))
-    return folder.result or {}
+    source: SourceName
+    """A run directory, a directory of a model, a Hugging Face id, `kaggle:HANDLE` or `embedded`."""
+    to: Directory = None
+    """Where the results are written. Default: the run directory; for a model evaluations/NAME."""
+    json: Flag = False
+    """Print evaluation.json on standard output, and nothing else there."""
+    overwrite: Flag = False
+    """Discard an earlier evaluation in that directory, and start over."""
+    config: Sections[EvaluateConfig] = field(default_factory=EvaluateConfig)
+
+    def __call__(self, console: "Console | None" = None) -> dict[str, Any]:
+        """Evaluates or resumes; a finished evaluation is only shown.
+
+        Returns:
+            The content of evaluation.json.
+
+        Raises:
+            UserError: for anything that the user can correct.
+        """
+        asked = check_fields(self.config)
+        from gemma2_grpo.run.console import Display, open_console
+        from gemma2_grpo.run.evaluation_folder import RESULT, EvaluationFolder
+        from gemma2_grpo.run.evaluation_view import show_evaluation
+        from gemma2_grpo.run.source import as_asked, find_source
+        from gemma2_grpo.runtime.devices import require_jax
+        from gemma2_grpo.task.examples import load_held_out
+
+        require_jax()
+        display = Display(console or open_console(stderr=self.json))
+        source = as_asked(find_source(self.source, asked.adapter), asked)
+        path = self.to or source.run or Path("evaluations") / _file_name(self.source)
+        folder = EvaluationFolder(path, overwrite=self.overwrite)
+        try:
+            folder.check_same("settings", _settings(source.config, asked))
+            # Before JAX loads.
+            data, limit = source.config.data, asked.num_test_samples
+            problems = () if folder.result else load_held_out(data, limit)
+            folder.check_same("weights", _weights(source))
+            if folder.result:
+                display.note(f"{path / RESULT} is finished:")
+            else:
+                _run(source, asked, problems, folder, display)
+                if path == source.run:
+                    from gemma2_grpo.report.report import write_report
+
+                    write_report(path)
+            result = folder.result or {}
+            show_evaluation(display.console, result)
+            display.note(f"results: {path / RESULT}")
+        finally:
+            folder.close()
+        if self.json:
+            print(json.dumps(result, indent=1))
+        return result
 
 
 def _file_name(model: str) -> str:
@@ -87,24 +94,25 @@ def _settings(config: Config, asked: EvaluateConfig) -> dict[str, Any]:
     """All that decides what is computed, under the names of the command line."""
     rollout = config.rollout
     return {
-        "data": config.data.dataset,
-        "split": config.data.eval_split,
-        "limit": asked.limit,
-        "samples": asked.samples,
+        "dataset": config.data.dataset,
+        "eval_split": config.data.eval_split,
+        "num_test_samples": asked.num_test_samples,
+        "eval_samples": asked.eval_samples,
         "temperature": rollout.temperature,
         "top_p": rollout.top_p,
         "top_k": rollout.top_k,
         "max_prompt_tokens": rollout.max_prompt_tokens,
         "max_completion_tokens": rollout.max_completion_tokens,
-        "batch_prompts": config.run.eval_batch_prompts,
+        "eval_batch_prompts": config.run.eval_batch_prompts,
         "seed": config.run.seed,
         "dtype": config.model.dtype,
     }
 
 
-def _weights(source: Source) -> dict[str, Any]:
+def _weights(source: "Source") -> dict[str, Any]:
     """What tells one policy from another, before any weights load."""
     from gemma2_grpo.model.adapter import fingerprint
+    from gemma2_grpo.run.source import finished_adapter, trained_steps
 
     adapter = finished_adapter(source)
     return {
@@ -115,21 +123,26 @@ def _weights(source: Source) -> dict[str, Any]:
 
 
 def _run(
-    source: Source,
+    source: "Source",
     asked: EvaluateConfig,
-    problems: Sequence[Example],
-    folder: EvaluationFolder,
-    display: Display,
+    problems: "Sequence[Example]",
+    folder: "EvaluationFolder",
+    display: "Display",
 ) -> None:
     """Loads the weights, and evaluates what is not evaluated yet."""
+    from gemma2_grpo.runtime.devices import start_jax
+
     config = source.config
     start_jax(display.note)
     display.note(f"loading {config.model.model}")
     from gemma2_grpo.model.adapter import fingerprint
     from gemma2_grpo.model.find import find_model
     from gemma2_grpo.model.tokenizer import load_tokenizer
+    from gemma2_grpo.run.directory import command_facts
     from gemma2_grpo.run.evaluation import Evaluation
+    from gemma2_grpo.run.source import open_source
     from gemma2_grpo.runtime.program_cache import use_program_cache
+    from gemma2_grpo.task.examples import drop_long, hash_of
 
     directory = find_model(config.model.model)
     tokenizer = load_tokenizer(directory)
@@ -157,4 +170,4 @@ def _run(
         "weights": weights,
         **command_facts(),
     }
-    Evaluation(opened, examples, asked.samples, folder, display).go(facts)
+    Evaluation(opened, examples, asked.eval_samples, folder, display).go(facts)

@@ -1,17 +1,20 @@
 """What a notebook needs to know of the machine it runs on: Kaggle's, Colab's or its owner's."""
 
 import importlib.util
+import math
 import os
 import warnings
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from gemma2_grpo.config import Config, check
+from gemma2_grpo.checks import check
+from gemma2_grpo.config import Config, replaced
 from gemma2_grpo.errors import UserError
 from gemma2_grpo.presets import load_config
+from gemma2_grpo.runtime.chips import mesh_for
 
 TOKEN = "HF_TOKEN"  # noqa: S105 (the name of the secret, not the secret)
 _FLAGSHIP = {"tpu": "gemma2-2b-v5e8", "gpu": "gemma2-2b-gpu"}
@@ -60,7 +63,9 @@ def find_machine() -> Machine:
     if name is None:
         why = "no TPU and no GPU; in Kaggle's or Colab's settings, choose an accelerator"
         return Machine(host, devices, _EMBEDDED, load_config(_EMBEDDED), why)
-    config = _on_all_devices(load_config(name), count)
+    config = load_config(name)
+    if math.prod(config.model.mesh_shape) != count:
+        config = changed(config, mesh_shape=mesh_for(count))
     if not _can_be_had(config.model.model):
         why = (
             f"{config.model.model} cannot be had; attach the model google/gemma-2 on Kaggle, or "
@@ -74,19 +79,9 @@ def changed(config: Config, **fields: Any) -> Config:
     """A configuration with other values of some fields, whichever section they are in; checked.
 
     Raises:
-        UserError: for a field that there is not, or a value that cannot be.
+        UserError: for a field that does not exist, or a value that cannot be.
     """
-    known = {
-        name: section
-        for section in Config.__dataclass_fields__
-        for name in getattr(config, section).__dataclass_fields__
-    }
-    for name, value in fields.items():
-        if name not in known:
-            raise UserError(f"unknown field {name!r}; see docs/configuration.md")
-        section = known[name]
-        config = replace(config, **{section: replace(getattr(config, section), **{name: value})})
-    return check(config)
+    return check(replaced(config, **fields))
 
 
 def show_report(path: Path, height: int = 900) -> Any:
@@ -148,12 +143,3 @@ def _can_be_had(model: str) -> bool:
     except UserError:
         return False
     return True
-
-
-def _on_all_devices(config: Config, count: int) -> Config:
-    """The configuration with a mesh of all devices; Gemma 2 2B has 4 KV heads to divide."""
-    fsdp, tp = config.model.mesh_shape
-    if fsdp * tp == count:
-        return config
-    tp = next(n for n in (4, 2, 1) if count % n == 0)
-    return changed(config, mesh_shape=(count // tp, tp))

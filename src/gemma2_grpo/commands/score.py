@@ -1,21 +1,67 @@
-"""Scores the completions of a file, without a model."""
+"""`gemma2-grpo score`: scores the completions of a file, without a model."""
 
 import json
 import sys
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple, TextIO
+from typing import TYPE_CHECKING, Annotated, Any, NamedTuple, TextIO
 
-from rich.console import Console
-from rich.table import Table
+from tyro.conf import Positional, arg
 
+from gemma2_grpo.commands.options import Flag
 from gemma2_grpo.config import RewardConfig
 from gemma2_grpo.errors import UserError
-from gemma2_grpo.task.answers import extract_number, gold_answer
-from gemma2_grpo.task.jsonl import read_jsonl
-from gemma2_grpo.task.rewards import COMPONENTS, Score, score_completion
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from gemma2_grpo.task.rewards import Score as CompletionScore
 
 _MAX_COLUMNS = 80
+
+
+@dataclass(frozen=True)
+class Score:
+    """Score the completions of a JSONL file, without a model."""
+
+    file: Annotated[Positional[Path], arg(metavar="FILE.jsonl")]
+    """One JSON object a line: `completion`, `answer` (a number or a GSM8K solution) and optionally
+    `question`, without which the numbers in the reasoning all count as given, and `truncated`."""
+    json: Flag = False
+    """Print one JSON object a line instead of a table."""
+
+    def __call__(
+        self,
+        weights: RewardConfig | None = None,
+        output: TextIO | None = None,
+    ) -> None:
+        """Prints the scores; nothing of a file with an error in it.
+
+        Args:
+            weights: Weights of the components; the defaults if None.
+            output: Where to print; standard output if None.
+
+        Raises:
+            UserError: for a file that cannot be read, naming file, line, field and fix.
+        """
+        from gemma2_grpo.task.rewards import score_completion
+
+        weights = weights or RewardConfig()
+        output = sys.stdout if output is None else output
+        scores = (
+            score_completion(
+                row.completion, row.answer, row.question, weights, is_truncated=row.is_truncated
+            )
+            for row in read_completions(self.file)
+        )
+        if self.json:
+            for score in scores:
+                print(json.dumps(as_record(score, weights)), file=output)
+        else:
+            from rich.console import Console
+
+            _print_table(list(scores), Console(file=output, highlight=False))
 
 
 class CompletionRow(NamedTuple):
@@ -27,43 +73,14 @@ class CompletionRow(NamedTuple):
     is_truncated: bool = False
 
 
-def score_file(
-    path: Path, as_json: bool, weights: RewardConfig, output: TextIO | None = None
-) -> None:
-    """Prints the scores of a JSONL file's completions. Nothing is printed of a faulty file.
-
-    Args:
-        path: JSONL with `completion`, `answer` (a number or a GSM8K solution) and, optionally,
-            `question`, without which the numbers in the reasoning all count as given, and
-            `truncated`, true where the completion ran into a limit.
-        as_json: Print one JSON object a line; else a table and a summary.
-        weights: Weights of the components.
-        output: Where to print; standard output if None.
-
-    Raises:
-        UserError: for a file that cannot be read, naming file, line, field and mend.
-    """
-    output = sys.stdout if output is None else output
-    rows = read_completions(path)
-    scores = (
-        score_completion(
-            row.completion, row.answer, row.question, weights, is_truncated=row.is_truncated
-        )
-        for row in rows
-    )
-    if as_json:
-        for score in scores:
-            print(json.dumps(as_record(score, weights)), file=output)
-    else:
-        _print_table(list(scores), Console(file=output, highlight=False))
-
-
 def read_completions(path: Path) -> list[CompletionRow]:
     """Reads and checks all lines of a JSONL file; blank ones are left out.
 
     Raises:
-        UserError: for a file that cannot be read, naming file, line, field and mend.
+        UserError: for a file that cannot be read, naming file, line, field and fix.
     """
+    from gemma2_grpo.task.jsonl import read_jsonl
+
     try:
         lines = read_jsonl(path, "completion and answer")
         rows = [_checked(content, place) for place, content in lines]
@@ -74,8 +91,10 @@ def read_completions(path: Path) -> list[CompletionRow]:
     return rows
 
 
-def as_record(score: Score, weights: RewardConfig) -> dict[str, Any]:
+def as_record(score: "CompletionScore", weights: RewardConfig) -> dict[str, Any]:
     """A score as JSON has it; components lie in [0, 1], before their weights."""
+    from gemma2_grpo.task.rewards import COMPONENTS
+
     return {
         **{name: getattr(score, name) for name in COMPONENTS},
         "total": score.total,
@@ -89,6 +108,8 @@ def as_record(score: Score, weights: RewardConfig) -> dict[str, Any]:
 
 def _checked(content: dict[str, Any], place: str) -> CompletionRow:
     """Checks that an object has the fields, and of the types, that are needed."""
+    from gemma2_grpo.task.answers import extract_number, gold_answer
+
     completion, answer = (_text(content, name, place) for name in ("completion", "answer"))
     if extract_number(gold_answer(answer)) is None:
         raise UserError(
@@ -117,8 +138,12 @@ def _text(content: dict[str, Any], name: str, place: str) -> str:
     return value
 
 
-def _print_table(scores: list[Score], console: Console) -> None:
+def _print_table(scores: "list[CompletionScore]", console: "Console") -> None:
     """Prints a line for each score, their means and a summary."""
+    from rich.table import Table
+
+    from gemma2_grpo.task.rewards import COMPONENTS
+
     console.width = min(console.width, _MAX_COLUMNS)
     table = Table(box=None, show_footer=True, pad_edge=False)
     table.add_column("", "mean", justify="right")

@@ -1,67 +1,134 @@
 """`gemma2-grpo sft`: supervised training on worked solutions, written as a model directory."""
 
-import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, NamedTuple
 
-import numpy as np
-from tunix.models.gemma import model as gemma
+from tyro.conf import Positional, arg
 
+from gemma2_grpo.checks import check_sft
+from gemma2_grpo.commands.options import Sections
 from gemma2_grpo.config import OptimizerConfig, SftConfig
 from gemma2_grpo.errors import UserError
-from gemma2_grpo.model.architecture import query_scale, read_architecture
-from gemma2_grpo.model.find import check_model, find_model
-from gemma2_grpo.model.load import load_weights, random_weights
-from gemma2_grpo.model.lora import add_lora
-from gemma2_grpo.model.mesh import make_mesh
-from gemma2_grpo.model.save import save_model, write_settings
-from gemma2_grpo.model.tokenizer import Tokenizer, load_tokenizer
-from gemma2_grpo.run.console import Display
-from gemma2_grpo.runtime.atomic import check_target, staged
-from gemma2_grpo.runtime.devices import start_jax
-from gemma2_grpo.runtime.program_cache import counting_programs, use_program_cache
-from gemma2_grpo.task.examples import PROCEDURAL, batch_indices, load_splits
-from gemma2_grpo.task.procedural import bare_equations, generate, sloppy
 from gemma2_grpo.task.prompts import render_prompt
-from gemma2_grpo.training.optimizer import make_optimizer
-from gemma2_grpo.training.supervised import Row, train_supervised
 
-# Of the weights it writes.
+if TYPE_CHECKING:
+    from tunix.models.gemma import model as gemma
+
+    from gemma2_grpo.model.tokenizer import Tokenizer
+    from gemma2_grpo.run.console import Display
+    from gemma2_grpo.training.supervised import Row
+
 _STORED = "bfloat16"
-_EQUATIONS_PER_ROW = 9
+"""Type of the weights that are written."""
 
-DrawBatch = Callable[[int], list[Row]]
+DrawBatch = Callable[[int], "list[Row]"]
 """The rows of a step, a pure function of its number."""
-Phase = tuple[str, int, DrawBatch, OptimizerConfig]
-"""Name, steps, rows and optimizer of one part of the training."""
 
 
-def sft(config: SftConfig, to: Path, *, display: Display | None = None) -> Path:
-    """Trains on worked solutions with the loss on completions only, and writes the model.
+class Phase(NamedTuple):
+    """One part of the training."""
 
-    Args:
-        config: A checked configuration.
-        to: Directory for the trained model, as HF safetensors with config and tokenizer. It must
-            not hold another model.
-        display: What shows the progress.
+    name: str
+    steps: int
+    draw: DrawBatch
+    optimizer: OptimizerConfig
 
-    Returns:
-        The model directory.
+
+def solution_phases(config: SftConfig, tokenizer: "Tokenizer") -> list[Phase]:
+    """One phase: the worked solutions of the training problems.
 
     Raises:
-        UserError: for anything that the user can mend.
+        UserError: for data that cannot be read or have no solutions.
     """
-    display = display or Display()
-    if any(to.glob("*.safetensors")):
-        raise UserError(f"{to}: holds a model already; choose another --to")
-    check_target(to)
-    if config.sft.init == "pretrained":
-        check_model(config.model.model)
-    start_jax(display.note)
-    display.warn_of_cpu(config.model, "this configuration")
-    source = find_model(config.model.model, needs_weights=config.sft.init == "pretrained")
+    from gemma2_grpo.task.examples import batch_indices, load_splits
+
+    data, sft = config.data, config.sft
+    solved = [example for example in load_splits(data).train if example.solution]
+    if not solved:
+        raise UserError(f"dataset = {data.dataset}: has no worked solutions to train on")
+
+    def draw(step: int) -> "list[Row]":
+        chosen = batch_indices(len(solved), sft.batch_size, data.data_seed, step)
+        return [solution_row(tokenizer, solved[i].question, solved[i].solution) for i in chosen]
+
+    return [Phase("solutions", sft.steps, draw, config.optimizer)]
+
+
+def solution_row(tokenizer: "Tokenizer", question: str, solution: str) -> "Row":
+    """Prompt and solution; the loss is on the solution and the end of the turn."""
+    from gemma2_grpo.training.supervised import Row
+
+    prompt = tokenizer.encode(render_prompt(question))
+    completion = [*tokenizer.encode(solution), tokenizer.eos_id()]
+    return Row(prompt + completion, [False] * len(prompt) + [True] * len(completion))
+
+
+@dataclass(frozen=True)
+class Sft:
+    """Train on worked solutions, and write a model directory."""
+
+    config_name: Annotated[Positional[str], arg(metavar="CONFIG")]
+    """Path of a TOML file, or the preset `sft-tiny`."""
+    to: Annotated[Path, arg(metavar="DIR")] = Path("sft-model")
+    """Where the model is written, as HF safetensors with config and tokenizer."""
+    config: Sections[SftConfig] = field(default_factory=SftConfig)
+
+    def __call__(
+        self,
+        display: "Display | None" = None,
+        make_phases: "Callable[[SftConfig, Tokenizer], list[Phase]]" = solution_phases,
+    ) -> Path:
+        """Trains with the loss on completions only, and writes the model.
+
+        Args:
+            display: What shows the progress.
+            make_phases: Makes the parts of the training, in order.
+
+        Returns:
+            The model directory.
+
+        Raises:
+            UserError: for anything that the user can correct.
+        """
+        config = check_sft(self.config)
+        from gemma2_grpo.model.find import check_model, find_model
+        from gemma2_grpo.run.console import Display
+        from gemma2_grpo.runtime.atomic import check_target
+        from gemma2_grpo.runtime.devices import require_jax, start_jax
+
+        require_jax()
+        display = display or Display()
+        if any(self.to.glob("*.safetensors")):
+            raise UserError(f"{self.to}: holds a model already; choose another --to")
+        check_target(self.to)
+        is_pretrained = config.sft.init == "pretrained"
+        if is_pretrained:
+            check_model(config.model.model)
+        start_jax(display.note)
+        display.warn_of_cpu(config.model, "this configuration")
+        source = find_model(config.model.model, needs_weights=is_pretrained)
+        _sft(config, source, self.to, display, make_phases)
+        return self.to
+
+
+def _sft(
+    config: SftConfig,
+    source: Path,
+    to: Path,
+    display: "Display",
+    make_phases: "Callable[[SftConfig, Tokenizer], list[Phase]]",
+) -> None:
+    """Trains the model of a directory, and writes it to another."""
+    from gemma2_grpo.model.architecture import query_scale
+    from gemma2_grpo.model.save import save_model, write_settings
+    from gemma2_grpo.model.tokenizer import load_tokenizer
+    from gemma2_grpo.runtime.atomic import staged
+    from gemma2_grpo.runtime.program_cache import counting_programs, use_program_cache
+
     tokenizer = load_tokenizer(source)
-    phases = _phases(config, tokenizer)
+    phases = make_phases(config, tokenizer)
     display.plan(
         {
             "model": f"{config.model.model}, {config.sft.init}",
@@ -86,13 +153,23 @@ def sft(config: SftConfig, to: Path, *, display: Display | None = None) -> Path:
     if chat:
         display.note(chat)
     display.note(f"model directory: {to}")
-    return to
 
 
 def _train(
-    config: SftConfig, source: Path, tokenizer: Tokenizer, phases: list[Phase], display: Display
-) -> gemma.Gemma:
+    config: SftConfig,
+    source: Path,
+    tokenizer: "Tokenizer",
+    phases: list[Phase],
+    display: "Display",
+) -> "gemma.Gemma":
     """Returns the trained model, with its adapters where those were trained."""
+    from gemma2_grpo.model.architecture import read_architecture
+    from gemma2_grpo.model.load import load_weights, random_weights
+    from gemma2_grpo.model.lora import add_lora
+    from gemma2_grpo.model.mesh import make_mesh
+    from gemma2_grpo.training.optimizer import make_optimizer
+    from gemma2_grpo.training.supervised import train_supervised
+
     mesh = make_mesh(config.model.mesh_shape)
     if config.sft.init == "random":
         base = random_weights(read_architecture(source), config.model.dtype, mesh, config.sft.seed)
@@ -114,72 +191,3 @@ def _train(
                 on_step=on_step,
             )
     return model
-
-
-def _phases(config: SftConfig, tokenizer: Tokenizer) -> list[Phase]:
-    """The parts of the training, in order."""
-    sft, data = config.sft, config.data
-    if data.dataset != PROCEDURAL:
-        if sft.sloppy_steps or sft.arithmetic_fraction:
-            raise UserError(
-                f"dataset = {data.dataset}: sloppy_steps and arithmetic_fraction are for the "
-                "procedural data only; set both to 0"
-            )
-        solved = [e for e in load_splits(data).train if e.solution]
-        if not solved:
-            raise UserError(f"dataset = {data.dataset}: has no worked solutions to train on")
-        texts = [(e.question, e.solution) for e in solved]
-        return [("solutions", sft.steps, _drawer(config, tokenizer, texts), config.optimizer)]
-    problems = generate("train", data.num_train_samples, data.data_seed)
-    clean = [(p.question, p.solution) for p in problems]
-    phases: list[Phase] = [
-        ("solutions", sft.steps, _drawer(config, tokenizer, clean), config.optimizer)
-    ]
-    if sft.sloppy_steps:
-        rng = np.random.default_rng([sft.seed, 1])
-        careless = [(p.question, sloppy(p, rng)) for p in problems]
-        steady = dataclasses.replace(
-            config.optimizer,
-            learning_rate=sft.sloppy_learning_rate,
-            warmup_fraction=0.0,
-            final_lr_fraction=0.05,
-        )
-        phases.append(
-            ("sloppy teacher", sft.sloppy_steps, _drawer(config, tokenizer, careless), steady)
-        )
-    return phases
-
-
-def _drawer(config: SftConfig, tokenizer: Tokenizer, texts: Sequence[tuple[str, str]]) -> DrawBatch:
-    """What draws the rows of a step: solutions, and bare equations in their share."""
-    equations = round(config.sft.arithmetic_fraction * config.sft.batch_size)
-    solutions = config.sft.batch_size - equations
-
-    def draw(step: int) -> list[Row]:
-        chosen = batch_indices(len(texts), solutions, config.data.data_seed, step)
-        rng = np.random.default_rng([config.sft.seed, 2, step])
-        return [_solution_row(tokenizer, *texts[i]) for i in chosen] + [
-            _equation_row(tokenizer, bare_equations(rng, _EQUATIONS_PER_ROW))
-            for _ in range(equations)
-        ]
-
-    return draw
-
-
-def _solution_row(tokenizer: Tokenizer, question: str, solution: str) -> Row:
-    """Prompt and solution; the loss is on the solution and the end of the turn."""
-    prompt = tokenizer.encode(render_prompt(question))
-    completion = [*tokenizer.encode(solution), tokenizer.eos_id()]
-    return Row(prompt + completion, [False] * len(prompt) + [True] * len(completion))
-
-
-def _equation_row(tokenizer: Tokenizer, equations: list[str]) -> Row:
-    """Equations one after the other; the loss is on their results."""
-    tokens, is_target = [tokenizer.bos], [False]
-    for equation in equations:
-        question, result = equation.split("= ")
-        for text, counts in ((f"{question}= ", False), (f"{result}\n", True)):
-            ids = tokenizer.encode(text)
-            tokens += ids
-            is_target += [counts] * len(ids)
-    return Row(tokens, is_target)

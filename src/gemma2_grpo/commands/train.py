@@ -1,76 +1,96 @@
 """`gemma2-grpo train`: everything that can be refused without JAX, then the run."""
 
-import dataclasses
 import importlib.util
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
 
-from gemma2_grpo.config import Config
+from tyro.conf import arg
+
+from gemma2_grpo.checks import check
+from gemma2_grpo.commands.options import ConfigName, Directory, Flag, Sections
+from gemma2_grpo.config import Config, flat
 from gemma2_grpo.errors import UserError
-from gemma2_grpo.model.find import check_model
-from gemma2_grpo.run.console import Display
-from gemma2_grpo.run.directory import RunDirectory
-from gemma2_grpo.run.follower import UnseenDirectory, silent_display
-from gemma2_grpo.run.recorded_paths import with_absolute_paths
-from gemma2_grpo.run.trackers import check_trackers, tracking
-from gemma2_grpo.runtime.cluster import Cluster
-from gemma2_grpo.runtime.devices import start_jax
-from gemma2_grpo.runtime.memory import keep_freed_memory
-from gemma2_grpo.task.examples import load_splits
-from gemma2_grpo.task.scoring import Reward, Scorer, load_reward
+
+if TYPE_CHECKING:
+    from gemma2_grpo.run.console import Display
+    from gemma2_grpo.run.directory import RunDirectory
+    from gemma2_grpo.runtime.cluster import Cluster
+    from gemma2_grpo.task.scoring import Reward
 
 # Module and package of the engines that Tunix brings no code for.
 _PACKAGES = {"vllm": ("vllm", "vllm"), "sglang_jax": ("sgl_jax", "sglang-jax")}
 
 
-def train(
-    config: Config,
-    run_dir: Path | None,
-    config_name: str,
-    *,
-    allow_config_change: bool = False,
-    display: Display | None = None,
-    cluster: Cluster | None = None,
-) -> Path:
-    """Runs or resumes a training run; a finished one is only shown.
+@dataclass(frozen=True)
+class Train:
+    """Train with GRPO, and measure before and after."""
 
-    Args:
-        config: A checked configuration.
-        run_dir: Where the run is written; by default `runs/` and the name of the configuration.
-        config_name: Name or path the configuration was loaded from.
-        allow_config_change: Resume a run that was made with another configuration.
-        display: What shows the progress.
-        cluster: The processes of which this is one; None if it runs alone.
+    config_name: ConfigName = "tiny"
+    """Name of a preset, or path of a TOML file. The options below override its fields."""
+    run: Directory = None
+    """Run directory. An existing run there is resumed. Default: runs/NAME."""
+    allow_config_change: Flag = False
+    """Resume although the run was made with another configuration."""
+    coordinator: Annotated[str | None, arg(metavar="HOST:PORT|auto")] = None
+    """Address of process 0 when several train together; `auto` asks the cluster (Cloud TPU
+    pods)."""
+    num_processes: int | None = None
+    """How many processes train together; Slurm, Open MPI and GKE say so themselves."""
+    process_id: int | None = None
+    """Rank of this process, from 0."""
+    config: Sections[Config] = field(default_factory=Config)
 
-    Returns:
-        The run directory.
+    def __call__(self, display: "Display | None" = None) -> Path:
+        """Runs or resumes a training run; a finished one is only shown.
 
-    Raises:
-        UserError: for anything that the user can mend.
-    """
-    path = run_dir or Path("runs") / Path(config_name).stem
-    with _joined(cluster, config) as is_writer:
-        config = with_absolute_paths(config)
-        if is_writer:
-            display = display or Display()
-            directory = RunDirectory(path, config, allow_config_change=allow_config_change)
-        else:
-            display, directory = silent_display(), UnseenDirectory(path)
-        try:
-            _run(config, config_name, directory, display, cluster)
-        finally:
-            directory.close()
-    return path
+        Returns:
+            The run directory.
+
+        Raises:
+            UserError: for anything that the user can correct.
+        """
+        config = check(self.config)
+        from gemma2_grpo.run.console import Display
+        from gemma2_grpo.run.directory import RunDirectory
+        from gemma2_grpo.run.follower import UnseenDirectory, silent_display
+        from gemma2_grpo.run.recorded_paths import with_absolute_paths
+        from gemma2_grpo.runtime.cluster import find_cluster
+        from gemma2_grpo.runtime.devices import require_jax
+
+        cluster = find_cluster(self.coordinator, self.num_processes, self.process_id, os.environ)
+        require_jax()
+        path = self.run or Path("runs") / Path(self.config_name).stem
+        with _joined(cluster, config) as is_writer:
+            config = with_absolute_paths(config)
+            if is_writer:
+                display = display or Display()
+                directory = RunDirectory(path, config, allow_config_change=self.allow_config_change)
+            else:
+                display, directory = silent_display(), UnseenDirectory(path)
+            try:
+                _run(config, self.config_name, directory, display, cluster)
+            finally:
+                directory.close()
+        return path
 
 
 def _run(
     config: Config,
     config_name: str,
-    directory: RunDirectory,
-    display: Display,
-    cluster: Cluster | None,
+    directory: "RunDirectory",
+    display: "Display",
+    cluster: "Cluster | None",
 ) -> None:
+    from gemma2_grpo.model.find import check_model
+    from gemma2_grpo.run.trackers import check_trackers, tracking
+    from gemma2_grpo.runtime.devices import start_jax
+    from gemma2_grpo.task.examples import load_splits
+    from gemma2_grpo.task.scoring import Scorer
+
     result = directory.result
     if cluster:
         from gemma2_grpo.runtime.processes import from_first
@@ -110,22 +130,19 @@ def _write_report(path: Path) -> None:
 
 
 @contextmanager
-def _joined(cluster: Cluster | None, config: Config) -> Iterator[bool]:
+def _joined(cluster: "Cluster | None", config: Config) -> Iterator[bool]:
     """Joins the other processes, if there are any; yields whether this is the one that writes."""
     if cluster is None:
         yield True
         return
+    from gemma2_grpo.runtime.memory import keep_freed_memory
+
     keep_freed_memory()
-    from gemma2_grpo.runtime.processes import check_same, is_first, joined
+    from gemma2_grpo.runtime.farewell import joined
+    from gemma2_grpo.runtime.processes import check_same, is_first
 
     with joined(cluster.coordinator, cluster.num_processes, cluster.process_id) as count:
-        check_same(
-            {
-                name: value
-                for fields in dataclasses.asdict(config).values()
-                for name, value in fields.items()
-            }
-        )
+        check_same(flat(config))
         _check_share(config, count)
         yield is_first()
 
@@ -154,13 +171,15 @@ def _check_engine(engine: str) -> None:
 
 
 def _load_reward(
-    config: Config, directory: RunDirectory, display: Display
-) -> tuple[Reward | None, str | None]:
+    config: Config, directory: "RunDirectory", display: "Display"
+) -> "tuple[Reward | None, str | None]":
     """Loads the user's reward function, if there is one, and says that it is run as code."""
     spec = config.rewards.reward
     if spec is None:
         directory.check_same("reward_sha256", None)
         return None, None
+    from gemma2_grpo.task.scoring import load_reward
+
     reward, sha256 = load_reward(spec)
     directory.check_same("reward_sha256", sha256)
     display.note(f"reward {spec} (sha256 {sha256}) is run as code")

@@ -1,25 +1,22 @@
-"""`gemma2-grpo export`: what a run trained, for other tools to load."""
+"""A run as a directory that transformers or PEFT loads, with a model card."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
+from gemma2_grpo.config import replaced
 from gemma2_grpo.errors import UserError
-from gemma2_grpo.export.hub import confirm_upload, upload
 from gemma2_grpo.export.verify import (
     NOT_VERIFIED,
     Verify,
-    check_packages,
     check_prompts,
     obstacle,
     verify_export,
 )
-from gemma2_grpo.run.console import Display
 from gemma2_grpo.run.source import Opened, Source, find_source, open_source
-from gemma2_grpo.runtime.atomic import check_empty, check_target, staged
-from gemma2_grpo.runtime.devices import start_jax
+from gemma2_grpo.runtime.atomic import check_target, staged
 
 Format = Literal["merged", "peft"]
 Dtype = Literal["bfloat16", "float32"]
@@ -29,85 +26,25 @@ _BYTES_BESIDE_WEIGHTS = 50_000_000
 
 
 @dataclass(frozen=True)
-class _Wanted:
-    """What is to be written."""
+class Wanted:
+    """What an export holds."""
 
     format: Format
     dtype: str
     max_shard_bytes: int
     base_path: str
     """From where PEFT loads the base."""
+    verify: Verify
     unverified: str | None
     """Why it is not run in transformers; None if it is."""
 
 
-def export(
-    run: str,
-    to: Path,
-    *,
-    format: Format = "merged",  # noqa: A002 (that of the option)
-    dtype: Dtype | None = None,
-    max_shard_gb: float = 5.0,
-    verify: Verify = "auto",
-    push: str | None = None,
-    public: bool = False,
-    yes: bool = False,
-    display: Display | None = None,
-) -> Path:
-    """Writes what a run trained as a directory that transformers or PEFT loads, with a model card.
-
-    Args:
-        run: Run directory.
-        to: Directory to write, absent or empty; it appears whole or not at all.
-        format: `merged` adds the adapters into the weights, `peft` writes the adapters alone.
-        dtype: Type to store; by default that of the base's files, and float32 for adapters.
-        max_shard_gb: Largest size of a file of weights, in 1e9 bytes.
-        verify: Run the export in transformers beside the policy, and write into the card how far
-            they agree. `auto` does where its packages are installed, on a CPU with the memory; its
-            prompts are compared wherever transformers is installed.
-        push: Hugging Face repository to upload to.
-        public: Let everybody see that repository.
-        yes: Upload without asking.
-        display: What shows the progress.
-
-    Returns:
-        The directory.
+def find_run(name: str) -> Source:
+    """The source of a run directory.
 
     Raises:
-        UserError: for anything that the user can mend.
+        UserError: for what is no run, or has trained nothing yet.
     """
-    display = display or Display()
-    source = _find_run(run)
-    if not max_shard_gb > 0:
-        raise UserError(f"--max-shard-gb = {max_shard_gb} must be greater than 0")
-    check_empty(to)
-    check_target(to)
-    if verify == "always":
-        check_packages(format)
-    if push:
-        confirm_upload(push, public=public, yes=yes)
-    start_jax(display.note)
-    display.note(f"loading {source.config.model.model}")
-    opened, wanted = _open(source, to, format, dtype, max_shard_gb, verify=verify)
-    with staged(to) as folder:
-        rounding, chat = _write(folder, opened, wanted)
-        if verify != "never":
-            check_prompts(folder, opened.tokenizer)
-        verified = None
-        if not wanted.unverified:
-            verified = verify_export(folder, opened, wanted.format, wanted.dtype)
-        texts = [chat, _describe_rounding(wanted, rounding), verified or NOT_VERIFIED]
-        _write_card(folder, source, opened, wanted, push or to.resolve().name, texts)
-    unverified = f"not compared with transformers: {wanted.unverified}"
-    for text in filter(None, (*texts[:2], verified or unverified)):
-        display.note(text)
-    display.note(f"{to}: {wanted.format}, {wanted.dtype}, after {opened.steps} steps")
-    if push:
-        display.note(f"uploaded to {upload(to, push, public=public)}")
-    return to
-
-
-def _find_run(name: str) -> Source:
     path = Path(name).expanduser()
     if not (path / "config.toml").is_file():
         what = "is no run (no config.toml in it)" if path.is_dir() else "no such directory"
@@ -115,7 +52,7 @@ def _find_run(name: str) -> Source:
     return find_source(name)
 
 
-def _open(
+def open_run(
     source: Source,
     to: Path,
     format: Format,  # noqa: A002
@@ -123,7 +60,7 @@ def _open(
     max_shard_gb: float,
     *,
     verify: Verify,
-) -> tuple[Opened, _Wanted]:
+) -> tuple[Opened, Wanted]:
     """Loads base and adapters, once it is known what will be written and that it fits."""
     from gemma2_grpo.model.architecture import read_architecture
     from gemma2_grpo.model.find import find_model, hub_id
@@ -140,7 +77,7 @@ def _open(
     unverified = "--verify never" if verify == "never" else None
     if verify == "auto":
         unverified = obstacle(format, parameters)
-    wanted = _Wanted(format, kept, int(max_shard_gb * 1e9), base_path, unverified)
+    wanted = Wanted(format, kept, int(max_shard_gb * 1e9), base_path, verify, unverified)
     # Keys and values have one A in a run and two in PEFT; twice the adapters is enough for both.
     written = (
         parameters
@@ -150,11 +87,43 @@ def _open(
     check_target(to, written * host_dtype(kept).itemsize + _BYTES_BESIDE_WEIGHTS)
     # Adapters are added to the base as it is stored, whatever the run computed in. Verifying
     # compares in float32, in which everything that is stored is the same.
-    loaded = replace(model, dtype=stored if unverified else "float32")
-    return open_source(replace(source, config=replace(source.config, model=loaded))), wanted
+    config = replaced(source.config, dtype=stored if unverified else "float32")
+    return open_source(replace(source, config=config)), wanted
 
 
-def _write(folder: Path, opened: Opened, wanted: _Wanted) -> tuple[float, str]:
+def write_export(
+    to: Path, source: Source, opened: Opened, wanted: Wanted, name: str
+) -> Iterator[str]:
+    """Writes the directory, which appears whole or not at all.
+
+    Args:
+        to: The directory.
+        source: The run.
+        opened: Its base and adapters.
+        wanted: What to write.
+        name: What transformers is told to load, for the card.
+
+    Yields:
+        Lines for the user.
+
+    Raises:
+        UserError: if it cannot be written, or differs from the policy.
+    """
+    with staged(to) as folder:
+        rounding, chat = _write(folder, opened, wanted)
+        if wanted.verify != "never":
+            check_prompts(folder, opened.tokenizer)
+        verified = None
+        if not wanted.unverified:
+            verified = verify_export(folder, opened, wanted.format, wanted.dtype)
+        texts = [chat, _describe_rounding(wanted, rounding), verified or NOT_VERIFIED]
+        _write_card(folder, source, opened, wanted, name, texts)
+    unverified = f"not compared with transformers: {wanted.unverified}"
+    yield from filter(None, (*texts[:2], verified or unverified))
+    yield f"{to}: {wanted.format}, {wanted.dtype}, after {opened.steps} steps"
+
+
+def _write(folder: Path, opened: Opened, wanted: Wanted) -> tuple[float, str]:
     """Writes settings and weights, and reads them back.
 
     Returns:
@@ -190,7 +159,7 @@ def _write(folder: Path, opened: Opened, wanted: _Wanted) -> tuple[float, str]:
     return rounding, chat
 
 
-def _describe_rounding(wanted: _Wanted, rounding: float) -> str:
+def _describe_rounding(wanted: Wanted, rounding: float) -> str:
     if not rounding:
         return ""
     return (
@@ -200,7 +169,7 @@ def _describe_rounding(wanted: _Wanted, rounding: float) -> str:
 
 
 def _write_card(
-    folder: Path, source: Source, opened: Opened, wanted: _Wanted, name: str, texts: Sequence[str]
+    folder: Path, source: Source, opened: Opened, wanted: Wanted, name: str, texts: Sequence[str]
 ) -> None:
     from gemma2_grpo.export.model_card import Exported, render_card
 

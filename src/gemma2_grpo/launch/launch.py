@@ -1,23 +1,19 @@
-"""`gemma2-grpo launch`: a configuration as a job for a cluster. Runs nothing and needs no JAX."""
+"""A configuration as a job for a cluster: what fits its hosts, and what each tool needs."""
 
-import dataclasses
 import math
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path, PurePosixPath
+from typing import Any
 
-from gemma2_grpo.config import Config, check
+from gemma2_grpo.checks import check
+from gemma2_grpo.config import Config, flat, replaced
 from gemma2_grpo.errors import UserError
-from gemma2_grpo.launch import recipes
-from gemma2_grpo.launch.machines import Launcher, Machines, find_machines
-from gemma2_grpo.presets import from_mapping, load_config, preset_names, read_toml
+from gemma2_grpo.launch.machines import Launcher, Machines
+from gemma2_grpo.launch.recipes import MOUNT, split_bucket
+from gemma2_grpo.presets import load_config, nearest_preset, preset_names
+from gemma2_grpo.runtime.chips import mesh_for
 
-_RECIPES = {
-    "xpk": recipes.xpk,
-    "jobset": recipes.jobset,
-    "slurm": recipes.slurm,
-    "skypilot": recipes.skypilot,
-}
 # Which options a recipe cannot do without, and which it would have no use for.
 _NEEDED = {
     "xpk": ("image", "storage", "cluster"),
@@ -47,66 +43,21 @@ _BUCKET = re.compile(r"[a-z0-9]+://[\w.-]+(/[^\s?#]*)?", re.ASCII)
 _HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*", re.ASCII)
 # Gemma 2 by size: the heads that tensor parallelism divides. All are multiples of 4.
 _KV_HEADS = {"2b": 4, "9b": 8, "27b": 16}
-_TENSOR_PARALLEL = (4, 2, 1)
 
 
-def launch(
-    config: Config,
-    config_name: str,
-    launcher: Launcher,
-    accelerator: str,
-    *,
-    hosts: int | None = None,
-    image: str | None = None,
-    storage: str | None = None,
-    cluster: str | None = None,
-    name: str | None = None,
-    run: str | None = None,
-) -> str:
-    """Writes the recipe of a run for a cluster.
-
-    Args:
-        config: The configuration, with what the command line changed.
-        config_name: Preset or file that it began with.
-        launcher: Whose recipe.
-        accelerator: A TPU slice such as `v5e-16`, or the GPUs of one host such as `H100:8`.
-        hosts: How many; None for what the accelerator comes with.
-        image: Container image with this package in it.
-        storage: Bucket, volume claim or storage of xpk that holds the run.
-        cluster: Name of the cluster, for xpk.
-        name: Of the job; by default that of the configuration.
-        run: Run directory on the hosts; by default in the storage.
-
-    Returns:
-        The recipe, a shell script or YAML.
+def job_name(name: str | None, config_name: str) -> str:
+    """A name that every tool takes, by default that of the configuration.
 
     Raises:
-        UserError: for what cannot run on these machines, or is missing.
+        UserError: for a name that is none.
     """
-    machines = find_machines(accelerator, hosts, launcher)
-    start = from_mapping(Config, read_toml(config_name), config_name)
-    config = fit_to_host(config, start, machines)
-    options = {"image": image, "storage": storage, "cluster": cluster}
-    given = {option: value for option, value in options.items() if value is not None}
-    _check_options(launcher, given)
-    stem = Path(config_name).stem
-    job_name = name or re.sub(r"[^a-z0-9]+", "-", stem.lower()).strip("-")
-    if not _NAME.fullmatch(job_name):
+    name = name or re.sub(r"[^a-z0-9]+", "-", Path(config_name).stem.lower()).strip("-")
+    if not _NAME.fullmatch(name):
         raise UserError(
-            f"name {job_name!r} is not a name for a job; give --name of at most 40 small letters, "
+            f"name {name!r} is not a name for a job; give --name of at most 40 small letters, "
             "digits and hyphens that begins with a letter"
         )
-    run = _run_directory(launcher, run, stem, given.get("storage", ""))
-    job = recipes.Job(
-        name=job_name,
-        machines=machines,
-        command=train_command(config, config_name, run),
-        run=run,
-        notes=tuple(_notes(config, machines, launcher)),
-        tokens=tuple(_tokens(config)),
-        **given,
-    )
-    return _RECIPES[launcher](job)
+    return name
 
 
 def fit_to_host(config: Config, start: Config, machines: Machines) -> Config:
@@ -129,8 +80,7 @@ def fit_to_host(config: Config, start: Config, machines: Machines) -> Config:
                 f"{machines.accelerator} has {chips}; the mesh is that of one host, so change "
                 "--mesh-shape or leave it out"
             )
-        tensor = next(size for size in _TENSOR_PARALLEL if chips % size == 0)
-        shape = (chips // tensor, tensor)
+        shape = mesh_for(chips)
     size = re.search(r"gemma-?2-(2b|9b|27b)", config.model.model.lower())
     heads = _KV_HEADS[size[1]] if size else 4
     if heads % shape[1]:
@@ -144,8 +94,7 @@ def fit_to_host(config: Config, start: Config, machines: Machines) -> Config:
             f"prompts_per_step = {prompts} does not divide over {machines.hosts} hosts; make it a "
             f"multiple of {machines.hosts}, or take fewer hosts"
         )
-    model = dataclasses.replace(config.model, mesh_shape=shape)
-    return check(dataclasses.replace(config, model=model))
+    return check(replaced(config, mesh_shape=shape))
 
 
 def train_command(config: Config, config_name: str, run: str) -> tuple[str, ...]:
@@ -154,43 +103,40 @@ def train_command(config: Config, config_name: str, run: str) -> tuple[str, ...]
     A file of the user's is not there, so it becomes the preset that is most like it, and options.
     """
     if config_name in preset_names():
-        base = config_name
+        base, preset = config_name, load_config(config_name)
     else:
-        trainable = [name for name in preset_names() if not name.startswith("sft-")]
-        base = min(trainable, key=lambda name: len(list(_overrides(config, load_config(name)))))
-    differences = (word for words in _overrides(config, load_config(base)) for word in words)
-    return ("gemma2-grpo", "train", base, "--run", run, *differences)
+        base, preset = nearest_preset(flat(config))
+    known = flat(preset)
+    changed = ((name, value) for name, value in flat(config).items() if value != known[name])
+    options = (word for name, value in changed for word in _option(name, value))
+    return ("gemma2-grpo", "train", base, "--run", run, *options)
 
 
-def _overrides(config: Config, base: Config) -> Iterator[tuple[str, ...]]:
-    """Yields the words of an option for each field that differs."""
-    for section in dataclasses.fields(Config):
-        for field in dataclasses.fields(getattr(config, section.name)):
-            value = getattr(getattr(config, section.name), field.name)
-            if value == getattr(getattr(base, section.name), field.name):
-                continue
-            option = field.name.replace("_", "-")
-            if isinstance(value, bool):
-                yield (f"--{option}" if value else f"--no-{option}",)
-            elif isinstance(value, tuple):
-                yield (f"--{option}", *map(str, value))
-            else:
-                yield (f"--{option}", str(value))
+def _option(name: str, value: Any) -> tuple[str, ...]:
+    """The words of an option."""
+    option = name.replace("_", "-")
+    if isinstance(value, bool):
+        return (f"--{option}" if value else f"--no-{option}",)
+    return (f"--{option}", *map(str, value if isinstance(value, tuple) else [value]))
 
 
-def _check_options(launcher: Launcher, given: dict[str, str]) -> None:
-    """Refuses a missing option, one of no use, and a storage of the wrong kind."""
+def check_options(launcher: Launcher, given: Mapping[str, str]) -> None:
+    """Refuses a missing option, one of no use, and a storage of the wrong kind.
+
+    Raises:
+        UserError: naming the option and the fix.
+    """
     meaning = _MEANING | {"storage": _STORAGE.get(launcher, "")}
     for option in _NEEDED[launcher]:
         if not given.get(option):
             raise UserError(f"{launcher} needs --{option}: {meaning[option]}")
     for option in _UNUSED[launcher]:
         if option in given:
-            mend = {
+            fix = {
                 ("slurm", "storage"): "its nodes share a file system; give --run a path on that",
                 ("skypilot", "image"): "it installs the checkout that it is started in",
             }.get((launcher, option), "leave it out")
-            raise UserError(f"{launcher} takes no --{option}: {mend}")
+            raise UserError(f"{launcher} takes no --{option}: {fix}")
     storage = given.get("storage", "")
     is_bucket, is_claim = (bool(each.fullmatch(storage)) for each in (_BUCKET, _CLAIM))
     kinds = {
@@ -203,21 +149,26 @@ def _check_options(launcher: Launcher, given: dict[str, str]) -> None:
         raise UserError(f"storage {storage!r}: {launcher} takes {_STORAGE[launcher]}")
 
 
-def _run_directory(launcher: Launcher, run: str | None, stem: str, storage: str) -> str:
-    """The run directory on the hosts, which has to outlive them."""
+def run_directory(launcher: Launcher, run: str | None, config_name: str, storage: str) -> str:
+    """The run directory on the hosts, which has to outlive them.
+
+    Raises:
+        UserError: for one that does not.
+    """
+    stem = Path(config_name).stem
     if launcher == "slurm":
         return run or f"runs/{stem}"
-    folder = recipes.split_bucket(storage)[1] if "://" in storage else ""
-    path = PurePosixPath(run or PurePosixPath(recipes.MOUNT, folder, stem))
-    if launcher != "xpk" and PurePosixPath(recipes.MOUNT) not in path.parents:
+    folder = split_bucket(storage)[1] if "://" in storage else ""
+    path = PurePosixPath(run or PurePosixPath(MOUNT, folder, stem))
+    if launcher != "xpk" and PurePosixPath(MOUNT) not in path.parents:
         raise UserError(
-            f"run {str(path)!r} is lost with its host; the storage is mounted at {recipes.MOUNT}, "
+            f"run {str(path)!r} is lost with its host; the storage is mounted at {MOUNT}, "
             f"so give a path below that, or leave --run out"
         )
     return str(path)
 
 
-def _tokens(config: Config) -> Iterator[str]:
+def tokens_of(config: Config) -> Iterator[str]:
     """Yields the environment variables that the model and the data set need."""
     model = config.model.model
     if _HUB_ID.fullmatch(model) and not Path(model).exists():
@@ -226,7 +177,7 @@ def _tokens(config: Config) -> Iterator[str]:
         yield "KAGGLE_API_TOKEN"
 
 
-def _notes(config: Config, machines: Machines, launcher: Launcher) -> Iterator[str]:
+def notes_of(config: Config, machines: Machines, launcher: Launcher) -> Iterator[str]:
     """Yields what the reader of the recipe should know."""
     hosts, chips = machines.hosts, machines.chips_per_host
     fsdp, tensor = config.model.mesh_shape

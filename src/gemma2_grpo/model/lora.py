@@ -103,20 +103,23 @@ def check_patterns(architecture: gemma.ModelConfig, patterns: tuple[str, ...]) -
         UserError: naming the pattern and the modules there are.
     """
     model = nnx.eval_shape(lambda: gemma.Gemma(architecture, rngs=nnx.Rngs(0)))
-    paths = [
-        "/".join(map(str, path))
-        for path, module in nnx.iter_modules(model)
-        if isinstance(module, gemma.Einsum | nnx.Linear)
-    ]
+    modules = {"/".join(map(str, path)): module for path, module in nnx.iter_modules(model)}
+    matrices = [p for p, module in modules.items() if isinstance(module, gemma.Einsum | nnx.Linear)]
     for pattern in patterns:
         try:
-            is_matched = any(re.fullmatch(f".*({pattern})", path) for path in paths)
+            matched = {path for path in modules if re.fullmatch(f".*({pattern})", path)}
         except re.error as error:
             raise UserError(f"lora_modules: {pattern!r} is not a pattern ({error})") from None
-        if not is_matched:
+        if matched.isdisjoint(matrices):
             raise UserError(
                 f"lora_modules: {pattern!r} matches no weight matrix; those of a layer are "
-                f"{', '.join(sorted(p for p in paths if p.startswith('layers/0/')))}"
+                f"{', '.join(sorted(p for p in matrices if p.startswith('layers/0/')))}"
+            )
+        # Qwix would adapt it too, but the head multiplies with the embedding itself.
+        if "embedder" in matched:
+            raise UserError(
+                f"lora_modules: {pattern!r} matches the embedder, which takes no adapter; name "
+                "weight matrices of the layers, such as attn/attn_vec_einsum"
             )
 
 

@@ -11,6 +11,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from tunix.models.gemma import model as gemma
 
 from gemma2_grpo.errors import UserError
+from gemma2_grpo.runtime.chips import mesh_for
 
 MESH_AXES = ("fsdp", "tp")
 
@@ -90,8 +91,7 @@ def mesh_shape_at_hand(wanted: tuple[int, int], architecture: gemma.ModelConfig)
     present = jax.local_device_count()
     if wanted[0] * wanted[1] <= present:
         return wanted
-    tp = math.gcd(present, architecture.num_kv_heads, architecture.num_heads)
-    return present // tp, tp
+    return mesh_for(present, math.gcd(architecture.num_kv_heads, architecture.num_heads))
 
 
 def batch_sharding(mesh: Mesh, rows: int) -> NamedSharding:

@@ -1,19 +1,16 @@
-"""`gemma2-grpo plan`: whether a run fits its chips and its time, before any of it is spent."""
+"""Whether a run fits in device memory and finishes in time, found without the devices."""
 
-import dataclasses
 import importlib.util
-import json
 import math
 import os
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from rich.console import Console
-
-from gemma2_grpo.config import Config, check
+from gemma2_grpo.checks import check
+from gemma2_grpo.config import Config, replaced
 from gemma2_grpo.errors import ConfigError
 from gemma2_grpo.plan.memory import (
     Memory,
@@ -22,10 +19,7 @@ from gemma2_grpo.plan.memory import (
     find_architecture,
     kept_memory,
 )
-from gemma2_grpo.run.console import open_console
-
-if TYPE_CHECKING:
-    from gemma2_grpo.runtime.chips import Target
+from gemma2_grpo.runtime.chips import Target, find_target, mesh_for
 
 _TPU_ENVIRONMENT = {
     "TPU_SKIP_MDS_QUERY": "1",
@@ -79,8 +73,6 @@ def make_plan(
     Raises:
         UserError: for a target or a mesh that cannot be.
     """
-    from gemma2_grpo.runtime.chips import find_target
-
     target = find_target(target_name)
     _set_environment(config, target)
     _check_chips(config, target)
@@ -92,7 +84,7 @@ def make_plan(
     return _planned(config, target, budget_hours, mean, note)
 
 
-def _set_environment(config: Config, target: "Target") -> None:
+def _set_environment(config: Config, target: Target) -> None:
     """What the compilers must be told before they are loaded."""
     fsdp, tp = config.model.mesh_shape
     for name, value in _TPU_ENVIRONMENT.items():
@@ -107,19 +99,18 @@ def _set_environment(config: Config, target: "Target") -> None:
         os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {count}".strip()
 
 
-def _check_chips(config: Config, target: "Target") -> None:
+def _check_chips(config: Config, target: Target) -> None:
     fsdp, tp = config.model.mesh_shape
     if target.chips is not None and fsdp * tp != target.chips:
-        shapes = [(n, target.chips // n) for n in (1, 2, 4, 8) if target.chips % n == 0]
-        fitting = " or ".join(f"--mesh-shape {a} {b}" for a, b in shapes if b <= 4)
+        fitting = " ".join(map(str, mesh_for(target.chips)))
         raise ConfigError(
             f"mesh_shape = {[fsdp, tp]} is not one of the {target.chips} chips of {target.name}; "
-            f"give {fitting}"
+            f"give --mesh-shape {fitting}"
         )
 
 
 def _planned(
-    config: Config, target: "Target", budget_hours: float, mean: int, note: Progress
+    config: Config, target: Target, budget_hours: float, mean: int, note: Progress
 ) -> Plan:
     is_compiled = target.name == "cpu" or (
         target.topology is not None and importlib.util.find_spec("libtpu") is not None
@@ -158,7 +149,7 @@ def _planned(
     )
 
 
-def _compiling(target: "Target", note: Progress) -> Callable[[Config], Memory]:
+def _compiling(target: Target, note: Progress) -> Callable[[Config], Memory]:
     """What asks the target's compiler; a change leaves most programs as they are."""
     from gemma2_grpo.plan.footprint import Compiler
 
@@ -187,23 +178,22 @@ def _steps(config: Config, is_update: bool) -> Iterator[tuple[dict[str, Any], Co
     """Changes that save memory of an update, or of sampling, one step at a time."""
     halves = (
         [
-            ("model", "remat", "decoder" if config.model.remat != "decoder" else None),
-            ("grpo", "micro_batch_tokens", config.grpo.micro_batch_tokens // 2),
-            ("model", "logprob_chunk_tokens", config.model.logprob_chunk_tokens // 2),
-            ("rollout", "max_completion_tokens", config.rollout.max_completion_tokens // 2),
+            ("remat", "decoder" if config.model.remat != "decoder" else None),
+            ("micro_batch_tokens", config.grpo.micro_batch_tokens // 2),
+            ("logprob_chunk_tokens", config.model.logprob_chunk_tokens // 2),
+            ("max_completion_tokens", config.rollout.max_completion_tokens // 2),
         ]
         if is_update
         else [
-            ("rollout", "num_generations", config.rollout.num_generations // 2),
-            ("rollout", "prompts_per_step", config.rollout.prompts_per_step // 2),
+            ("num_generations", config.rollout.num_generations // 2),
+            ("prompts_per_step", config.rollout.prompts_per_step // 2),
         ]
     )
-    for section, name, value in halves:
+    for name, value in halves:
         if value is None or (isinstance(value, int) and value < 16 and is_update):
             continue
         try:
-            part = dataclasses.replace(getattr(config, section), **{name: value})
-            yield {name: value}, check(dataclasses.replace(config, **{section: part}))
+            yield {name: value}, check(replaced(config, **{name: value}))
         except ConfigError:
             continue
 
@@ -213,7 +203,7 @@ def _option(name: str, value: Any) -> str:
 
 
 def _time(
-    config: Config, target: "Target", mean: int, programs: list[dict[str, Any]]
+    config: Config, target: Target, mean: int, programs: list[dict[str, Any]]
 ) -> tuple[float | None, list[dict[str, Any]]]:
     """Seconds a step, estimated from the least that its work takes at the target's peak."""
     from gemma2_grpo.plan.costs import (
@@ -252,49 +242,6 @@ def _time(
             }
         )
     return total, rows
-
-
-def plan(
-    config: Config,
-    config_name: str,
-    target: str,
-    *,
-    as_json: bool,
-    budget_hours: float,
-    mean_completion_tokens: int,
-    console: Console | None = None,
-) -> int:
-    """Prints a plan.
-
-    Returns:
-        0 if the run fits and finishes in time, 3 if not.
-
-    Raises:
-        UserError: for a target or a mesh that cannot be.
-    """
-    from gemma2_grpo.plan.view import print_plan
-
-    console = console or open_console()
-    quiet = open_console(stderr=True)
-    with quiet.status("planning") as status:
-
-        def note(text: str) -> None:
-            status.update(text)
-            if not quiet.is_terminal:
-                quiet.print(text, soft_wrap=True)
-
-        made = make_plan(
-            config,
-            target,
-            budget_hours=budget_hours,
-            mean_completion_tokens=mean_completion_tokens,
-            note=note,
-        )
-    if as_json:
-        print(json.dumps(asdict(made), indent=1))
-    else:
-        print_plan(made, config, config_name, console)
-    return 0 if made.fits and made.is_in_time else 3
 
 
 def options(changes: Mapping[str, Any]) -> str:

@@ -89,13 +89,13 @@ class Evaluation:
         data, settings = facts["data"], facts["settings"]
         steps = facts["steps"]
         adapter = f"adapter of {steps} steps" if steps else f"adapter {self._config.model.adapter}"
-        sampled = f", {settings['samples']} sampled at temperature {settings['temperature']:g}"
+        sampled = f", {settings['eval_samples']} sampled at temperature {settings['temperature']:g}"
         self._display.plan(
             {
                 "model": facts["model"] + (f", {adapter}" if len(self._samplers) > 1 else ""),
                 "problems": f"{data['problems']} of {data['source']}, {data['split']}; "
                 f"{data['dropped']} too long, dropped",
-                "each": f"1 greedy completion{sampled if settings['samples'] else ''}",
+                "each": f"1 greedy completion{sampled if settings['eval_samples'] else ''}",
                 **({"resuming": f"{done} completions are there"} if done else {}),
             }
         )

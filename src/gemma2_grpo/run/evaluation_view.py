@@ -158,7 +158,7 @@ def show_evaluation(console: Console, result: Mapping[str, Any]) -> None:
     _add_rows(table, _GREEDY, [system["greedy"] for system in columns])
     sampled = [system["sampled"] for system in columns]
     if sampled[0]:
-        count = settings["samples"]
+        count = settings["eval_samples"]
         heading = f"{count} sample{'s' if count > 1 else ''}, temperature "
         heading += f"{settings['temperature']:g}"
         table.add_row("")

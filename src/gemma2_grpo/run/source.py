@@ -6,7 +6,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
-from gemma2_grpo.config import Config, EvaluateConfig, ModelConfig
+from gemma2_grpo.config import Config, EvaluateConfig, ModelConfig, replaced
 from gemma2_grpo.errors import UserError
 from gemma2_grpo.model.find import check_model
 from gemma2_grpo.presets import load_config
@@ -67,7 +67,7 @@ def find_source(name: str, adapter: str | None = None) -> Source:
     check_model(name)
     # Every model but the embedded one is asked as the flagship is.
     config = load_config("tiny" if name == EMBEDDED else "gemma2-2b-v5e8")
-    config = replace(config, model=replace(config.model, model=name))
+    config = replaced(config, model=name)
     return Source(name, with_absolute_paths(config), None, {})
 
 
@@ -98,8 +98,8 @@ def with_adapter(source: Source, folder: str) -> Source:
             f"adapter = {folder}: run {source.run} has its own; name the model in place of the run"
         )
     place = Path(folder).expanduser()
-    model = replace(source.config.model, adapter=str(place), **adapter_shape(place))
-    return replace(source, config=replace(source.config, model=model))
+    config = replaced(source.config, adapter=str(place), **adapter_shape(place))
+    return replace(source, config=config)
 
 
 def as_asked(source: Source, asked: EvaluateConfig) -> Source:
@@ -111,25 +111,11 @@ def as_asked(source: Source, asked: EvaluateConfig) -> Source:
     if asked.adapter:
         source = with_adapter(source, asked.adapter)
     config = source.config
-    data = {"dataset": asked.data, "eval_split": asked.split}
-    rollout = {
-        "temperature": asked.temperature,
-        "max_prompt_tokens": asked.max_prompt_tokens
-        or max(_MAX_PROMPT_TOKENS, config.rollout.max_prompt_tokens),
-        "max_completion_tokens": asked.max_completion_tokens,
-    }
-    run = {"seed": asked.seed, "eval_batch_prompts": asked.batch_prompts}
-    config = replace(
-        config,
-        data=replace(config.data, **_set(data)),
-        rollout=replace(config.rollout, **_set(rollout)),
-        run=replace(config.run, **_set(run)),
-    )
+    own = ("adapter", "eval_samples", "num_test_samples")  # These are of the evaluation alone.
+    values = {k: v for k, v in vars(asked).items() if k not in own and v is not None}
+    longest = max(_MAX_PROMPT_TOKENS, config.rollout.max_prompt_tokens)
+    config = replaced(config, **{"max_prompt_tokens": longest, **values})
     return replace(source, config=with_absolute_paths(config))
-
-
-def _set(values: Mapping[str, Any]) -> dict[str, Any]:
-    return {name: value for name, value in values.items() if value is not None}
 
 
 def _of_run(name: str, path: Path) -> Source:
@@ -188,15 +174,14 @@ def open_source(source: Source) -> Opened:
     directory = find_model(source.config.model.model)
     architecture = read_architecture(directory)
     shape = mesh_shape_at_hand(source.config.model.mesh_shape, architecture)
-    model = replace(source.config.model, mesh_shape=shape)
-    config = replace(source.config, model=model)
+    config = replaced(source.config, mesh_shape=shape)
     mesh = make_mesh(shape)
     check_mesh(architecture, mesh)
     tokenizer = load_tokenizer(directory)
     adapter = finished_adapter(source)
     base_sha256 = fingerprint(directory)
-    _check_same_base(source, adapter, model, base_sha256)
-    base = load_weights(directory, model.dtype, mesh)
+    _check_same_base(source, adapter, config.model, base_sha256)
+    base = load_weights(directory, config.model.dtype, mesh)
     policy, steps = _adapted(source, adapter, base, config, mesh)
     return Opened(config, tokenizer, mesh, base, policy, steps, directory)
 

@@ -6,11 +6,13 @@ import os
 import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from importlib import metadata
 
 from gemma2_grpo.config import ModelConfig
 from gemma2_grpo.errors import UserError
 from gemma2_grpo.runtime.memory import keep_freed_memory
 
+OLDEST_JAX = (0, 10)
 _VARIABLES = ("JAX_PLATFORMS", "JAX_PLATFORM_NAME")
 _PLATFORMS = ("cpu", "cuda", "gpu", "rocm", "tpu")
 _MISSING_LIBTPU = "Failed to open libtpu.so"
@@ -32,6 +34,21 @@ _FIXES = (
     (r"No visible GPU|NO_DEVICE", "see that nvidia-smi lists it, and CUDA_VISIBLE_DEVICES too"),
 )
 _LONGEST_SAID = 240
+
+
+def require_jax() -> None:
+    """Refuses a JAX that is absent or too old, without importing it.
+
+    Raises:
+        UserError: naming the version and the fix.
+    """
+    wanted = ".".join(map(str, OLDEST_JAX))
+    try:
+        found = metadata.version("jax")
+    except metadata.PackageNotFoundError:
+        raise UserError(f"JAX is not installed; pip install 'jax>={wanted}'") from None
+    if tuple(map(int, re.findall(r"\d+", found)[:2])) < OLDEST_JAX:
+        raise UserError(f"JAX {found} is too old; pip install 'jax>={wanted}'")
 
 
 def start_jax(note: Callable[[str], None]) -> None:

@@ -88,7 +88,7 @@ def load_held_out(config: DataConfig, limit: int | None = None) -> tuple[Example
         default = min(config.num_test_samples, len(pool))
     if not pool:
         raise UserError(f"{config.dataset}: no {split} problems in it; choose another split")
-    return _take(pool, limit or default, "limit", config)
+    return _take(pool, limit or default, "num_test_samples", config)
 
 
 def hash_of(examples: Sequence[Example]) -> str:

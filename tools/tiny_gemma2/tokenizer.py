@@ -1,13 +1,10 @@
-"""Writes the tokenizer and the architecture of the embedded model.
-
-    python -m gemma2_grpo.commands.make_tokenizer DIRECTORY
+"""The tokenizer and the architecture of the embedded model.
 
 A vocabulary of a few hundred pieces keeps the model tiny and its texts short: the words and
 fixed strings of the procedural problems are one token each, and any other text falls back to
 characters and bytes, so that every text survives encoding and decoding.
 """
 
-import argparse
 import json
 import re
 from pathlib import Path
@@ -146,10 +143,3 @@ def _words() -> list[str]:
 
 def _write_json(path: Path, content: dict[str, Any]) -> None:
     path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-
-
-if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description="Write the embedded tokenizer and config.json.")
-    parser.add_argument("directory", type=Path)
-    directory = parser.parse_args().directory
-    make_config(directory, make_tokenizer(directory))

@@ -11,9 +11,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer
+from tools.tiny_gemma2.sloppy import sloppy
+from tools.tiny_gemma2.tokenizer import make_config, make_tokenizer
 
-from gemma2_grpo.commands.make_tokenizer import make_config, make_tokenizer
-from gemma2_grpo.task.procedural import generate, sloppy
+from gemma2_grpo.task.procedural import generate
 from gemma2_grpo.task.prompts import INSTRUCTION, STOP_TOKENS, render_prompt
 
 SHIPPED = Path(str(resources.files("gemma2_grpo") / "assets" / "tiny-gemma2"))
