@@ -108,8 +108,11 @@ class TestStockEngine:
     def test_agrees_where_the_window_does_not_bind(
         self, policy: Policy, vanilla: VanillaRollout, texts: list[str]
     ) -> None:
-        ours = ids(greedy(policy, texts))
-        assert ours == ids(vanilla.generate(texts, STOCK_GREEDY))
+        done, stock = greedy(policy, texts), vanilla.generate(texts, STOCK_GREEDY)
+        ours = ids(done)
+        assert ours == ids(stock)
+        assert done.logps is not None and stock.logprobs is not None
+        np.testing.assert_allclose(done.logps, stock.logprobs, atol=1e-4)
         assert {len(row) for row in ours} == {LIMIT} and len({*map(tuple, ours)}) == 4
 
     def test_is_wrong_where_the_window_binds(

@@ -2,11 +2,11 @@
 
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 from typing import Any, cast
 
 import jax
 import numpy as np
+from tests.fixtures.models import EMBEDDED
 from tunix.models.gemma import model as gemma
 
 from gemma2_grpo.config import Config
@@ -61,9 +61,9 @@ def test_log_probabilities_have_an_entry_for_each_token() -> None:
 
 
 def test_settings_of_engines_whose_packages_are_not_here(
-    config: Config, changed: Callable[..., Config], tiny_directory: Path, tokenizer: Tokenizer
+    config: Config, changed: Callable[..., Config], tokenizer: Tokenizer
 ) -> None:
-    config = changed(config, model=str(tiny_directory), top_p=0.9, top_k=5)
+    config = changed(config, model=str(EMBEDDED), top_p=0.9, top_k=5)
     vllm, sglang = (
         _settings(changed(config, engine=engine), tokenizer) for engine in ("vllm", "sglang_jax")
     )
@@ -72,10 +72,10 @@ def test_settings_of_engines_whose_packages_are_not_here(
         assert (settings.max_prompt_length, settings.max_tokens_to_generate) == (28, 12)
         assert settings.kv_cache_size == 40
         assert settings.eos_tokens == list(tokenizer.stop_ids)
-    assert vllm.rollout_vllm_model_version == str(tiny_directory)
+    assert vllm.rollout_vllm_model_version == str(EMBEDDED)
     assert vllm.rollout_vllm_lora_config == {"rank": 4, "alpha": 8.0}
     assert not vllm.rollout_vllm_init_with_random_weights
-    assert sglang.rollout_sglang_jax_model_version == str(tiny_directory)
+    assert sglang.rollout_sglang_jax_model_version == str(EMBEDDED)
     assert sglang.rollout_sglang_jax_max_lora_rank == 4
     assert sglang.rollout_sglang_jax_lora_scaling == 2.0
     assert sglang.rollout_sglang_jax_enable_static_lora
