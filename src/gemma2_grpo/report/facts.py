@@ -1,6 +1,5 @@
 """What a report says of a run besides its results: where time went, and how to do it again."""
 
-import dataclasses
 import json
 import re
 import shlex
@@ -9,8 +8,8 @@ from contextlib import suppress
 from itertools import chain, pairwise
 from typing import Any
 
-from gemma2_grpo.errors import ConfigError
-from gemma2_grpo.presets import load_config, preset_names
+from gemma2_grpo.config import flat
+from gemma2_grpo.presets import nearest_preset
 from gemma2_grpo.run.files import Numbers, RunFiles, Start, numbers
 from gemma2_grpo.run.outcome import percent
 from gemma2_grpo.task.rewards import COMPONENTS
@@ -155,15 +154,8 @@ def differences_from_preset(run: RunFiles) -> tuple[str, list[list[str]]] | None
     """
     if not run.config:
         return None
-    candidates = []
-    for name in preset_names():
-        try:
-            sections = dataclasses.asdict(load_config(name)).values()
-        except ConfigError:  # Those of `sft`.
-            continue
-        preset = json.loads(json.dumps({k: v for section in sections for k, v in section.items()}))
-        candidates.append((name, differences([preset, run.config])))
-    return min(candidates, key=lambda candidate: len(candidate[1]))
+    name, preset = nearest_preset(run.config)
+    return name, differences([json.loads(json.dumps(flat(preset))), run.config])
 
 
 def differences(tables: Sequence[Mapping[str, Any]]) -> list[list[str]]:

@@ -1,6 +1,5 @@
 """The directory of a run: what it was made with, its logs, and who may write to it."""
 
-import dataclasses
 import errno
 import json
 import math
@@ -17,7 +16,7 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
-from gemma2_grpo.config import Config
+from gemma2_grpo.config import Config, flat
 from gemma2_grpo.errors import ConfigError, UserError
 from gemma2_grpo.presets import from_mapping, read_toml, to_toml
 from gemma2_grpo.run.recorded_paths import moved_along, with_absolute_paths
@@ -155,12 +154,11 @@ class RunDirectory(LockedFolder):
         """Fields whose value differs from the one the run was made with, as text."""
         if not (self.path / "config.toml").exists():
             return []
-        before = dataclasses.asdict(with_absolute_paths(read_config(self.path)))
+        now = flat(config)
         return [
-            f"{name} = {old!r}, not {dataclasses.asdict(config)[section][name]!r}"
-            for section, fields in before.items()
-            for name, old in fields.items()
-            if name not in _FREE_FIELDS and old != dataclasses.asdict(config)[section][name]
+            f"{name} = {old!r}, not {now[name]!r}"
+            for name, old in flat(with_absolute_paths(read_config(self.path))).items()
+            if name not in _FREE_FIELDS and old != now[name]
         ]
 
     def check_same(self, name: str, sha256: str | None) -> None:

@@ -2,10 +2,9 @@
 
 import os
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 
-from gemma2_grpo.config import Config
+from gemma2_grpo.config import Config, replaced
 from gemma2_grpo.model.find import EMBEDDED
 from gemma2_grpo.task.examples import PROCEDURAL
 from gemma2_grpo.task.sources import GSM8K, KAGGLE_PREFIX
@@ -66,15 +65,14 @@ def _find_moved(name: str, before: str, now: Path) -> str:
 
 
 def _map_paths(config: Config, change: Callable[[str], str]) -> Config:
-    model, data, rewards = config.model, config.data, config.rewards
-    file, colon, function = (rewards.reward or "").rpartition(":")
-    return replace(
+    adapter, reward = config.model.adapter, config.rewards.reward
+    file, colon, function = (reward or "").rpartition(":")
+    return replaced(
         config,
-        model=replace(
-            model, model=change(model.model), adapter=model.adapter and change(model.adapter)
-        ),
-        data=replace(data, dataset=change(data.dataset)),
-        rewards=replace(rewards, reward=f"{change(file)}:{function}" if colon else rewards.reward),
+        model=change(config.model.model),
+        adapter=adapter and change(adapter),
+        dataset=change(config.data.dataset),
+        reward=f"{change(file)}:{function}" if colon else reward,
     )
 
 
