@@ -49,6 +49,7 @@ METRICS = {
     "clip_fraction",
     "max_ratio",
     "grad_norm",
+    "sampling_kl",
     "updates",
     "updates_left_out",
     "learning_rate",

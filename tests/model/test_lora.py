@@ -27,6 +27,7 @@ from gemma2_grpo.model.logprobs import token_logps
 from gemma2_grpo.model.lora import adapter_size, add_lora, merge_adapters
 from gemma2_grpo.model.mesh import make_mesh
 from gemma2_grpo.sampling.rollout import Completions
+from gemma2_grpo.sampling.tunix import TunixEngine
 from gemma2_grpo.task.examples import Example
 from gemma2_grpo.task.prompts import render_prompt
 from gemma2_grpo.training.learner import Learner
@@ -108,15 +109,12 @@ def test_policy_and_reference_share_the_base(
     mesh = make_mesh(shape)
     base = load_weights(tiny_directory, "float32", mesh)
     policy = add_lora(base, config.model, mesh, seed=0)
-    cluster = Learner(changed(config, mesh_shape=shape), policy, base, tokenizer, mesh).cluster
+    config = changed(config, mesh_shape=shape)
+    learner = Learner(config, policy, base, tokenizer, mesh)
+    cluster = TunixEngine(changed(config, engine="vanilla"), policy, tokenizer, mesh).cluster
     expected = buffers(base)
     assert len(expected) == 2 + 2 * 10
-    for model in (
-        policy,
-        cluster.actor_trainer.model,
-        cluster.rollout.model(),
-        cluster.inference_worker.get_model("reference"),
-    ):
+    for model in (policy, learner.policy, cluster.actor_trainer.model, cluster.rollout.model()):
         assert buffers(model) == expected
     lora = nnx.state(policy, nnx.LoRAParam)
     assert all(leaf.sharding.mesh == mesh for leaf in jax.tree.leaves(lora))
@@ -130,7 +128,7 @@ def test_policy_and_reference_share_the_base(
     for state, held in (
         (nnx.state(base), 4 * (matrices // (fsdp * tp) + norms // tp)),
         (lora, 4 * adapters),
-        (nnx.state(cluster.actor_trainer.optimizer), 2 * 4 * adapters),
+        (nnx.state(learner.optimizer), 2 * 4 * adapters),
     ):
         assert bytes_of_each_device(state) == dict.fromkeys(everywhere, held)
 

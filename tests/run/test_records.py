@@ -136,6 +136,12 @@ def test_what_has_no_score_is_counted_and_not_averaged():
     assert all(np.isfinite(value) for name, value in nothing.items() if name != "reward")
 
 
+def test_a_metric_of_the_loss_is_recorded_by_its_name():
+    updates = [update(surprise=0.25), update(surprise=0.5)]
+    assert step_record(0, result([1.0, 0, 0, 1], updates))["surprise"] == 0.5
+    assert "surprise" not in step_record(0, result([1.0, 0, 0, 1], []))
+
+
 def test_an_update_that_was_left_out_is_counted():
     record = step_record(0, result([1.0, 0, 0, 1], [update(), update(grad_norm=math.nan)]))
     assert (record["updates"], record["updates_left_out"]) == (2, 1)
