@@ -8,12 +8,12 @@ import os
 import sys
 from collections.abc import Sequence
 from dataclasses import MISSING, fields
-from typing import Annotated, Any, Union
+from typing import Annotated, Any, NoReturn, Union
 
 import tyro
 from tyro.conf import subcommand
 
-from gemma2_grpo.cli_errors import UsageError, errors_in_one_line
+from gemma2_grpo.cli_errors import UsageError, errors_in_one_line, no_command
 from gemma2_grpo.cli_help import REGISTRY
 from gemma2_grpo.commands.ask import Ask
 from gemma2_grpo.commands.evaluate import Evaluate
@@ -66,16 +66,22 @@ def parse(arguments: Sequence[str]) -> Command:
         UserError: for a command line or a TOML file that cannot be understood.
         SystemExit: with status 0, when help was asked for and printed.
     """
-    without_help = [argument for argument in arguments if argument not in ("-h", "--help")]
-    help_wanted = len(without_help) < len(arguments)
+    words = [argument for argument in arguments if argument not in ("-h", "--help")]
+    help_wanted = len(words) < len(arguments)
+    if help_wanted and not words:
+        return _print_commands()
+    command, *options = words or [""]
+    kind = COMMANDS.get(command)
+    if kind is None:
+        raise UsageError(no_command(command, COMMANDS))
     try:
-        defaults = _defaults(_parse_with_tyro(without_help))
+        defaults = _defaults(_parse_with_tyro(kind, options))
     except UsageError:
-        if help_wanted:
-            return _parse_with_tyro(arguments)
-        raise
+        if not help_wanted:
+            raise
+        defaults = None
     # tyro leaves out of the help what stands before `--help`.
-    return _parse_with_tyro([without_help[0], "--help"] if help_wanted else arguments, defaults)
+    return _parse_with_tyro(kind, ["--help"] if help_wanted else options, defaults)
 
 
 def _defaults(command: Command) -> Command | None:
@@ -91,21 +97,25 @@ def _defaults(command: Command) -> Command | None:
     return type(command)(**required, config=config)  # type: ignore[arg-type]
 
 
-def _parse_with_tyro(arguments: Sequence[str], defaults: Command | None = None) -> Command:
-    """Parses with the fields of `defaults` as defaults of the command of that type."""
-    kinds = []
-    for name, kind in COMMANDS.items():
-        own = defaults if isinstance(defaults, kind) else tyro.MISSING_NONPROP
-        kinds.append(Annotated[kind, subcommand(name, default=own)])
-    union: Any = Union[tuple(kinds)]  # noqa: UP007 (of a tuple, there is no other way)
-    with errors_in_one_line(arguments[0] if arguments else "", COMMANDS):
+def _parse_with_tyro(
+    kind: type[Command], options: Sequence[str], defaults: Command | None = None
+) -> Command:
+    """Parses the options of one command."""
+    name = kind.__name__.lower()
+    own: Any = tyro.MISSING_NONPROP if defaults is None else defaults
+    with errors_in_one_line(name, kind):
         return tyro.cli(
-            union,
-            args=arguments,
-            prog="gemma2-grpo",
-            description="Teach Gemma 2 to show its work on word problems.",
-            registry=REGISTRY,
+            kind, args=options, default=own, prog=f"gemma2-grpo {name}", registry=REGISTRY
         )
+
+
+def _print_commands() -> NoReturn:
+    """Prints the help of all commands together, and exits."""
+    commands = tuple(Annotated[kind, subcommand(name)] for name, kind in COMMANDS.items())
+    union: Any = Union[commands]  # noqa: UP007 (of a tuple, there is no other way)
+    text = "Teach Gemma 2 to show its work on word problems."
+    tyro.cli(union, args=["--help"], prog="gemma2-grpo", description=text, registry=REGISTRY)
+    raise AssertionError("help exits")
 
 
 if __name__ == "__main__":

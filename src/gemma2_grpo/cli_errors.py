@@ -2,7 +2,7 @@
 
 import difflib
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import is_dataclass
 from typing import TYPE_CHECKING, NoReturn, get_type_hints
@@ -20,33 +20,36 @@ class UsageError(UserError):
 
 
 @contextmanager
-def errors_in_one_line(command: str, commands: Mapping[str, type]) -> Iterator[None]:
-    """Makes tyro raise a `UsageError`.
+def errors_in_one_line(command: str, kind: type) -> Iterator[None]:
+    """Makes tyro raise a `UsageError` while it parses the options of a command.
 
     Args:
-        command: First word of the command line.
-        commands: All commands by name.
+        command: Name of the command.
+        kind: The dataclass of its options.
     """
 
     def refuse(event: _errors.ParseErrorEvent) -> NoReturn:
-        raise UsageError(_explain(event, command, commands))
+        raise UsageError(_explain(event, command, kind))
 
     with _errors.on_parse_error(refuse):
         yield
 
 
-def _explain(event: _errors.ParseErrorEvent, command: str, commands: Mapping[str, type]) -> str:
+def no_command(word: str, commands: Iterable[str]) -> str:
+    """Says in one line that a word is no command, with the nearest one."""
+    close = difflib.get_close_matches(word, commands, n=1)
+    fix = f"did you mean {close[0]}?" if close else f"it is one of {', '.join(commands)}"
+    return f"{word!r} is no command; {fix}" if word else f"a command is missing; {fix}"
+
+
+def _explain(event: _errors.ParseErrorEvent, command: str, kind: type) -> str:
     """Says in one line what is wrong, with the fix."""
-    if command not in commands:
-        close = difflib.get_close_matches(command, commands, n=1)
-        fix = f"did you mean {close[0]}?" if close else f"it is one of {', '.join(commands)}"
-        return f"{command!r} is no command; {fix}" if command else f"a command is missing; {fix}"
     see = f"see gemma2-grpo {command} --help"
     match event:
         case _errors.MissingArgs(missing_arguments=missing):
             return f"{', '.join(_name(each.arg) for each in missing)} is missing; {see}"
         case _errors.UnrecognizedArgs(tokens=[token, *_]):
-            known = _options(commands[command])
+            known = _options(kind)
             close = difflib.get_close_matches(token.replace("_", "-"), known, n=1, cutoff=0.75)
             fix = f"did you mean {close[0]}?" if close else see
             return f"{token!r} is not understood by {command}; {fix}"

@@ -278,7 +278,7 @@ class EvaluateConfig:
     """Only so many problems. Default: the whole test split, or as many procedural or validation
     problems as the run has."""
     eval_samples: AtLeast0 = 0
-    """Sampled completions per problem besides the greedy one, for pass@k and maj@k."""
+    """Sampled completions per problem, added to the greedy one, for pass@k and maj@k."""
     temperature: Positive | None = None
     """Divides the logits in sampling."""
     max_prompt_tokens: AtLeast1 | None = None

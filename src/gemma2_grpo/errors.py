@@ -9,7 +9,7 @@ _SECRET = re.compile(r"Bearer\s+[^'\"]+|\bhf_[\w.-]{16,}|(?<=\?)[^\s'\"]+")
 
 
 class UserError(Exception):
-    """A mistake that the user can mend: one line, exit status 2, no traceback."""
+    """A mistake that the user can correct: one line, exit status 2, no traceback."""
 
     def _render_traceback_(self) -> list[str]:
         """What IPython shows in a notebook in place of a traceback."""
@@ -17,7 +17,7 @@ class UserError(Exception):
 
 
 class ConfigError(UserError):
-    """A configuration that cannot run; the message names the field and the mend."""
+    """A configuration that cannot run; the message names the field and the fix."""
 
 
 def first_line(error: BaseException) -> str:

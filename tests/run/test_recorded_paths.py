@@ -165,8 +165,8 @@ def test_a_finished_evaluation_is_shown_after_a_move(
     again = moved.rename(moved.parent / "again")
     monkeypatch.chdir(again)
     assert quiet_evaluate("runs/one") == result
-    with pytest.raises(UserError, match=r"was made with data = '.*/rows.jsonl', not 'proced"):
-        quiet_evaluate("runs/one", data="procedural")
+    with pytest.raises(UserError, match=r"was made with dataset = '.*/rows.jsonl', not 'proced"):
+        quiet_evaluate("runs/one", dataset="procedural")
 
 
 def test_a_copy_has_its_own(

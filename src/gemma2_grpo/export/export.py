@@ -101,7 +101,7 @@ def write_export(
         source: The run.
         opened: Its base and adapters.
         wanted: What to write.
-        name: What transformers is told to load, for the card.
+        name: What the card tells transformers to load.
 
     Yields:
         Lines for the user.

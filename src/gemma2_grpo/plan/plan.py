@@ -85,7 +85,7 @@ def make_plan(
 
 
 def _set_environment(config: Config, target: Target) -> None:
-    """What the compilers must be told before they are loaded."""
+    """Sets the variables that the compilers read when they are loaded."""
     fsdp, tp = config.model.mesh_shape
     for name, value in _TPU_ENVIRONMENT.items():
         os.environ.setdefault(name, value)

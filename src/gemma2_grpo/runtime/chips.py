@@ -169,7 +169,7 @@ class Target:
     accelerator: str = ""
     """The TPU compiler's name of the slice."""
     compiler_options: tuple[tuple[str, object], ...] = ()
-    """What the TPU compiler must be told besides."""
+    """More options of the TPU compiler."""
     title: str = ""
 
     @property

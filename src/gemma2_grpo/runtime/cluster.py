@@ -1,4 +1,4 @@
-"""Whether this process is one of several, told by the command line or the environment."""
+"""Whether this process is one of several, by the command line or the environment."""
 
 import re
 from collections.abc import Mapping, Sequence
@@ -86,7 +86,7 @@ def _number(environment: Mapping[str, str], name: str) -> int | None:
     if not text:
         return None
     if not text.isdecimal():
-        raise UserError(f"{name} = {text!r} is not a whole number; mend or unset it")
+        raise UserError(f"{name} = {text!r} is not a whole number; correct or unset it")
     return int(text)
 
 

@@ -75,7 +75,7 @@ def joined(
     """
     if os.name == "nt":
         raise UserError("several processes train together on Linux only; on Windows, use WSL2")
-    is_told = None not in (coordinator, num_processes, process_id)
+    is_explicit = None not in (coordinator, num_processes, process_id)
     # JAX aborts from a thread of its own, where no handler of Python's would be called in time.
     ctypes.CDLL(None).signal(signal.SIGABRT, _on_abort)
     try:
@@ -83,7 +83,7 @@ def joined(
             coordinator,
             num_processes,
             process_id,
-            cluster_detection_method="deactivate" if is_told else None,
+            cluster_detection_method="deactivate" if is_explicit else None,
             heartbeat_timeout_seconds=HEARTBEAT_SECONDS,
         )
     except (ValueError, RuntimeError) as error:
@@ -153,7 +153,7 @@ def _listen(own_number: int, is_leaving: threading.Event) -> None:
 def _tell(number: int, status: int, text: str) -> None:
     """Tells the other processes why this one stops."""
     client: Any = distributed.global_state.client
-    with suppress(RuntimeError):  # Another one may have told the same, or be gone.
+    with suppress(RuntimeError):  # Another one may have been first, or be gone.
         client.key_value_set(_STOPPED, json.dumps([number, status, text]))
     _part(client, number)
 
