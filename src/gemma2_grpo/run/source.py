@@ -159,10 +159,11 @@ class Opened:
 
     def sampler(self, *, adapted: bool) -> "Sampler":
         """What completes prompts, with the adapters or with the base alone."""
+        from gemma2_grpo.model.lora import samples_merged
         from gemma2_grpo.sampling.sampler import Sampler
 
         model = self.policy if adapted and self.policy is not None else self.base
-        merge = self.config.model.dtype == "float32" and model is self.policy
+        merge = model is self.policy and samples_merged(self.config)
         return Sampler(
             model,
             self.tokenizer,
