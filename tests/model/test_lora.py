@@ -331,6 +331,19 @@ class TestPatterns:
         with pytest.raises(UserError, match=f"'{pattern}' matches no weight matrix"):
             add_lora(base, modules, mesh, 0)
 
+    def test_one_that_matches_all_adapts_no_embedding(
+        self, base: gemma.Gemma, mesh: Mesh, config: Config
+    ) -> None:
+        """Our head would run without its adapter; Qwix finds no product with it."""
+        all_of_it = dataclasses.replace(config.model, lora_modules=(".*",))
+        named, everything = (add_lora(base, c, mesh, 0) for c in (config.model, all_of_it))
+        paths = [
+            [path for path, _ in nnx.to_flat_state(nnx.state(policy, nnx.LoRAParam))]
+            for policy in (named, everything)
+        ]
+        assert paths[0] == paths[1]
+        assert {path[0] for path in paths[0]} == {"layers"}
+
     def test_one_that_is_none_is_refused(
         self, base: gemma.Gemma, mesh: Mesh, config: Config
     ) -> None:

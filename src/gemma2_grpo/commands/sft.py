@@ -5,17 +5,14 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
-from tunix.models.gemma import model as gemma
 
 from gemma2_grpo.config import OptimizerConfig, SftConfig
 from gemma2_grpo.errors import UserError
-from gemma2_grpo.model.architecture import query_scale, read_architecture
-from gemma2_grpo.model.find import check_model, find_model
-from gemma2_grpo.model.load import load_weights, random_weights
-from gemma2_grpo.model.lora import add_lora
-from gemma2_grpo.model.mesh import make_mesh
+from gemma2_grpo.model.architecture import Model, query_scale
+from gemma2_grpo.model.find import check_model
+from gemma2_grpo.model.open import ModelFiles, open_files
 from gemma2_grpo.model.save import save_model, write_settings
-from gemma2_grpo.model.tokenizer import Tokenizer, load_tokenizer
+from gemma2_grpo.model.tokenizer import Tokenizer
 from gemma2_grpo.run.console import Display
 from gemma2_grpo.runtime.atomic import check_target, staged
 from gemma2_grpo.runtime.devices import start_jax
@@ -59,9 +56,8 @@ def sft(config: SftConfig, to: Path, *, display: Display | None = None) -> Path:
         check_model(config.model.model)
     start_jax(display.note)
     display.warn_of_cpu(config.model, "this configuration")
-    source = find_model(config.model.model, needs_weights=config.sft.init == "pretrained")
-    tokenizer = load_tokenizer(source)
-    phases = _phases(config, tokenizer)
+    files = open_files(config.model, needs_weights=config.sft.init == "pretrained")
+    phases = _phases(config, files.tokenizer)
     display.plan(
         {
             "model": f"{config.model.model}, {config.sft.init}",
@@ -72,14 +68,14 @@ def sft(config: SftConfig, to: Path, *, display: Display | None = None) -> Path:
     )
     cache = use_program_cache(config.sft.compilation_cache, display.note)
     with counting_programs(cache) as programs:
-        trained = _train(config, source, tokenizer, phases, display)
+        trained = _train(config, files, phases, display)
     with staged(to) as folder:
-        chat = write_settings(folder, source, _STORED)
+        chat = write_settings(folder, files.directory, _STORED)
         save_model(
             trained,
             folder,
             _STORED,
-            query_scale=1.0 if config.sft.init == "random" else query_scale(source),
+            query_scale=1.0 if config.sft.init == "random" else query_scale(files.directory),
             lora_scale=config.model.lora_scale,
         )
     display.note(str(programs))
@@ -89,25 +85,20 @@ def sft(config: SftConfig, to: Path, *, display: Display | None = None) -> Path:
     return to
 
 
-def _train(
-    config: SftConfig, source: Path, tokenizer: Tokenizer, phases: list[Phase], display: Display
-) -> gemma.Gemma:
+def _train(config: SftConfig, files: ModelFiles, phases: list[Phase], display: Display) -> Model:
     """Returns the trained model, with its adapters where those were trained."""
-    mesh = make_mesh(config.model.mesh_shape)
-    if config.sft.init == "random":
-        base = random_weights(read_architecture(source), config.model.dtype, mesh, config.sft.seed)
-    else:
-        base = load_weights(source, config.model.dtype, mesh)
-    model = base if config.sft.train_base else add_lora(base, config.model, mesh, config.sft.seed)
+    seed, is_random = config.sft.seed, config.sft.init == "random"
+    base = files.draw_base(seed) if is_random else files.load_base()
+    model = base if config.sft.train_base else files.make_policy(base, seed)
     for name, steps, draw, optimizer in phases:
         with display.supervising(name, steps) as on_step:
             train_supervised(
                 model,
                 (draw(step) for step in range(steps)),
                 make_optimizer(optimizer, steps),
-                mesh,
+                files.mesh,
                 width=config.sft.max_tokens,
-                pad_id=tokenizer.pad,
+                pad_id=files.tokenizer.pad,
                 chunk_tokens=config.model.logprob_chunk_tokens,
                 train_base=config.sft.train_base,
                 remat=config.model.remat,
