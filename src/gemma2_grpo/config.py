@@ -169,6 +169,8 @@ class RewardConfig:
     """Of a false equation that is noticed and put right; a bonus."""
     length_weight: float = 0.05
     """Of 20 to 200 words of reasoning with a right answer in perfect format; a bonus."""
+    weights: dict[str, float] = field(default_factory=dict)
+    """Weights of components by name, for those without a field here (see docs/extending.md)."""
     reward: str | None = None
     """`path.py:function`, added to the total with `reward_weight`. Trusted code: it is run."""
     reward_weight: float = 1.0

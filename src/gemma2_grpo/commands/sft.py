@@ -17,9 +17,10 @@ from gemma2_grpo.run.console import Display
 from gemma2_grpo.runtime.atomic import check_target, staged
 from gemma2_grpo.runtime.devices import start_jax
 from gemma2_grpo.runtime.program_cache import counting_programs, use_program_cache
-from gemma2_grpo.task.examples import PROCEDURAL, batch_indices, load_splits
+from gemma2_grpo.task.examples import batch_indices, load_splits
 from gemma2_grpo.task.procedural import bare_equations, generate, sloppy
 from gemma2_grpo.task.prompts import render_prompt
+from gemma2_grpo.task.sources import PROCEDURAL
 from gemma2_grpo.training.supervised import Row, train_supervised
 from gemma2_grpo.training.update import make_optimizer
 
