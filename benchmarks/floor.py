@@ -27,6 +27,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from benchmarks.workload import Batch, Sizes
+from gemma2_grpo.model.layout import linear_layers
 
 
 @dataclass(frozen=True)
@@ -45,16 +46,18 @@ class Floor:
 
 def layer_parameters(sizes: Sizes) -> int:
     """N: parameters in the matrices of all layers."""
-    queries, keys = sizes.heads * sizes.head_dim, sizes.kv_heads * sizes.head_dim
-    return sizes.layers * sizes.width * (2 * queries + 2 * keys + 3 * sizes.hidden)
+    return sizes.layers * sum(outputs * inputs for outputs, inputs in _linear_layers(sizes))
 
 
 def adapter_parameters(sizes: Sizes) -> int:
     """A: parameters of adapters on the seven matrices of every layer."""
-    width, hidden = sizes.width, sizes.hidden
-    queries, keys = sizes.heads * sizes.head_dim, sizes.kv_heads * sizes.head_dim
-    attention = 2 * (width + queries) + 2 * (width + keys)
-    return sizes.layers * sizes.lora_rank * (attention + 3 * (width + hidden))
+    sides = sum(outputs + inputs for outputs, inputs in _linear_layers(sizes))
+    return sizes.layers * sizes.lora_rank * sides
+
+
+def _linear_layers(sizes: Sizes) -> list[tuple[int, int]]:
+    axes = (sizes.width, sizes.hidden, sizes.heads, sizes.kv_heads, sizes.head_dim)
+    return linear_layers(dict(zip("DFNKH", axes, strict=True)))
 
 
 def attention_flops(sizes: Sizes, context: np.ndarray) -> np.ndarray:

@@ -99,7 +99,7 @@ def split_by_success(groups: list[list[Score]]) -> dict[str, list[list[Score]]]:
 
 def varying(group: list[Score]) -> list[str]:
     """Components that are not the same for all completions of a group."""
-    return [name for name in COMPONENTS if len({getattr(score, name) for score in group}) > 1]
+    return [name for name in COMPONENTS if len({score[name] for score in group}) > 1]
 
 
 if __name__ == "__main__":

@@ -20,6 +20,8 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.command import status_of
+from benchmarks.model_files import write_config
+from benchmarks.workload import PRESETS
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -92,15 +94,11 @@ def write_checkpoint(folder: Path, command: Load) -> None:
     import numpy as np
     from safetensors.numpy import save_file
 
-    from gemma2_grpo.model.pretrained import tensor_shapes
-    from gemma2_grpo.plan.costs import known_architecture
+    from gemma2_grpo.model.architecture import read_architecture
+    from gemma2_grpo.model.layout import tensor_shapes
 
-    whole = known_architecture("google/gemma-2-2b")
-    assert whole is not None
-    kinds = tuple(whole.attention_types)[: command.layers]
-    cut = dataclasses.replace(whole, num_layers=command.layers, attention_types=kinds)
-    shapes = tensor_shapes(cut)
-    (folder / "config.json").write_text(json.dumps(_config(cut)))
+    write_config(folder, dataclasses.replace(PRESETS["gemma2-2b"], layers=command.layers))
+    shapes = tensor_shapes(read_architecture(folder))
     random, index = np.random.default_rng(0), {}
     names = list(shapes)
     for number in range(command.shards):
@@ -111,23 +109,6 @@ def write_checkpoint(folder: Path, command: Load) -> None:
         save_file({name: np.resize(block, shapes[name]) for name in part}, folder / file)
     text = json.dumps({"metadata": {}, "weight_map": index})
     (folder / "model.safetensors.index.json").write_text(text)
-
-
-def _config(architecture) -> dict[str, object]:
-    return {
-        "model_type": "gemma2",
-        "num_hidden_layers": architecture.num_layers,
-        "vocab_size": architecture.num_embed,
-        "hidden_size": architecture.embed_dim,
-        "intermediate_size": architecture.hidden_dim,
-        "num_attention_heads": architecture.num_heads,
-        "num_key_value_heads": architecture.num_kv_heads,
-        "head_dim": architecture.head_dim,
-        "query_pre_attn_scalar": architecture.head_dim,
-        "final_logit_softcapping": 30.0,
-        "attn_logit_softcapping": 50.0,
-        "sliding_window": 4096,
-    }
 
 
 def load(system: str, folder: Path, shape: tuple[int, int]) -> Cost:

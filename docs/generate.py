@@ -69,12 +69,13 @@ def _table(field: dataclasses.Field[Any], presets: list[str]) -> Iterator[str]:
         p.arg_name: p.description or "" for p in docstring_parser.parse_from_object(kind).params
     }
     hints = get_type_hints(kind, include_extras=True)
+    defaults = dataclasses.asdict(kind())
     rows = ["| field | default | meaning |", "| --- | --- | --- |"]
     for each in dataclasses.fields(kind):
         differs = [
             f"`{name}`: {_value(values[each.name])}"
             for name, values in given.items()
-            if each.name in values and _plain(values[each.name]) != _plain(each.default)
+            if each.name in values and _plain(values[each.name]) != _plain(defaults[each.name])
         ]
         meaning = " ".join(meanings.get(each.name, "").split())
         allowed = demand(hints[each.name]).replace("must", "Must", 1)
@@ -84,7 +85,7 @@ def _table(field: dataclasses.Field[Any], presets: list[str]) -> Iterator[str]:
             f"*{'; '.join(differs)}*" if differs else "",
         ]
         text = " ".join(filter(None, notes)).replace("|", "\\|")
-        rows.append(f"| `{each.name}` | {_value(each.default)} | {text} |")
+        rows.append(f"| `{each.name}` | {_value(defaults[each.name])} | {text} |")
     yield "\n".join(rows) + "\n"
 
 
@@ -113,7 +114,7 @@ def worked_examples() -> str:
             "| " + " | ".join([*(n.replace("_", "-") for n in COMPONENTS), "total"]) + " |",
             "| --- " * (len(COMPONENTS) + 1) + "|",
             "| "
-            + " | ".join(f"{getattr(score, n):.2f}" for n in COMPONENTS)
+            + " | ".join(f"{score[n]:.2f}" for n in COMPONENTS)
             + f" | **{score.total:.3f}** |\n",
             f"{example['remark']}\n",
         ]

@@ -49,25 +49,20 @@ def _instrument(session: Session, learner: Any) -> None:
 
 def _build(session: Session) -> Any:
     """The learner."""
-    from gemma2_grpo.model.load import load_weights, random_weights, read_architecture
-    from gemma2_grpo.model.lora import add_lora
-    from gemma2_grpo.model.mesh import make_mesh
-    from gemma2_grpo.model.tokenizer import load_tokenizer
+    from gemma2_grpo.model.open import open_files
     from gemma2_grpo.training.learner import Learner
 
     workload = session.workload
     sizes, directory = workload.sizes, workload.directory
     config = _config(sizes, workload.steps, workload.seed)
-    mesh = make_mesh(sizes.mesh)
-    if (directory / "model.safetensors").exists():
-        reference = load_weights(directory, sizes.dtype, mesh)
-    else:
-        architecture = read_architecture(directory)
-        reference = random_weights(architecture, sizes.dtype, mesh, workload.seed)
-    policy = add_lora(reference, config.model, mesh, workload.seed)
+    model = dataclasses.replace(config.model, model=str(directory))
+    files = open_files(model, needs_weights=False)
+    is_shared = (directory / "model.safetensors").exists()
+    reference = files.load_base() if is_shared else files.draw_base(workload.seed)
+    policy = files.make_policy(reference, workload.seed)
     # No id of the model ends a completion: its length is forced.
-    tokenizer = dataclasses.replace(load_tokenizer(directory), stop_ids=(sizes.vocab,))
-    return Learner(config, policy, reference, tokenizer, mesh)
+    tokenizer = dataclasses.replace(files.tokenizer, stop_ids=(sizes.vocab,))
+    return Learner(config, policy, reference, tokenizer, files.mesh)
 
 
 def _config(sizes: Sizes, steps: int, seed: int) -> Any:

@@ -175,6 +175,8 @@ class RewardConfig:
     """Weight of the bonus for a false equation that is noticed and corrected."""
     length_weight: NotNegative = 0.05
     """Weight of the bonus for 20 to 200 words with a right answer in perfect format."""
+    weights: dict[str, NotNegative] = field(default_factory=dict)
+    """Weights of components by name, for those without a field here (see docs/extending.md)."""
     reward: str | None = None
     """`path.py:function`, added to the total with `reward_weight`. Trusted code: it is run."""
     reward_weight: float = 1.0

@@ -26,8 +26,8 @@ from gemma2_grpo.commands.export import Export
 from gemma2_grpo.errors import UserError
 from gemma2_grpo.export import hub, verify
 from gemma2_grpo.export.model_card import Exported, render_card
-from gemma2_grpo.export.parity import compare_with_transformers
-from gemma2_grpo.model import chat_template
+from gemma2_grpo.export.verify import compare_with_transformers
+from gemma2_grpo.model import tokenizer as tokenizers
 from gemma2_grpo.model.adapter import fingerprint, save_adapter
 from gemma2_grpo.model.find import hub_id
 from gemma2_grpo.model.load import load_weights
@@ -252,7 +252,7 @@ def test_a_chat_template_that_makes_other_prompts_is_not_exported(
 ) -> None:
     """Also where no logits are compared."""
     pytest.importorskip("transformers")
-    monkeypatch.setattr(chat_template, "_is_gemmas", lambda *_: True)
+    monkeypatch.setattr(tokenizers, "_is_gemmas", lambda *_: True)
     monkeypatch.setattr(verify, "_PACKAGES", {"merged": ("no_such_package",)})
     trained = on_another_base(run, tmp_path, spoil)
     with pytest.raises(UserError, match=r"the chat template gives transformers another prompt for"):
@@ -326,7 +326,7 @@ def test_weights_that_are_mixed_up_are_noticed(
     save_file(tensors, wrong / "model.safetensors", metadata={"format": "pt"})
     texts = [render_prompt(question) for question in QUESTIONS[:3]]
     assert opened.policy
-    given = (opened.policy, opened.mesh, opened.tokenizer)
+    given = (opened.policy, opened.files)
     assert compare_with_transformers(*given, merged, texts).largest < 1e-4
     found = compare_with_transformers(*given, wrong, texts)
     assert found.largest > 0.5 and found.same_choice < 0.95
@@ -358,7 +358,7 @@ def test_the_snippet_of_the_card_runs(
     monkeypatch.chdir(folder.parent)
     names, said = run_snippet(code)
     prompt = render_prompt(names["question"])
-    assert names["inputs"]["input_ids"][0].tolist() == opened.tokenizer.encode(prompt)
+    assert names["inputs"]["input_ids"][0].tolist() == opened.files.tokenizer.encode(prompt)
     assert said == f"{answer(opened, names['question'])}\n"
 
 

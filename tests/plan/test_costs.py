@@ -8,13 +8,8 @@ import jax.numpy as jnp
 import pytest
 from tunix.models.gemma import model as gemma
 
-from gemma2_grpo.plan.costs import (
-    estimate_memory,
-    known_architecture,
-    model_sizes,
-    moved_bytes,
-    step_work,
-)
+from gemma2_grpo.model.architecture import known_architecture
+from gemma2_grpo.plan.costs import estimate_memory, model_sizes, moved_bytes, step_work
 from gemma2_grpo.plan.footprint import collectives, compile_program
 from gemma2_grpo.presets import load_config
 from gemma2_grpo.runtime.chips import TARGETS, find_target

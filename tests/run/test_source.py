@@ -14,10 +14,12 @@ from flax import nnx
 from tests.fixtures.runs import Finished
 from tunix.models.gemma import model as gemma
 
+from gemma2_grpo.config import Config
 from gemma2_grpo.errors import UserError
 from gemma2_grpo.model.mesh import mesh_shape_at_hand
 from gemma2_grpo.presets import load_config
-from gemma2_grpo.run.source import Opened, find_source, open_source
+from gemma2_grpo.run.session import Session
+from gemma2_grpo.run.source import Opened, Source, find_source, open_source
 from gemma2_grpo.task.prompts import render_prompt
 
 
@@ -58,6 +60,34 @@ def test_a_finished_run_says_again_what_it_said(finished: Finished) -> None:
     assert before != after
     assert greedy(opened, questions, adapted=True) == after
     assert greedy(opened, questions, adapted=False) == before
+
+
+def test_adapters_are_merged_for_measuring_where_they_were_in_training(
+    make_config: Callable[..., Config],
+    open_small: Callable[[Config], Session],
+    fill_adapters: Callable[..., None],
+    tmp_path: Path,
+) -> None:
+    """In bfloat16 a merged weight is rounded, so that it is another policy."""
+    config = make_config(
+        model={"dtype": "bfloat16"},
+        rollout={"merge_lora": "always", "max_completion_tokens": 64},
+    )
+    session = open_small(config)
+    fill_adapters(session.learner.policy, 0, 0.1)
+    session.save_adapter(tmp_path)
+    prompts, key = [render_prompt("How many apples?")], jax.random.key(0)
+    trained = session.learner.generate(prompts, 16, key).texts
+
+    def sampled(merge_lora: Any) -> list[str]:
+        model = dataclasses.replace(config.model, adapter=str(tmp_path))
+        rollout = dataclasses.replace(config.rollout, merge_lora=merge_lora)
+        asked = dataclasses.replace(config, model=model, rollout=rollout)
+        opened = open_source(Source("it", asked, None, {}))
+        return opened.sampler(adapted=True).generate(prompts, 16, key).texts
+
+    assert sampled("always") == trained
+    assert sampled("never") != trained
 
 
 def test_an_unfinished_run_is_opened_where_its_last_checkpoint_is(

@@ -34,8 +34,15 @@ def score(steps: list[str], answer: str = "76", question: str | None = QUESTION)
 
 def test_a_good_solution_earns_everything_but_the_bonus_for_corrections():
     found = score(GOOD)
-    assert (found.format, found.logic, found.accuracy) == (1.0, 1.0, 1.0)
-    assert (found.self_correction, found.length) == (0.0, 0.95)  # 19 words
+    assert (
+        found["format"],
+        found["logic"],
+        found["accuracy"],
+    ) == (1.0, 1.0, 1.0)
+    assert (found["self_correction"], found["length"]) == (
+        0.0,
+        0.95,
+    )  # 19 words
     assert found.total == pytest.approx(0.25 + 0.30 + 0.45 + 0.05 * 0.95)
     assert (found.extracted, found.correct, found.official_correct) == ("76", True, True)
     equations = [(e.text, e.left, e.right, e.is_true) for e in found.equations]
@@ -85,7 +92,7 @@ LOGIC = {
 
 @pytest.mark.parametrize(("steps", "low", "high"), LOGIC.values(), ids=LOGIC)
 def test_logic(steps: list[str], low: float, high: float):
-    assert low <= score(steps).logic <= high
+    assert low <= score(steps)["logic"] <= high
 
 
 CLIPS = (
@@ -110,19 +117,19 @@ def test_equations_around_a_guess_are_no_work(steps: list[str]):
     found = score_completion(render_solution(steps, "72"), "72", CLIPS)
     guess = score_completion(render_solution(["So 72."], "72"), "72", CLIPS)
     assert all(equation.is_true for equation in found.equations)
-    assert found.logic == guess.logic == 0.0
+    assert found["logic"] == guess["logic"] == 0.0
 
 
 def test_common_numbers_one_by_one_are_no_full_work():
     two, three = "48 + 12 = 60, 60 + 12 = 72", "48 + 10 = 58, 58 + 12 = 70, 70 + 2 = 72"
     for steps in (two, three):
-        assert 0 < score_completion(render_solution([steps], "72"), "72", CLIPS).logic < 0.6
+        assert 0 < score_completion(render_solution([steps], "72"), "72", CLIPS)["logic"] < 0.6
 
 
 def test_what_a_question_states_may_be_the_answer():
     question = "Ann had 20 pens, bought 5 and lost 5. How many pens has she now?"
     text = render_solution(["20 + 5 = 25", "25 - 5 = 20"], "20")
-    assert score_completion(text, "20", question).logic == 0.95
+    assert score_completion(text, "20", question)["logic"] == 0.95
 
 
 APPLES = "There are 22 apples. 15 are eaten, and the rest is sold at $3 each. How much is it?"
@@ -147,20 +154,22 @@ def test_wrong_answers_differ_by_their_sound_steps_alone(
     steps: list[str], answer: str, logic: float
 ):
     found = score_completion(render_solution(steps, answer), "21", APPLES)
-    assert found.logic == logic
+    assert found["logic"] == logic
     assert found.total == pytest.approx(0.25 + 0.30 * logic)
 
 
 def test_a_false_result_is_not_known_without_the_question_either():
     for steps, logic in ((["22 - 15 = 10", "10 x 3 = 30"], 0.0), (["22 - 15 = 7"], 0.0)):
-        assert score_completion(render_solution(steps, "30"), "21").logic == logic
-    assert score_completion(render_solution(["5 + 5 = 10", "10 x 3 = 30"], "30"), "21").logic == 0.5
+        assert score_completion(render_solution(steps, "30"), "21")["logic"] == logic
+    assert (
+        score_completion(render_solution(["5 + 5 = 10", "10 x 3 = 30"], "30"), "21")["logic"] == 0.5
+    )
 
 
 def test_algebra_counts_as_work():
     question = "Twice a number of books and 3 more are 21. How many books are there?"
     steps = ["Let x be the number of books.", "3 + 2x = 21", "2x = 18", "So x = 9."]
-    assert score_completion(render_solution(steps, "9"), "9", question).logic > 0.7
+    assert score_completion(render_solution(steps, "9"), "9", question)["logic"] > 0.7
 
 
 @pytest.mark.parametrize(
@@ -184,43 +193,47 @@ def test_a_truncated_completion_is_not_perfect():
     whole, cut = (
         score_completion(text, "76", QUESTION, is_truncated=is_cut) for is_cut in (False, True)
     )
-    assert (whole.format, cut.format) == (1.0, 0.6)
-    assert (cut.logic, cut.accuracy, cut.length) == (whole.logic, 1.0, 0.0)
-    assert score_completion("no tags", "76", is_truncated=True).format == 0.0
+    assert (whole["format"], cut["format"]) == (1.0, 0.6)
+    assert (cut["logic"], cut["accuracy"], cut["length"]) == (
+        whole["logic"],
+        1.0,
+        0.0,
+    )
+    assert score_completion("no tags", "76", is_truncated=True)["format"] == 0.0
 
 
 def test_logic_is_halved_for_a_wrong_answer():
-    assert score(GOOD, "77").logic < 0.5
+    assert score(GOOD, "77")["logic"] < 0.5
     wrong = score_completion(render_solution(GOOD, "76"), "77", QUESTION)
-    assert wrong.logic == 0.5
+    assert wrong["logic"] == 0.5
 
 
 def test_logic_without_the_question_takes_all_numbers_as_given():
-    assert score(["So 38 + 38 = 76."], question=None).logic == 1.0
-    assert score(["2 + 2 = 4", "3 + 3 = 6", "So 76."], question=None).logic == 0.0
+    assert score(["So 38 + 38 = 76."], question=None)["logic"] == 1.0
+    assert score(["2 + 2 = 4", "3 + 3 = 6", "So 76."], question=None)["logic"] == 0.0
 
 
 def test_an_equation_copied_from_the_question_is_no_work():
     question = f"{QUESTION} Note that 12 + 7 = 19."
-    assert score(["So 12 + 7 = 19.", "The answer is 76."], question=question).logic == 0.0
+    assert score(["So 12 + 7 = 19.", "The answer is 76."], question=question)["logic"] == 0.0
 
 
 def test_one_found_before_makes_no_trivial_step():
     question = "Of 7 toys in each of 6 boxes 6 are broken. How many are not?"
     text = render_solution(["Step 1: 7 - 6 = 1", "Step 2: 1 x 6 = 6"], "6")
-    assert score_completion(text, "6", question).logic == 1.0
+    assert score_completion(text, "6", question)["logic"] == 1.0
 
 
 def test_the_clock_is_given():
     question = "How many minutes are 3 hours and 20 minutes?"
     text = render_solution(["So 3 * 60 = 180", "180 + 20 = 200"], "200")
-    assert score_completion(text, "200", question).logic == 1.0
+    assert score_completion(text, "200", question)["logic"] == 1.0
 
 
 def test_numbers_in_words_are_given():
     question = "Ann bakes twelve rolls, Ben half as many. How many does she bake in two weeks?"
     text = render_solution(["So 12 * 1/2 = 6, 12 + 6 = 18.", "Then 18 * 2 = 36."], "36")
-    assert score_completion(text, "36", question).logic == 1.0
+    assert score_completion(text, "36", question)["logic"] == 1.0
 
 
 FIX = "Step 1: 12 + 7 = 18. Wait, that is wrong: 12 + 7 = 19."
@@ -247,11 +260,11 @@ CORRECTIONS = {
 def test_self_correction(steps: list[str], pays: bool):
     found = score(steps)
     assert found.correct
-    assert (found.self_correction > 0) is pays
+    assert (found["self_correction"] > 0) is pays
 
 
 def test_a_correction_of_a_wrong_answer_pays_nothing():
-    assert score([FIX, *GOOD[1:]], "77").self_correction == 0.0
+    assert score([FIX, *GOOD[1:]], "77")["self_correction"] == 0.0
 
 
 @pytest.mark.parametrize(
@@ -259,16 +272,16 @@ def test_a_correction_of_a_wrong_answer_pays_nothing():
 )
 def test_length(words: int, length: float):
     text = " ".join(["(12+7)*4", "=", "76", *(f"word{n}" for n in range(words - 3))])
-    assert score([text]).length == pytest.approx(length)
+    assert score([text])["length"] == pytest.approx(length)
 
 
 def test_length_pays_only_for_perfect_form_a_right_answer_and_working():
     good = render_solution(GOOD, "76")
-    assert score_completion(good, "76", QUESTION).length > 0
-    assert score_completion(f"Sure! {good}", "76", QUESTION).length == 0
-    assert score(GOOD, "77").length == 0
-    assert score(["word"] * 30).length == 0
-    assert score([f"It is known{n} so" for n in range(9)]).length == 0
+    assert score_completion(good, "76", QUESTION)["length"] > 0
+    assert score_completion(f"Sure! {good}", "76", QUESTION)["length"] == 0
+    assert score(GOOD, "77")["length"] == 0
+    assert score(["word"] * 30)["length"] == 0
+    assert score([f"It is known{n} so" for n in range(9)])["length"] == 0
 
 
 SOUP = "therefore because since so thus hence first second then next finally step"
@@ -335,9 +348,9 @@ LINES = st.lists(
 @given(LINES, LINES, st.sampled_from(["77", "none", "75 or 76", "-76"]))
 def test_no_wrong_answer_outranks_a_right_one(right: list[str], wrong: list[str], answer: str):
     good, bad = score(right), score(wrong, answer)
-    assert good.correct or good.format < 1
+    assert good.correct or good["format"] < 1
     assert not bad.correct
-    if good.correct and good.format == bad.format:
+    if good.correct and good["format"] == bad["format"]:
         assert bad.total < good.total
 
 
@@ -348,7 +361,7 @@ def test_bounds_of_right_and_wrong(lines: list[str], answer: str, asks: bool, is
     )
     if not found.correct:
         assert found.total <= 0.40 + 1e-9
-    elif found.format == 1:
+    elif found["format"] == 1:
         assert found.total >= 0.70 - 1e-9
 
 
@@ -362,10 +375,10 @@ TEXT = st.lists(
 @given(TEXT, st.text(max_size=8) | st.just("76"), st.none() | st.text(max_size=30))
 def test_any_text_has_a_score(text: str, gold: str, question: str | None):
     found = score_completion(text, gold, question)
-    parts = {name: getattr(found, name) for name in COMPONENTS}
+    parts = {name: found[name] for name in COMPONENTS}
     assert all(0 <= part <= 1 for part in parts.values())
     assert 0 <= found.total <= 1.1 + 1e-9
-    assert found.accuracy == found.correct
+    assert found["accuracy"] == found.correct
     assert found == score_completion(text, gold, question)
 
 
@@ -438,7 +451,7 @@ JUDGED = [
 def test_judged_answers(steps: list[str], answer: str, gold: str, accepted: bool):
     found = score_completion(render_solution(steps, answer), gold)
     assert found.correct is accepted
-    assert found.accuracy == float(accepted)
+    assert found["accuracy"] == float(accepted)
 
 
 CASES = SHARED / "rewards" / "cases.jsonl"
@@ -453,11 +466,11 @@ def test_shared_cases():
         accepted = {"accept": True, "reject": False}.get(case["accuracy_policy"], found.correct)
         assert found.correct is accepted, case["id"]
         # "ok" is the perfect form and nothing else; "not_ok" earns less, but may earn something.
-        perfect = {"ok": True, "not_ok": False}.get(case["format_policy"], found.format == 1)
-        assert (found.format == 1) is perfect, case["id"]
-        assert (found.self_correction > 0) is case["genuine_correction"], case["id"]
+        perfect = {"ok": True, "not_ok": False}.get(case["format_policy"], found["format"] == 1)
+        assert (found["format"] == 1) is perfect, case["id"]
+        assert (found["self_correction"] > 0) is case["genuine_correction"], case["id"]
         if case["reasoning_sound"] is False:
-            assert found.logic < 0.7, case["id"]
+            assert found["logic"] < 0.7, case["id"]
 
 
 GSM8K = SHARED / "gsm8k"
@@ -486,11 +499,11 @@ def test_gold_rationales_are_sound_whatever_their_wording(splits: tuple[str, ...
                 annotated += equation.is_true
                 lost += equation.is_true and results.isdisjoint(equation.results)
         is_false = any(not equation.is_true for equation in found.equations)
-        without_logic += found.logic == 0
+        without_logic += found["logic"] == 0
         with_false += is_false
-        assert found.format == found.accuracy == 1.0
+        assert found["format"] == found["accuracy"] == 1.0
         if found.equations and not is_false:
-            sound.append(found.logic)
+            sound.append(found["logic"])
     assert annotated > 3 * count
     assert lost / annotated < 0.005
     assert without_logic / len(rows) < 0.01
@@ -508,7 +521,7 @@ def test_the_rationale_of_another_problem_is_not_sound():
     for row, other in zip(rows, rows[1:] + rows[:1], strict=True):
         gold = row["answer"].rpartition("####")[2]
         text = render_solution([other["answer"].rpartition("####")[0]], gold)
-        swapped.append(score_completion(text, gold, row["question"]).logic)
+        swapped.append(score_completion(text, gold, row["question"])["logic"])
     assert statistics.mean(swapped) < 0.2
 
 

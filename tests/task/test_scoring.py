@@ -37,6 +37,29 @@ def score(reward: Any, **weights: Any) -> dict[str, np.ndarray]:
     return dict(Scorer(RewardConfig(**weights), reward)(EXAMPLES, COMPLETIONS))
 
 
+def test_a_weight_by_name_is_that_of_the_field():
+    by_field = Scorer(RewardConfig(logic_weight=0.7))(EXAMPLES, COMPLETIONS)
+    by_name = Scorer(RewardConfig(weights={"logic": 0.7}))(EXAMPLES, COMPLETIONS)
+    np.testing.assert_array_equal(by_field["total"], by_name["total"])
+    assert (
+        by_name["total"].tolist() != Scorer(RewardConfig())(EXAMPLES, COMPLETIONS)["total"].tolist()
+    )
+
+
+@pytest.mark.parametrize(
+    ("weights", "message"),
+    [
+        ({"style": 0.1}, "weights: no component 'style'; there are format, logic, accuracy, "),
+        ({"logic": -0.1}, "weights: logic = -0.1 must be at least 0"),
+        ({"logic": float("inf")}, "weights: logic = inf must be at least 0"),
+    ],
+)
+def test_weights_that_mean_nothing_are_refused(weights: dict[str, float], message: str):
+    with pytest.raises(UserError) as caught:
+        Scorer(RewardConfig(weights=weights))
+    assert str(caught.value).startswith(message)
+
+
 def test_columns_are_the_scores_of_each_completion():
     weights = RewardConfig(format_weight=0.5, logic_weight=0.1)
     table = Scorer(weights)(EXAMPLES, COMPLETIONS)
@@ -44,7 +67,9 @@ def test_columns_are_the_scores_of_each_completion():
     assert set(table) == columns
     for i, text in enumerate(COMPLETIONS):
         single = score_completion(text, "15", QUESTION, weights)
-        for name in (*COMPONENTS, "correct", "official_correct", "total"):
+        for name in COMPONENTS:
+            assert table[name][i] == single[name], (i, name)
+        for name in ("correct", "official_correct", "total"):
             assert table[name][i] == float(getattr(single, name)), (i, name)
         assert table["equations"][i] == len(single.equations)
         assert table["true_equations"][i] == sum(e.is_true for e in single.equations)

@@ -110,7 +110,7 @@ def _check_question(opened: "Opened", question: str) -> None:
         question.encode()
     except UnicodeEncodeError:
         raise UserError("the question is not UTF-8; write it in the terminal's encoding") from None
-    tokens = len(opened.tokenizer.encode(render_prompt(question)))
+    tokens = len(opened.files.tokenizer.encode(render_prompt(question)))
     limit = opened.config.rollout.max_prompt_tokens
     if tokens > limit:
         raise UserError(

@@ -135,21 +135,19 @@ def _run(
     config = source.config
     start_jax(display.note)
     display.note(f"loading {config.model.model}")
-    from gemma2_grpo.model.adapter import fingerprint
-    from gemma2_grpo.model.find import find_model
-    from gemma2_grpo.model.tokenizer import load_tokenizer
     from gemma2_grpo.run.directory import command_facts
     from gemma2_grpo.run.evaluation import Evaluation
-    from gemma2_grpo.run.source import open_source
+    from gemma2_grpo.run.source import open_source, open_source_files
     from gemma2_grpo.runtime.program_cache import use_program_cache
     from gemma2_grpo.task.examples import drop_long, hash_of
 
-    directory = find_model(config.model.model)
-    tokenizer = load_tokenizer(directory)
+    files = open_source_files(source)
     examples, dropped = drop_long(
-        problems, lambda prompt: len(tokenizer.encode(prompt)), config.rollout.max_prompt_tokens
+        problems,
+        lambda prompt: len(files.tokenizer.encode(prompt)),
+        config.rollout.max_prompt_tokens,
     )
-    weights = {**_weights(source), "base_sha256": fingerprint(directory)}
+    weights = {**_weights(source), "base_sha256": files.sha256}
     data = {
         "source": config.data.dataset,
         "split": config.data.eval_split,
@@ -160,7 +158,7 @@ def _run(
     folder.check_same("weights", weights)
     folder.check_same("data", data)
     use_program_cache(config.run.compilation_cache, display.note)
-    opened = open_source(source)
+    opened = open_source(source, files)
     facts = {
         "name": source.title,
         "model": config.model.model,

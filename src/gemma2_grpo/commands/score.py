@@ -93,16 +93,16 @@ def read_completions(path: Path) -> list[CompletionRow]:
 
 def as_record(score: "CompletionScore", weights: RewardConfig) -> dict[str, Any]:
     """A score as JSON has it; components lie in [0, 1], before their weights."""
-    from gemma2_grpo.task.rewards import COMPONENTS
+    from gemma2_grpo.task.rewards import component_weights
 
     return {
-        **{name: getattr(score, name) for name in COMPONENTS},
+        **score.components,
         "total": score.total,
         "extracted": score.extracted,
         "correct": score.correct,
         "official_correct": score.official_correct,
         "equations": [{"text": e.text, "is_true": e.is_true} for e in score.equations],
-        "weights": {name: getattr(weights, f"{name}_weight") for name in COMPONENTS},
+        "weights": component_weights(weights),
     }
 
 
@@ -148,13 +148,13 @@ def _print_table(scores: "list[CompletionScore]", console: "Console") -> None:
     table = Table(box=None, show_footer=True, pad_edge=False)
     table.add_column("", "mean", justify="right")
     for name in (*COMPONENTS, "total"):
-        mean = _mean(getattr(score, name) for score in scores)
+        mean = _mean(score.total if name == "total" else score[name] for score in scores)
         heading = name.replace("_", " ").replace("self correction", "self-c.")
         table.add_column(heading, f"{mean:.3f}", justify="right")
     table.add_column("answer", justify="right", no_wrap=True, max_width=12)
     table.add_column("right", f"{_mean(score.correct for score in scores):.1%}", justify="right")
     for number, score in enumerate(scores, 1):
-        parts = (getattr(score, name) for name in (*COMPONENTS, "total"))
+        parts = (*score.components.values(), score.total)
         verdict = "yes" if score.correct else "no"
         numbers = (f"{part:.3f}" for part in parts)
         table.add_row(str(number), *numbers, score.extracted or "none", verdict)

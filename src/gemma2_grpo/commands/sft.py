@@ -14,8 +14,8 @@ from gemma2_grpo.errors import UserError
 from gemma2_grpo.task.prompts import render_prompt
 
 if TYPE_CHECKING:
-    from tunix.models.gemma import model as gemma
-
+    from gemma2_grpo.model.architecture import Model
+    from gemma2_grpo.model.open import ModelFiles
     from gemma2_grpo.model.tokenizer import Tokenizer
     from gemma2_grpo.run.console import Display
     from gemma2_grpo.training.supervised import Row
@@ -93,7 +93,7 @@ class Sft:
             UserError: for anything that the user can correct.
         """
         config = check_sft(self.config)
-        from gemma2_grpo.model.find import check_model, find_model
+        from gemma2_grpo.model.find import check_model
         from gemma2_grpo.run.console import Display
         from gemma2_grpo.runtime.atomic import check_target
         from gemma2_grpo.runtime.devices import require_jax, start_jax
@@ -108,27 +108,25 @@ class Sft:
             check_model(config.model.model)
         start_jax(display.note)
         display.warn_of_cpu(config.model, "this configuration")
-        source = find_model(config.model.model, needs_weights=is_pretrained)
-        _sft(config, source, self.to, display, make_phases)
+        _sft(config, self.to, display, make_phases)
         return self.to
 
 
 def _sft(
     config: SftConfig,
-    source: Path,
     to: Path,
     display: "Display",
     make_phases: "Callable[[SftConfig, Tokenizer], list[Phase]]",
 ) -> None:
-    """Trains the model of a directory, and writes it to another."""
+    """Trains the model of the configuration, and writes it to a directory."""
     from gemma2_grpo.model.architecture import query_scale
+    from gemma2_grpo.model.open import open_files
     from gemma2_grpo.model.save import save_model, write_settings
-    from gemma2_grpo.model.tokenizer import load_tokenizer
     from gemma2_grpo.runtime.atomic import staged
     from gemma2_grpo.runtime.program_cache import counting_programs, use_program_cache
 
-    tokenizer = load_tokenizer(source)
-    phases = make_phases(config, tokenizer)
+    files = open_files(config.model, needs_weights=config.sft.init == "pretrained")
+    phases = make_phases(config, files.tokenizer)
     display.plan(
         {
             "model": f"{config.model.model}, {config.sft.init}",
@@ -139,14 +137,14 @@ def _sft(
     )
     cache = use_program_cache(config.sft.compilation_cache, display.note)
     with counting_programs(cache) as programs:
-        trained = _train(config, source, tokenizer, phases, display)
+        trained = _train(config, files, phases, display)
     with staged(to) as folder:
-        chat = write_settings(folder, source, _STORED)
+        chat = write_settings(folder, files.directory, _STORED)
         save_model(
             trained,
             folder,
             _STORED,
-            query_scale=1.0 if config.sft.init == "random" else query_scale(source),
+            query_scale=1.0 if config.sft.init == "random" else query_scale(files.directory),
             lora_scale=config.model.lora_scale,
         )
     display.note(str(programs))
@@ -156,35 +154,24 @@ def _sft(
 
 
 def _train(
-    config: SftConfig,
-    source: Path,
-    tokenizer: "Tokenizer",
-    phases: list[Phase],
-    display: "Display",
-) -> "gemma.Gemma":
+    config: SftConfig, files: "ModelFiles", phases: list[Phase], display: "Display"
+) -> "Model":
     """Returns the trained model, with its adapters where those were trained."""
-    from gemma2_grpo.model.architecture import read_architecture
-    from gemma2_grpo.model.load import load_weights, random_weights
-    from gemma2_grpo.model.lora import add_lora
-    from gemma2_grpo.model.mesh import make_mesh
     from gemma2_grpo.training.optimizer import make_optimizer
     from gemma2_grpo.training.supervised import train_supervised
 
-    mesh = make_mesh(config.model.mesh_shape)
-    if config.sft.init == "random":
-        base = random_weights(read_architecture(source), config.model.dtype, mesh, config.sft.seed)
-    else:
-        base = load_weights(source, config.model.dtype, mesh)
-    model = base if config.sft.train_base else add_lora(base, config.model, mesh, config.sft.seed)
+    seed, is_random = config.sft.seed, config.sft.init == "random"
+    base = files.draw_base(seed) if is_random else files.load_base()
+    model = base if config.sft.train_base else files.make_policy(base, seed)
     for name, steps, draw, optimizer in phases:
         with display.supervising(name, steps) as on_step:
             train_supervised(
                 model,
                 (draw(step) for step in range(steps)),
                 make_optimizer(optimizer, steps),
-                mesh,
+                files.mesh,
                 width=config.sft.max_tokens,
-                pad_id=tokenizer.pad,
+                pad_id=files.tokenizer.pad,
                 chunk_tokens=config.model.logprob_chunk_tokens,
                 train_base=config.sft.train_base,
                 remat=config.model.remat,

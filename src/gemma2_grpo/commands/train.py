@@ -105,6 +105,7 @@ def _run(
     check_model(config.model.model)
     splits = load_splits(config.data)
     reward, reward_sha256 = _load_reward(config, directory, display)
+    scorer = Scorer(config.rewards, reward)
     start_jax(display.note)
     display.warn_of_cpu(config.model, config_name)
     display.note(f"loading {config.model.model}")
@@ -119,7 +120,6 @@ def _run(
     with counting_programs(cache) as programs, trackers as track:
         session = open_session(config, splits, directory)
         directory.describe({**session.facts, "reward_sha256": reward_sha256})
-        scorer = Scorer(config.rewards, reward)
         Run(session, directory, scorer, display, programs, track, _write_report).go()
 
 

@@ -6,7 +6,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
-from gemma2_grpo.config import replaced
 from gemma2_grpo.errors import UserError
 from gemma2_grpo.export.verify import (
     NOT_VERIFIED,
@@ -15,7 +14,7 @@ from gemma2_grpo.export.verify import (
     obstacle,
     verify_export,
 )
-from gemma2_grpo.run.source import Opened, Source, find_source, open_source
+from gemma2_grpo.run.source import Opened, Source, find_source, open_source, open_source_files
 from gemma2_grpo.runtime.atomic import check_target, staged
 
 Format = Literal["merged", "peft"]
@@ -62,17 +61,16 @@ def open_run(
     verify: Verify,
 ) -> tuple[Opened, Wanted]:
     """Loads base and adapters, once it is known what will be written and that it fits."""
-    from gemma2_grpo.model.architecture import read_architecture
-    from gemma2_grpo.model.find import find_model, hub_id
-    from gemma2_grpo.model.lora import max_adapter_parameters
-    from gemma2_grpo.model.pretrained import stored_dtype, tensor_shapes
+    from gemma2_grpo.model.find import hub_id
+    from gemma2_grpo.model.layout import adapter_parameters, tensor_shapes
+    from gemma2_grpo.model.load import stored_dtype
     from gemma2_grpo.model.save import host_dtype
 
     model = source.config.model
-    directory = find_model(model.model)
-    stored, architecture = stored_dtype(directory), read_architecture(directory)
+    files = open_source_files(source)
+    stored, architecture = stored_dtype(files.directory), files.architecture
     kept = dtype or (stored if format == "merged" else "float32")
-    base_path = hub_id(model.model) or str(directory.resolve())
+    base_path = hub_id(model.model) or str(files.directory.resolve())
     parameters = sum(map(math.prod, tensor_shapes(architecture).values()))
     unverified = "--verify never" if verify == "never" else None
     if verify == "auto":
@@ -80,15 +78,13 @@ def open_run(
     wanted = Wanted(format, kept, int(max_shard_gb * 1e9), base_path, verify, unverified)
     # Keys and values have one A in a run and two in PEFT; twice the adapters is enough for both.
     written = (
-        parameters
-        if format == "merged"
-        else 2 * max_adapter_parameters(architecture, model.lora_rank)
+        parameters if format == "merged" else 2 * adapter_parameters(architecture, model.lora_rank)
     )
     check_target(to, written * host_dtype(kept).itemsize + _BYTES_BESIDE_WEIGHTS)
     # Adapters are added to the base as it is stored, whatever the run computed in. Verifying
     # compares in float32, in which everything that is stored is the same.
-    config = replaced(source.config, dtype=stored if unverified else "float32")
-    return open_source(replace(source, config=config)), wanted
+    loaded = replace(files.config, dtype=stored if unverified else "float32")
+    return open_source(source, replace(files, config=loaded)), wanted
 
 
 def write_export(
@@ -112,7 +108,7 @@ def write_export(
     with staged(to) as folder:
         rounding, chat = _write(folder, opened, wanted)
         if wanted.verify != "never":
-            check_prompts(folder, opened.tokenizer)
+            check_prompts(folder, opened.files.tokenizer)
         verified = None
         if not wanted.unverified:
             verified = verify_export(folder, opened, wanted.format, wanted.dtype)
@@ -130,23 +126,23 @@ def _write(folder: Path, opened: Opened, wanted: Wanted) -> tuple[float, str]:
         What `save_model` and `write_tokenizer` return.
     """
     from gemma2_grpo.model.architecture import query_scale
-    from gemma2_grpo.model.peft import save_peft
-    from gemma2_grpo.model.pretrained import tensor_shapes
+    from gemma2_grpo.model.layout import tensor_shapes
     from gemma2_grpo.model.save import (
         check_written,
         save_model,
+        save_peft,
         write_settings,
         write_tokenizer,
     )
 
     assert opened.policy is not None  # A run has one.
-    model, scale = opened.config.model, query_scale(opened.directory)
+    model, scale = opened.config.model, query_scale(opened.files.directory)
     if wanted.format == "peft":
         base = wanted.base_path
         shapes = save_peft(opened.policy, folder, model, wanted.dtype, base=base, query_scale=scale)
         check_written(folder, shapes)
-        return 0.0, write_tokenizer(folder, opened.directory)
-    chat = write_settings(folder, opened.directory, wanted.dtype)
+        return 0.0, write_tokenizer(folder, opened.files.directory)
+    chat = write_settings(folder, opened.files.directory, wanted.dtype)
     rounding = save_model(
         opened.policy,
         folder,

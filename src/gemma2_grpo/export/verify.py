@@ -1,16 +1,25 @@
-"""Running an export in transformers, beside the policy it was made from."""
+"""Running an export in transformers, and comparing it with the policy it was made from."""
 
 import importlib.util
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
 from importlib import metadata
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
-from gemma2_grpo.errors import UserError
+import numpy as np
+
+from gemma2_grpo.errors import UserError, first_line
 from gemma2_grpo.run.source import Opened
+from gemma2_grpo.runtime.memory import available_bytes
 from gemma2_grpo.task.procedural import generate
 from gemma2_grpo.task.prompts import render_prompt
 
-if TYPE_CHECKING:  # What is not installed is told before JAX has loaded.
+if TYPE_CHECKING:  # Missing packages are reported before JAX loads.
+    from gemma2_grpo.model.architecture import Model
+    from gemma2_grpo.model.open import ModelFiles
     from gemma2_grpo.model.tokenizer import Tokenizer
 
 NOT_VERIFIED = (
@@ -58,8 +67,6 @@ def obstacle(format: str, parameters: int) -> str | None:  # noqa: A002
     """
     import jax
 
-    from gemma2_grpo.model.pretrained import available_bytes
-
     if missing := _missing(format):
         return f"{', '.join(missing)} not installed"
     if jax.default_backend() != "cpu":
@@ -70,26 +77,38 @@ def obstacle(format: str, parameters: int) -> str | None:  # noqa: A002
     return None
 
 
+@contextmanager
+def _refused() -> Iterator[None]:
+    """Turns what does not agree into an error of the export."""
+    try:
+        yield
+    except ValueError as error:
+        raise UserError(f"{error}; nothing was written") from None
+
+
 def check_prompts(folder: Path, tokenizer: "Tokenizer") -> None:
-    """Checks that the snippet of a card gives the model the prompts that it was trained on.
+    """Checks that the chat template of an export makes the prompts that the run was trained on.
 
     Where transformers is not installed nothing is checked.
-
-    Args:
-        folder: The export.
-        tokenizer: Of the run.
 
     Raises:
         UserError: if transformers makes other prompts of the same questions.
     """
     if importlib.util.find_spec("transformers") is None:
         return
-    from gemma2_grpo.export.parity import check_chat
+    from gemma2_grpo.model.tokenizer import user_turn
 
-    try:
-        check_chat(folder, tokenizer, [problem.question for problem in generate("test", _TEXTS, 0)])
-    except ValueError as error:
-        raise UserError(f"{error}; nothing was written") from None
+    with _refused():
+        theirs = _load_tokenizer(folder)
+        for problem in generate("test", _TEXTS, 0):
+            made = theirs.apply_chat_template(
+                user_turn(problem.question), add_generation_prompt=True, return_dict=True
+            )
+            if made["input_ids"] != tokenizer.encode(render_prompt(problem.question)):
+                raise ValueError(
+                    f"the chat template gives transformers another prompt for "
+                    f"{problem.question[:40]!r} than the run was trained on"
+                )
 
 
 def verify_export(folder: Path, opened: Opened, format: str, dtype: str) -> str:  # noqa: A002
@@ -107,18 +126,12 @@ def verify_export(folder: Path, opened: Opened, format: str, dtype: str) -> str:
     Raises:
         UserError: if the two do not agree.
     """
-    from gemma2_grpo.export.parity import compare_with_transformers
-
     assert opened.policy is not None  # A run has one.
     problems = generate("test", _TEXTS, 0)
     texts = [render_prompt(problem.question) + problem.solution for problem in problems]
-    base = opened.directory if format == "peft" else None
-    try:
-        found = compare_with_transformers(
-            opened.policy, opened.mesh, opened.tokenizer, folder, texts, base=base
-        )
-    except ValueError as error:
-        raise UserError(f"{error}; nothing was written") from None
+    base = opened.files.directory if format == "peft" else None
+    with _refused():
+        found = compare_with_transformers(opened.policy, opened.files, folder, texts, base=base)
     measured = (
         f"logits differ by at most {found.largest:.1e} ({found.mean:.1e} in the mean), and the "
         f"likeliest next token is the same after {100 * found.same_choice:.1f} % of "
@@ -140,3 +153,112 @@ def verify_export(folder: Path, opened: Opened, format: str, dtype: str) -> str:
         f"beside the policy of the run, both computing in float32, on {found.texts} prompts with "
         f"worked solutions: {measured}. The check allows {allowed}."
     )
+
+
+@dataclass(frozen=True)
+class Agreement:
+    """How far the logits of two models agree on the same tokens, both computed in float32."""
+
+    texts: int
+    tokens: int
+    largest: float
+    """Largest difference of any logit."""
+    mean: float
+    """Mean difference of the logits, signs left out."""
+    same_choice: float
+    """Share of tokens after which both find the same next token likeliest."""
+
+
+def compare_with_transformers(
+    policy: "Model",
+    files: "ModelFiles",
+    folder: Path,
+    texts: Sequence[str],
+    *,
+    base: Path | None = None,
+) -> Agreement:
+    """Runs an exported model on the CPU in transformers, and the policy here.
+
+    Args:
+        policy: What was exported, its base in float32.
+        files: The files of its base.
+        folder: The export.
+        texts: What both read, special tokens included.
+        base: Directory of the base if the export is an adapter for PEFT.
+
+    Raises:
+        ValueError: if transformers splits a text into other tokens.
+    """
+    import jax
+    import jax.numpy as jnp
+
+    from gemma2_grpo.model.gemma import Network, Weights, run_from_start, split_model
+    from gemma2_grpo.model.logprobs import output_logits
+    from gemma2_grpo.model.mesh import on_mesh
+
+    @partial(jax.jit, static_argnames="network")
+    def logits(network: Network, weights: Weights, tokens: jax.Array) -> jax.Array:
+        hidden, _ = run_from_start(network, weights, tokens)
+        return output_logits(network, weights, hidden)
+
+    model = _load_with_transformers(folder, base)
+    rows = [files.tokenizer.encode(text) for text in texts]
+    _check_tokens(folder, texts, rows)
+    network, weights = split_model(policy)
+    longest = max(map(len, rows))
+    largest, total, same = 0.0, 0.0, 0
+    for row in rows:
+        # Padding comes last, where no real token sees it; so one program serves all rows.
+        padded = np.pad(row, (0, longest - len(row)), constant_values=files.tokenizer.pad)[None]
+        # TPUs and GPUs multiply float32 in fewer bits unless they are asked not to.
+        with on_mesh(files.mesh), jax.default_matmul_precision("highest"):
+            ours = np.asarray(logits(network, weights, jnp.asarray(padded)))[0, : len(row)]
+        theirs = _transformers_logits(model, row)
+        difference = abs(ours - theirs)
+        largest = max(largest, float(difference.max()))
+        total += float(difference.mean(axis=1, dtype=np.float64).sum())
+        same += int((ours.argmax(axis=1) == theirs.argmax(axis=1)).sum())
+    tokens = sum(map(len, rows))
+    return Agreement(len(rows), tokens, largest, total / tokens, same / tokens)
+
+
+def _load_with_transformers(folder: Path, base: Path | None) -> Any:
+    """The exported model; with eager attention, because others leave out Gemma 2's soft cap."""
+    import torch
+    import transformers
+
+    transformers.utils.logging.disable_progress_bar()
+    model = transformers.AutoModelForCausalLM.from_pretrained(
+        base or folder, dtype=torch.float32, attn_implementation="eager"
+    )
+    if base:
+        from peft import PeftModel
+
+        model = PeftModel.from_pretrained(model, str(folder))
+    return model.eval()
+
+
+def _transformers_logits(model: Any, row: list[int]) -> np.ndarray:
+    import torch
+
+    with torch.no_grad():
+        return model(torch.tensor([row])).logits[0].numpy()
+
+
+def _check_tokens(folder: Path, texts: Sequence[str], rows: list[list[int]]) -> None:
+    theirs = _load_tokenizer(folder)
+    for text, row in zip(texts, rows, strict=True):
+        if theirs(text, add_special_tokens=False).input_ids != row:
+            raise ValueError(f"transformers splits {text[:40]!r} into other tokens than the run")
+
+
+def _load_tokenizer(folder: Path) -> Any:
+    import transformers
+
+    try:
+        return transformers.AutoTokenizer.from_pretrained(folder)
+    except Exception as error:  # Each of its tokenizers raises errors of its own.
+        raise ValueError(
+            f"transformers {transformers.__version__} cannot load the tokenizer "
+            f"({first_line(error)})"
+        ) from None

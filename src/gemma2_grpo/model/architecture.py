@@ -10,6 +10,10 @@ from tunix.models.gemma import model as gemma
 
 from gemma2_grpo.errors import UserError
 
+Architecture = gemma.ModelConfig
+Model = gemma.Gemma
+"""Tunix's Gemma: its variables, with or without adapters."""
+
 _SIZES = (
     "num_hidden_layers vocab_size hidden_size intermediate_size num_attention_heads head_dim "
     "num_key_value_heads final_logit_softcapping attn_logit_softcapping sliding_window"
@@ -100,7 +104,7 @@ _CHECKED = frozenset(
 _EMPTY = (None, "", [], {})
 
 
-def read_architecture(directory: Path) -> gemma.ModelConfig:
+def read_architecture(directory: Path) -> Architecture:
     """Reads the architecture of a Gemma 2 of any size from its Hugging Face config.json.
 
     Raises:
@@ -124,7 +128,7 @@ def read_architecture(directory: Path) -> gemma.ModelConfig:
             )
     kinds = (gemma.AttentionType.LOCAL_SLIDING, gemma.AttentionType.GLOBAL)
     layers = values["num_hidden_layers"]
-    return gemma.ModelConfig(
+    return Architecture(
         num_layers=layers,
         num_embed=values["vocab_size"],
         embed_dim=values["hidden_size"],
@@ -139,6 +143,18 @@ def read_architecture(directory: Path) -> gemma.ModelConfig:
         use_post_attn_norm=True,
         use_post_ffw_norm=True,
     )
+
+
+def known_architecture(name: str) -> Architecture | None:
+    """The architecture of one of Google's Gemma 2, known without its files."""
+    sizes = {"2b": Architecture.gemma2_2b, "9b": Architecture.gemma2_9b}
+    for size, make in sizes.items():
+        if f"gemma-2-{size}" in name:
+            architecture = make()
+            # Tunix counts some entries of the vocabulary that the published weights lack.
+            architecture.num_embed = 256_000
+            return architecture
+    return None
 
 
 def query_scale(directory: Path) -> float:

@@ -129,6 +129,30 @@ class ShardedEmbedder(gemma.Embedder):
         return constrained(rows, self.activations.act_btd, self.mesh)
 
 
+class _Float32RMSNorm(gemma.RMSNorm):
+    """RMSNorm computed in float32, as Gemma 2 was trained.
+
+    Tunix's runs in the type of the activations; in bfloat16 that loses what the norm is for.
+    Source: Gemma2RMSNorm in transformers, which casts to float32, adds 1 to the scale there, and
+    casts back.
+    """
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        wide = x.astype(jnp.float32)
+        inverse = jax.lax.rsqrt(jnp.mean(jnp.square(wide), axis=-1, keepdims=True) + 1e-6)
+        scale = 1 + self.scale.get_value().astype(jnp.float32)
+        return (wide * inverse * scale).astype(x.dtype)
+
+
+def with_float32_norms(model: gemma.Gemma) -> gemma.Gemma:
+    """Swaps the norms of a model for norms in float32, in place."""
+    for _, module in nnx.iter_graph(model):
+        if type(module) is gemma.RMSNorm:
+            # Past nnx, which would record the class as one more attribute.
+            object.__setattr__(module, "__class__", _Float32RMSNorm)
+    return model
+
+
 _FASTER = {
     gemma.Attention: SharedPrefixAttention,
     gemma.Embedder: ShardedEmbedder,

@@ -1,29 +1,44 @@
-"""Gemma 2 on Tunix: its mesh, and weights from safetensors or at random."""
+"""Gemma 2 on Tunix: weights from Hugging Face safetensors, read slice by slice, or at random."""
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from functools import cache, partial
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jax.sharding import Mesh
-from tunix.models.gemma import model as gemma
+from flax.typing import PathParts
+from jax.sharding import Mesh, Sharding
+from safetensors import SafetensorError, safe_open
 
-from gemma2_grpo.model.architecture import query_scale, read_architecture
+from gemma2_grpo.errors import UserError
+from gemma2_grpo.model.architecture import Architecture, Model, query_scale, read_architecture
+from gemma2_grpo.model.find import read_index
 from gemma2_grpo.model.gemma import Network, network_of
-from gemma2_grpo.model.mesh import check_mesh
-from gemma2_grpo.model.pretrained import (
-    Pretrained,
-    VariablePath,
-    check_host_memory,
-    check_tensors,
-    open_tensors,
+from gemma2_grpo.model.layers import with_float32_norms
+from gemma2_grpo.model.layout import (
+    Index,
+    Sizes,
+    Weight,
+    all_weights,
+    axis_sizes,
+    query_factor,
+    tensor_shapes,
 )
+from gemma2_grpo.model.mesh import check_mesh
+from gemma2_grpo.runtime.memory import available_bytes
+
+_ITEM_BYTES = {"BF16": 2, "F16": 2, "F32": 4, "F64": 8}
+
+Tensors = Mapping[str, Any]
+"""Tensors by their names in transformers, mapped from their files; indexing reads a slice."""
 
 
-def load_weights(directory: Path, dtype: str, mesh: Mesh) -> gemma.Gemma:
+def load_weights(directory: Path, dtype: str, mesh: Mesh) -> Model:
     """Loads a directory of HF safetensors, in one file or many, onto the mesh.
 
     Each device's shard is read from the mapped file, cast and placed by itself, one tensor after
@@ -36,33 +51,59 @@ def load_weights(directory: Path, dtype: str, mesh: Mesh) -> gemma.Gemma:
     architecture = read_architecture(directory)
     check_mesh(architecture, mesh)
     graphdef, variables = _abstract(architecture, dtype, mesh)
+    weights, sizes = all_weights(architecture), axis_sizes(architecture)
+    scale = query_scale(directory)
     with open_tensors(directory) as tensors:
         check_tensors(directory, tensors, architecture)
         check_host_memory(directory, tensors, [like.get_value() for _, like in variables])
-        source = Pretrained(tensors, architecture.head_dim, query_scale(directory))
-        flat = [
-            (path, like.replace(source.place(path, like.get_value()))) for path, like in variables
-        ]
-    return _with_float32_norms(nnx.merge(graphdef, nnx.from_flat_state(flat)))
+
+        def place(path: PathParts, like: jax.ShapeDtypeStruct) -> jax.Array:
+            def read(index: Index | None) -> np.ndarray:
+                assert index is not None
+                return _read(tensors, weights[path], index, sizes, like.dtype, scale)
+
+            placed = jax.make_array_from_callback(like.shape, like.sharding, read, like.dtype)
+            # Else the host would hold whatever has not been transferred yet.
+            return placed.block_until_ready()
+
+        flat = [(path, like.replace(place(path, like.get_value()))) for path, like in variables]
+    return with_float32_norms(nnx.merge(graphdef, nnx.from_flat_state(flat)))
+
+
+def _read(
+    tensors: Tensors, weight: Weight, index: Index, sizes: Sizes, dtype: Any, scale: float
+) -> np.ndarray:
+    """Reads a slice of a variable and casts it; queries are multiplied by `scale` in float32."""
+
+    def read(name: str, index: Index) -> np.ndarray:
+        factor = query_factor(name, scale)
+
+        def take(span: Index) -> np.ndarray:
+            values = tensors[name][span]
+            return values if factor == 1.0 else values.astype(np.float32) * np.float32(factor)
+
+        return weight.read(take, index, sizes).astype(dtype, copy=False)
+
+    if len(weight.tensors) == 1:
+        return read(weight.tensors[0], index)
+    return np.stack([read(name, index[1:]) for name in weight.tensors[index[0]]])
 
 
 def _abstract(
-    architecture: gemma.ModelConfig, dtype: str, mesh: Mesh
-) -> tuple[nnx.GraphDef, list[tuple[VariablePath, nnx.Variable]]]:
+    architecture: Architecture, dtype: str, mesh: Mesh
+) -> tuple[nnx.GraphDef, Sequence[tuple[PathParts, nnx.Variable]]]:
     """A model without weights: its static half, and variables of shape, type and sharding."""
-    graphdef, state = nnx.split(nnx.eval_shape(lambda: gemma.Gemma(architecture, rngs=nnx.Rngs(0))))
+    graphdef, state = nnx.split(nnx.eval_shape(lambda: Model(architecture, rngs=nnx.Rngs(0))))
     shardings = dict(nnx.to_flat_state(nnx.get_named_sharding(state, mesh)))
 
-    def describe(path: VariablePath, variable: nnx.Variable) -> nnx.Variable:
+    def describe(path: PathParts, variable: nnx.Variable) -> nnx.Variable:
         shape, sharding = variable.get_value().shape, shardings[path].get_value()
         return variable.replace(jax.ShapeDtypeStruct(shape, jnp.dtype(dtype), sharding=sharding))
 
     return graphdef, [(path, describe(path, x)) for path, x in nnx.to_flat_state(state)]
 
 
-def random_weights(
-    architecture: gemma.ModelConfig, dtype: str, mesh: Mesh, seed: int
-) -> gemma.Gemma:
+def random_weights(architecture: Architecture, dtype: str, mesh: Mesh, seed: int) -> Model:
     """Builds a Gemma 2 with random weights, on its shards from the start.
 
     Tunix initialises the MLP kernels to zero, with which nothing could be learned, and the rest
@@ -71,14 +112,16 @@ def random_weights(
     """
     check_mesh(architecture, mesh)
     graphdef, variables = _abstract(architecture, dtype, mesh)
+    weights, sizes = all_weights(architecture), axis_sizes(architecture)
 
-    def draw(index: int, path: VariablePath, variable: nnx.Variable) -> nnx.Variable:
+    def draw(index: int, path: PathParts, variable: nnx.Variable) -> nnx.Variable:
         like = variable.get_value()
-        program = _normal(like.shape, _initial_scale(path, like.shape), dtype, like.sharding)
+        scale = _initial_scale(weights[path], sizes)
+        program = _normal(like.shape, scale, dtype, like.sharding)
         return variable.replace(program(jax.random.fold_in(jax.random.key(seed), index)))
 
     flat = [(path, draw(i, path, like)) for i, (path, like) in enumerate(variables)]
-    return _with_float32_norms(nnx.merge(graphdef, nnx.from_flat_state(flat)))
+    return with_float32_norms(nnx.merge(graphdef, nnx.from_flat_state(flat)))
 
 
 @cache
@@ -91,49 +134,128 @@ def _normal(
     )
 
 
-def _initial_scale(path: VariablePath, shape: tuple[int, ...]) -> float:
-    if "scale" in path:  # RMSNorm multiplies by 1 + scale.
+def _initial_scale(weight: Weight, sizes: Sizes) -> float:
+    if not weight.inputs:  # RMSNorm multiplies by 1 + scale.
         return 0.0
-    if "input_embedding" in path:
+    if "V" in weight.axes:
         return 0.02
-    if "attn_vec_einsum" in path:
-        return float(np.prod(shape[:2])) ** -0.5
-    return float(shape[-2]) ** -0.5
-
-
-class _Float32RMSNorm(gemma.RMSNorm):
-    """RMSNorm computed in float32, as Gemma 2 was trained.
-
-    Tunix's runs in the type of the activations; in bfloat16 that loses what the norm is for.
-    Source: Gemma2RMSNorm in transformers, which casts to float32, adds 1 to the scale there, and
-    casts back.
-    """
-
-    def __call__(self, x: jax.Array) -> jax.Array:
-        wide = x.astype(jnp.float32)
-        inverse = jax.lax.rsqrt(jnp.mean(jnp.square(wide), axis=-1, keepdims=True) + 1e-6)
-        scale = 1 + self.scale.get_value().astype(jnp.float32)
-        return (wide * inverse * scale).astype(x.dtype)
-
-
-def _with_float32_norms(model: gemma.Gemma) -> gemma.Gemma:
-    for _, module in nnx.iter_graph(model):
-        if type(module) is gemma.RMSNorm:
-            # Past nnx, which would record the class as one more attribute.
-            object.__setattr__(module, "__class__", _Float32RMSNorm)
-    return model
+    _, fan_in = weight.shape(sizes)
+    return float(fan_in) ** -0.5
 
 
 def plain_network(
-    architecture: gemma.ModelConfig, mesh: Mesh | None = None, *, is_sampling: bool = False
+    architecture: Architecture, mesh: Mesh | None = None, *, is_sampling: bool = False
 ) -> Network:
     """The static half of a model without adapters, made without any weights."""
     model = nnx.eval_shape(partial(plain_model, architecture, "float32"))
     return network_of(model, is_sampling=is_sampling, mesh=mesh)
 
 
-def plain_model(architecture: gemma.ModelConfig, dtype: str) -> gemma.Gemma:
+def plain_model(architecture: Architecture, dtype: str) -> Model:
     """A model with Tunix's own initial weights; to be traced for its shapes, not to be run."""
-    model = _with_float32_norms(gemma.Gemma(architecture, rngs=nnx.Rngs(0)))
+    model = with_float32_norms(Model(architecture, rngs=nnx.Rngs(0)))
     nnx.update(model, jax.tree.map(lambda x: x.astype(dtype), nnx.state(model)))
     return model
+
+
+@contextmanager
+def open_tensors(directory: Path) -> Iterator[Tensors]:
+    """Maps the tensors of a directory, without reading any.
+
+    Where there is a `model.safetensors.index.json` it says which file has which tensor, and other
+    files are left alone.
+
+    Raises:
+        UserError: for files that are missing or unreadable, and for a tensor that two files have.
+    """
+    index = read_index(directory)
+    files = {path.name for path in directory.glob("*.safetensors")}
+    found, owners = {}, {}
+    with ExitStack() as stack:
+        for file in sorted(files if index is None else set(index.values())):
+            path = directory / file
+            try:
+                tensors = stack.enter_context(safe_open(path, framework="numpy"))
+            except (SafetensorError, OSError) as error:
+                raise UserError(f"{path}: not a readable safetensors file ({error})") from None
+            for name in list(tensors.keys()):
+                if index is not None and index.get(name) != file:
+                    continue
+                if name in found:
+                    raise UserError(
+                        f"{directory}: {owners[name]} and {file} both have {name}; keep one of them"
+                    )
+                found[name], owners[name] = tensors.get_slice(name), file
+        yield found
+
+
+def check_tensors(directory: Path, tensors: Tensors, architecture: Architecture) -> None:
+    """Compares names, shapes and types of the tensors with what the architecture needs.
+
+    Raises:
+        UserError: for the first difference.
+    """
+    needed = tensor_shapes(architecture)
+    missing = sorted(needed.keys() - tensors.keys())
+    if missing:
+        raise UserError(
+            f"{directory}: {len(missing)} tensors are missing, such as {missing[0]}; "
+            "a shard may not have been downloaded"
+        )
+    for name, shape in needed.items():
+        present, kind = tensors[name].get_shape(), tensors[name].get_dtype()
+        if present != shape:
+            raise UserError(
+                f"{directory}: {name} has the shape {present}, but config.json means {shape}"
+            )
+        if kind not in _ITEM_BYTES:
+            raise UserError(
+                f"{directory}: {name} has the type {kind}; only {', '.join(_ITEM_BYTES)} are read"
+            )
+
+
+def stored_dtype(directory: Path) -> str:
+    """Type in which a model's weights are stored: `bfloat16`, or `float32` for any other.
+
+    Raises:
+        UserError: for files that are missing or unreadable.
+    """
+    with open_tensors(directory) as tensors:
+        kinds = {part.get_dtype() for part in tensors.values()}
+    return "bfloat16" if kinds == {"BF16"} else "float32"
+
+
+def check_host_memory(
+    directory: Path, tensors: Tensors, variables: Sequence[jax.ShapeDtypeStruct]
+) -> None:
+    """Checks that the host has enough memory to load the model.
+
+    In addition to the mapping of the files, which the system takes back as it needs, loading holds
+    one tensor at a time; where the devices are CPUs, their shards as well.
+
+    Args:
+        directory: The model, for the message.
+        tensors: Tensors to be read.
+        variables: Shape, type and sharding of each variable.
+
+    Raises:
+        UserError: saying how much is needed and how much there is.
+    """
+    resident, largest, dtype = 0, 0, np.dtype(variables[0].dtype)
+    for like in variables:
+        sharding = like.sharding
+        assert isinstance(sharding, Sharding)
+        devices = sharding.addressable_devices
+        local = math.prod(sharding.shard_shape(like.shape)) * len(devices)
+        largest = max(largest, local)
+        if any(device.platform == "cpu" for device in devices):
+            resident += local * dtype.itemsize
+    # The embedding is the largest tensor. It is read in its own type, and then converted.
+    stored = _ITEM_BYTES[tensors["model.embed_tokens.weight"].get_dtype()]
+    copy = stored + (dtype.itemsize if stored != dtype.itemsize else 0)
+    needed, free = resident + largest * copy, available_bytes()
+    if needed > free:
+        raise UserError(
+            f"{directory}: loading it in {dtype} takes {needed / 1e9:.1f} GB of host memory, but "
+            f"{free / 1e9:.1f} GB are free; free some, or take a machine with more"
+        )

@@ -10,12 +10,14 @@ import jax.numpy as jnp
 import numpy as np
 import qwix
 from flax import nnx
+from flax.typing import PathParts
 from jax.sharding import Mesh
 from tunix.models.gemma import model as gemma
 
 from gemma2_grpo.config import Config, ModelConfig
 from gemma2_grpo.errors import UserError
 from gemma2_grpo.model.gemma import Weights
+from gemma2_grpo.model.layout import all_weights, matrix_at
 from gemma2_grpo.model.mesh import on_mesh
 
 _KAIMING_UNIFORM = jax.nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform")
@@ -102,12 +104,11 @@ def check_patterns(architecture: gemma.ModelConfig, patterns: tuple[str, ...]) -
     Raises:
         UserError: naming the pattern and the modules there are.
     """
-    model = nnx.eval_shape(lambda: gemma.Gemma(architecture, rngs=nnx.Rngs(0)))
-    modules = {"/".join(map(str, path)): module for path, module in nnx.iter_modules(model)}
-    matrices = [p for p, module in modules.items() if isinstance(module, gemma.Einsum | nnx.Linear)]
+    weights = {"/".join(map(str, p[:-1])): w for p, w in all_weights(architecture).items()}
+    matrices = {path for path, w in weights.items() if w.inputs and path.startswith("layers/")}
     for pattern in patterns:
         try:
-            matched = {path for path in modules if re.fullmatch(f".*({pattern})", path)}
+            matched = {path for path in weights if re.fullmatch(f".*({pattern})", path)}
         except re.error as error:
             raise UserError(f"lora_modules: {pattern!r} is not a pattern ({error})") from None
         if matched.isdisjoint(matrices):
@@ -142,49 +143,36 @@ def merge_adapters(weights: Weights, scale: float) -> nnx.State:
     """The base weights with the adapters added, in the type of the base.
 
     Args:
-        weights: Of a policy.
+        weights: Base and adapters of a policy.
         scale: Factor of the adapters, `lora_scale` of the configuration.
     """
     flat = dict(nnx.to_flat_state(weights.base))
-    adapters = dict(nnx.to_flat_state(weights.lora))
-    for path, a in adapters.items():
-        name = str(path[-1])
-        if not name.endswith("_lora_a"):
-            continue
-        target = (*path[:-1], name.removesuffix("_lora_a"))
-        b = adapters[(*path[:-1], name.removesuffix("a") + "b")]
-        weight = flat[target].get_value()
-        delta = scale * weight_change(str(path[-2]), a.get_value(), b.get_value())
-        merged = weight.astype(jnp.float32) + delta.reshape(weight.shape)
-        flat[target] = flat[target].replace(merged.astype(weight.dtype))
+    for path, (a, b) in adapter_pairs(weights.lora).items():
+        weight = flat[path].get_value()
+        change = weight_change(path, a.get_value(), b.get_value())
+        merged = weight.astype(jnp.float32) + scale * change
+        flat[path] = flat[path].replace(merged.astype(weight.dtype))
     return nnx.from_flat_state(list(flat.items()))
 
 
-def weight_change(module: str, a: jax.Array, b: jax.Array) -> jax.Array:
-    """The weight change of one adapter, laid out like the weight it belongs to.
+def adapter_pairs(lora: nnx.State) -> dict[PathParts, tuple[nnx.Variable, nnx.Variable]]:
+    """A and B of each adapter, by the path of the weight that they change."""
+    flat = dict(nnx.to_flat_state(lora))
+    pairs = {}
+    for path, a in flat.items():
+        name, is_a, _ = str(path[-1]).partition("_lora_a")
+        if is_a:
+            pairs[*path[:-1], name] = (a, flat[*path[:-1], f"{name}_lora_b"])
+    return pairs
 
-    Qwix keeps the rank last in A and first in B. Query, key and value weights have their heads
-    before the width, [N, D, H]; their B is [r, N, H] (or [r, 2, K, H]) and their A is [D, r].
-    """
-    if module == "q_einsum":
-        return jnp.einsum("dr,rnh->ndh", a, b)
-    if module in ("kv_einsum", "qkv_einsum"):
-        return jnp.einsum("dr,rckh->ckdh", a, b)
-    rank = a.shape[-1]
-    return a.reshape(-1, rank) @ b.reshape(rank, -1)
+
+def weight_change(path: PathParts, a: jax.Array, b: jax.Array) -> jax.Array:
+    """The change that an adapter makes to the weight at a path, laid out like that weight."""
+    return jnp.einsum(matrix_at(path).change, a, b)
 
 
 def _as_float32(state: nnx.State) -> nnx.State:
     return jax.tree.map(lambda x: x.astype(jnp.float32), state)
-
-
-def max_adapter_parameters(architecture: gemma.ModelConfig, rank: int) -> int:
-    """Parameters of adapters on every matrix of attention and MLP, known before weights load."""
-    width, hidden = architecture.embed_dim, architecture.hidden_dim
-    queries = architecture.num_heads * architecture.head_dim
-    keys = architecture.num_kv_heads * architecture.head_dim
-    attention = (width + queries) + (width + 2 * keys) + (queries + width)
-    return architecture.num_layers * rank * (attention + 3 * (width + hidden))
 
 
 def adapter_size(policy: gemma.Gemma) -> AdapterSize:

@@ -1,10 +1,9 @@
-"""A model directory as transformers reads it: weights, configuration, tokenizer."""
+"""What other tools load: a model directory for transformers, and adapters for PEFT."""
 
 import json
 import math
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -12,16 +11,22 @@ import jax
 import ml_dtypes
 import numpy as np
 from flax import nnx
+from flax.typing import PathParts
 from huggingface_hub import split_state_dict_into_shards_factory
 from safetensors.numpy import save_file
-from tunix.models.gemma import model as gemma
 
+from gemma2_grpo.config import ModelConfig
 from gemma2_grpo.errors import UserError
-from gemma2_grpo.model.architecture import GENERATION_FIELDS, read_config
-from gemma2_grpo.model.chat_template import write_chat_template
-from gemma2_grpo.model.lora import weight_change
-from gemma2_grpo.model.pretrained import NORMS, open_tensors, tensor_shapes
-from gemma2_grpo.model.tokenizer import Tokenizer, load_tokenizer, read_tokenizer
+from gemma2_grpo.model.architecture import GENERATION_FIELDS, Model, read_config
+from gemma2_grpo.model.layout import all_weights, query_factor, tensor_shapes
+from gemma2_grpo.model.load import open_tensors
+from gemma2_grpo.model.lora import adapter_pairs, weight_change
+from gemma2_grpo.model.tokenizer import (
+    Tokenizer,
+    load_tokenizer,
+    read_tokenizer,
+    write_chat_template,
+)
 
 MAX_SHARD_BYTES = 5_000_000_000
 # Of a base that has none; else transformers would take Gemma's class, which reads less of the file.
@@ -89,7 +94,7 @@ def _token_ids(tokenizer: Tokenizer) -> dict[str, Any]:
 
 
 def save_model(
-    model: gemma.Gemma,
+    model: Model,
     folder: Path,
     dtype: str,
     *,
@@ -113,25 +118,28 @@ def save_model(
         How far rounding to `dtype` moved the adapted weights, as a part of how far the adapters
         did (both are Euclidean norms over all of them); 0 where nothing is adapted.
     """
-    kind, reader = host_dtype(dtype), _Reader(host_dtype(dtype), lora_scale)
+    kind = host_dtype(dtype)
     split = split_state_dict_into_shards_factory(
         tensor_shapes(model.config),
         get_storage_size=lambda shape: math.prod(shape) * kind.itemsize,
         filename_pattern="model{suffix}.safetensors",
         max_shard_size=max_shard_bytes,
     )
+    merged = _Merged(model, kind, lora_scale)
     shard: dict[str, np.ndarray] = {}
-    for name, value in _hf_tensors(model, query_scale, reader):
-        shard[name] = np.ascontiguousarray(value.astype(kind))
-        file = split.tensor_to_filename[name]
-        if shard.keys() == set(split.filename_to_tensors[file]):
-            save_file(shard, folder / file, metadata={"format": "pt"})
-            shard.clear()
-    assert not shard, "tensors come in the order of tensor_shapes"
+    for path, weight in all_weights(model.config).items():
+        for name, value in weight.write(merged.read(path)):
+            unscaled = value / query_factor(name, query_scale)
+            shard[name] = np.ascontiguousarray(unscaled.astype(kind))
+            file = split.tensor_to_filename[name]
+            if shard.keys() == set(split.filename_to_tensors[file]):
+                save_file(shard, folder / file, metadata={"format": "pt"})
+                shard.clear()
+    assert not shard, "weights come in the order of their tensors"
     if split.is_sharded:
         index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
         write_json(folder / "model.safetensors.index.json", index)
-    return reader.rounding
+    return merged.rounding
 
 
 def check_written(folder: Path, shapes: Mapping[str, Sequence[int]]) -> None:
@@ -148,67 +156,120 @@ def check_written(folder: Path, shapes: Mapping[str, Sequence[int]]) -> None:
                 raise UserError(f"{name} has values that are not finite; export an earlier run")
 
 
-@dataclass
-class _Reader:
-    """Brings weights to the host in float32, and counts what storing them loses."""
+class _Merged:
+    """Weights on the host in float32 with the adapters added; counts what storing them loses."""
 
-    kind: np.dtype
-    """Type that they will be stored in."""
-    lora_scale: float
-    adapted: float = 0.0
-    """Sum of squares of what the adapters add."""
-    rounded: float = 0.0
-    """Sum of squares of what is then rounded away."""
+    def __init__(self, model: Model, kind: np.dtype, lora_scale: float) -> None:
+        """Takes a model, the type its weights will be stored in, and the factor of its adapters."""
+        _, lora, base = nnx.split(model, nnx.LoRAParam, ...)
+        self._base = dict(nnx.to_flat_state(base))
+        self._adapters = adapter_pairs(lora) if lora_scale else {}
+        self._kind, self._lora_scale = kind, lora_scale
+        # Sums of squares of what the adapters add, and of what is then rounded away.
+        self._added = self._lost = 0.0
 
     @property
     def rounding(self) -> float:
-        return math.sqrt(self.rounded / self.adapted) if self.adapted else 0.0
+        """What was rounded away, as a part of what the adapters added."""
+        return math.sqrt(self._lost / self._added) if self._added else 0.0
 
-    def __call__(self, module: nnx.Module, kind: str, name: str) -> np.ndarray:
-        """The weight `name` of a module, which its layer has as `kind`."""
-        weight = to_host(getattr(module, name))
-        if not self.lora_scale or not hasattr(module, f"{name}_lora_a"):
+    def read(self, path: PathParts) -> np.ndarray:
+        """The weight at a path."""
+        weight = _to_host(self._base[path])
+        if path not in self._adapters:
             return weight
-        a, b = (getattr(module, f"{name}_lora_{end}").get_value() for end in "ab")
+        a, b = (variable.get_value() for variable in self._adapters[path])
         with jax.default_matmul_precision("highest"):  # A TPU would multiply in bfloat16.
-            change = self.lora_scale * np.asarray(weight_change(kind, a, b)).reshape(weight.shape)
+            change = self._lora_scale * np.asarray(weight_change(path, a, b))
         merged = weight + change
-        lost = merged - merged.astype(self.kind).astype(np.float32)
-        self.adapted += float(np.sum(np.square(change), dtype=np.float64))
-        self.rounded += float(np.sum(np.square(lost), dtype=np.float64))
+        lost = merged - merged.astype(self._kind).astype(np.float32)
+        self._added += float(np.sum(np.square(change), dtype=np.float64))
+        self._lost += float(np.sum(np.square(lost), dtype=np.float64))
         return merged
 
 
-def to_host(variable: nnx.Variable) -> np.ndarray:
+def _to_host(variable: nnx.Variable) -> np.ndarray:
     """The value of a variable in float32, whole and on the host."""
     return np.asarray(jax.device_get(variable.get_value()), np.float32)
-
-
-def _hf_tensors(
-    model: gemma.Gemma, query_scale: float, read: _Reader
-) -> Iterator[tuple[str, np.ndarray]]:
-    """Names and values as transformers has them, in the order of `tensor_shapes`."""
-    yield "model.embed_tokens.weight", to_host(model.embedder.input_embedding)
-    yield "model.norm.weight", to_host(model.final_norm.scale)
-    for i, layer in enumerate(model.layers):
-        prefix = f"model.layers.{i}"
-        attention = layer.attn
-        if attention.use_qkv_einsum:
-            query, key, value = read(attention.qkv_einsum, "qkv_einsum", "w")
-        else:
-            query = read(attention.q_einsum, "q_einsum", "w")
-            key, value = read(attention.kv_einsum, "kv_einsum", "w")
-        for name, weight in (("q", query / query_scale), ("k", key), ("v", value)):
-            heads_first = weight.transpose(0, 2, 1)  # [N, D, H] -> [N, H, D]
-            yield f"{prefix}.self_attn.{name}_proj.weight", heads_first.reshape(-1, weight.shape[1])
-        output = read(attention.attn_vec_einsum, "attn_vec_einsum", "w")  # [N, H, D]
-        yield f"{prefix}.self_attn.o_proj.weight", output.reshape(-1, output.shape[-1]).T
-        for name in ("gate_proj", "up_proj", "down_proj"):
-            yield f"{prefix}.mlp.{name}.weight", read(getattr(layer.mlp, name), name, "kernel").T
-        for ours, theirs in NORMS.items():
-            yield f"{prefix}.{theirs}.weight", to_host(getattr(layer, ours).scale)
 
 
 def write_json(path: Path, values: Any) -> None:
     """Writes an object as transformers lays its files out."""
     path.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
+
+
+def save_peft(
+    policy: Model,
+    folder: Path,
+    config: ModelConfig,
+    dtype: str,
+    *,
+    base: str,
+    query_scale: float = 1.0,
+) -> dict[str, tuple[int, ...]]:
+    """Writes adapter_model.safetensors and adapter_config.json.
+
+    Args:
+        policy: A Gemma 2 with adapters.
+        folder: Existing directory.
+        config: What the adapters were made with.
+        dtype: Type to store, `bfloat16` or `float32`.
+        base: Hugging Face id or directory of the base, from which PEFT loads it.
+        query_scale: What `load_weights` multiplied the queries by.
+
+    Returns:
+        Shapes of what was written, by name.
+    """
+    tensors: dict[str, np.ndarray] = {}
+    adapted: list[str] = []
+    for module, a, b in _linear_adapters(policy, query_scale):
+        adapted.append(module)
+        for name, value in (("lora_A", a), ("lora_B", b)):
+            stored = np.ascontiguousarray(value.astype(host_dtype(dtype)))
+            tensors[f"base_model.model.{module}.{name}.weight"] = stored
+    described = {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": base,
+        "r": config.lora_rank,
+        # Most have a whole number here, and some readers expect one.
+        "lora_alpha": int(alpha) if (alpha := config.lora_alpha).is_integer() else alpha,
+        "lora_dropout": 0.0,
+        "bias": "none",
+        "target_modules": _targets(adapted, policy.config.num_layers),
+        "inference_mode": True,
+    }
+    save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+    write_json(folder / "adapter_config.json", described)
+    return {name: value.shape for name, value in tensors.items()}
+
+
+def _linear_adapters(
+    policy: Model, query_scale: float
+) -> Iterator[tuple[str, np.ndarray, np.ndarray]]:
+    """Each adapted linear layer of transformers, with its A [r, in] and B [out, r] in float32.
+
+    Qwix keeps the rank last in A and first in B, and gives the fused queries, keys and values one
+    A; PEFT adapts each by itself, so that A is written once for each. Tunix's attention expects
+    queries multiplied by `query_scale`, which transformers does by itself; so B is divided by it.
+    """
+    weights = all_weights(policy.config)
+    for path, pair in adapter_pairs(nnx.state(policy, nnx.LoRAParam)).items():
+        a, b = map(_to_host, pair)  # [..., r], [r, ...]
+        tensors, rank = weights[path].tensors, a.shape[-1]
+        parts = b.reshape(rank, len(tensors), -1)
+        for i, tensor in enumerate(tensors):
+            module = tensor.removesuffix(".weight")
+            scale = query_factor(tensor, query_scale)
+            yield module, a.reshape(-1, rank).T, parts[:, i].T / scale
+
+
+def _targets(adapted: list[str], layers: int) -> list[str]:
+    """Names of modules as PEFT looks for them: short where all layers have them."""
+    counts: dict[str, int] = {}
+    for module in adapted:
+        name = module.rpartition(".")[2]
+        counts[name] = counts.get(name, 0) + 1
+    if all(count == layers for count in counts.values()):
+        return sorted(counts)
+    return sorted(module.removeprefix("model.") for module in adapted)

@@ -13,10 +13,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from tunix.models.gemma import model as gemma
-
 from gemma2_grpo.config import Config
-from gemma2_grpo.model.lora import max_adapter_parameters, samples_merged, updates_merged
+from gemma2_grpo.model.architecture import Architecture
+from gemma2_grpo.model.layout import adapter_parameters, adapter_sides, axis_sizes, linear_layers
+from gemma2_grpo.model.lora import samples_merged, updates_merged
 from gemma2_grpo.runtime.chips import Target
 from gemma2_grpo.sampling.decoding_batch import cache_lengths
 
@@ -48,18 +48,16 @@ class Sizes:
         return (self.decoder + self.head) * self.item_bytes
 
 
-def model_sizes(architecture: gemma.ModelConfig, config: Config) -> Sizes:
+def model_sizes(architecture: Architecture, config: Config) -> Sizes:
     """Sizes of a model with the adapters of a configuration on all its matrices."""
     a = architecture
-    queries, keys = a.num_heads * a.head_dim, a.num_kv_heads * a.head_dim
-    layer = a.embed_dim * (2 * queries + 2 * keys) + 3 * a.embed_dim * a.hidden_dim
     item = 2 if config.model.dtype == "bfloat16" else 4
     return Sizes(
-        decoder=a.num_layers * layer,
+        decoder=a.num_layers * sum(map(math.prod, linear_layers(axis_sizes(a)))),
         head=a.num_embed * a.embed_dim,
-        adapters=max_adapter_parameters(a, config.model.lora_rank),
-        cache_bytes_per_token=a.num_layers * 2 * keys * item,
-        attention=a.num_layers * queries,
+        adapters=adapter_parameters(a, config.model.lora_rank),
+        cache_bytes_per_token=a.num_layers * 2 * a.num_kv_heads * a.head_dim * item,
+        attention=a.num_layers * a.num_heads * a.head_dim,
         item_bytes=item,
     )
 
@@ -164,7 +162,7 @@ def _micro_batches(config: Config, mean_tokens: float) -> int:
 
 
 def moved_bytes(
-    architecture: gemma.ModelConfig,
+    architecture: Architecture,
     config: Config,
     mean_tokens: float,
     programs: Sequence[Mapping[str, Any]],
@@ -232,19 +230,18 @@ class MemoryEstimate:
         return max(self.decode, self.update)
 
 
-def estimate_memory(
-    sizes: Sizes, architecture: gemma.ModelConfig, config: Config
-) -> MemoryEstimate:
+def estimate_memory(sizes: Sizes, architecture: Architecture, config: Config) -> MemoryEstimate:
     """Memory of one chip, at full prompt and completion lengths."""
     fsdp, tp = config.model.mesh_shape
     rollout, tokens = config.rollout, config.grpo.micro_batch_tokens
     rows = rollout.prompts_per_step * rollout.num_generations
     weights = sizes.weight_bytes / (fsdp * tp)
-    # A matrix lies over both axes, but its adapters each over that of the side they share with it.
+    # A matrix lies over both axes, but its adapters each over that of the side they share with it:
+    # the width over fsdp, heads and MLP units over tp.
     a, own = architecture, tokens / fsdp
-    queries, keys = a.num_heads * a.head_dim, a.num_kv_heads * a.head_dim
-    sides = 6 * a.embed_dim / fsdp + (2 * queries + 2 * keys + 3 * a.hidden_dim) / tp
-    adapters = a.num_layers * config.model.lora_rank * sides
+    sides = adapter_sides(axis_sizes(a))
+    layer = sum(size / (fsdp if axes == "D" else tp) for axes, size in sides)
+    adapters = a.num_layers * config.model.lora_rank * layer
     prompts = rollout.prompts_per_step * rollout.max_prompt_tokens
     token_bytes = sizes.cache_bytes_per_token / (fsdp * tp)
     slots = cache_lengths(rollout.max_completion_tokens)
@@ -268,15 +265,3 @@ def estimate_memory(
         logits=3 * chunk_rows * chunk * a.num_embed * _FLOAT32 / tp,
         activations=a.num_layers * kept + inside,
     )
-
-
-def known_architecture(name: str) -> gemma.ModelConfig | None:
-    """The architecture of one of Google's Gemma 2, known without its files."""
-    sizes = {"2b": gemma.ModelConfig.gemma2_2b, "9b": gemma.ModelConfig.gemma2_9b}
-    for size, make in sizes.items():
-        if f"gemma-2-{size}" in name:
-            architecture = make()
-            # Tunix counts some entries of the vocabulary that the published weights lack.
-            architecture.num_embed = 256_000
-            return architecture
-    return None

@@ -74,10 +74,9 @@ def find_architecture(config: Config) -> Any:
     Raises:
         UserError: if there is no such model, or it does not divide over the mesh.
     """
-    from gemma2_grpo.model.architecture import read_architecture
+    from gemma2_grpo.model.architecture import known_architecture, read_architecture
     from gemma2_grpo.model.find import find_model
     from gemma2_grpo.model.mesh import check_mesh_shape
-    from gemma2_grpo.plan.costs import known_architecture
 
     model = config.model
     known = known_architecture(model.model)

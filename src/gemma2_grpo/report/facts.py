@@ -53,7 +53,7 @@ def setup(run: RunFiles) -> list[tuple[str, str]]:
 def weights(run: RunFiles) -> str:
     """The weights of the components of the reward, in words."""
     known = numbers(run.config)
-    weights = [(name, known.get(f"{name}_weight")) for name in COMPONENTS]
+    weights = [(n, known.get(f"weights.{n}", known.get(f"{n}_weight"))) for n in COMPONENTS]
     texts = [f"{name.removeprefix('self_')} × {w:.2f}" for name, w in weights if w is not None]
     return f", before their weights ({', '.join(texts)})" if texts else ""
 

@@ -44,7 +44,7 @@ def render_page(template: str, **values: Any) -> str:
     environment.globals |= {
         "alarms_of": lambda run: find_alarms(run.metrics, run.evaluations),
         "facts": facts,
-        "components": COMPONENTS,
+        "components": tuple(COMPONENTS),
         "mark": mark,
         "measure_rows": measure_rows,
         "step_rows": step_rows,

@@ -6,8 +6,7 @@ from pathlib import Path
 
 from gemma2_grpo.config import Config, replaced
 from gemma2_grpo.model.find import EMBEDDED
-from gemma2_grpo.task.examples import PROCEDURAL
-from gemma2_grpo.task.sources import GSM8K, KAGGLE_PREFIX
+from gemma2_grpo.task.sources import GSM8K, KAGGLE_PREFIX, PROCEDURAL
 
 _NAMES = (EMBEDDED, PROCEDURAL, GSM8K)
 

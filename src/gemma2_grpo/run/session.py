@@ -13,24 +13,10 @@ from safetensors import SafetensorError
 
 from gemma2_grpo.config import Config
 from gemma2_grpo.errors import UserError
-from gemma2_grpo.model.adapter import (
-    check_adapter,
-    fingerprint,
-    load_adapter,
-    save_adapter,
-)
-from gemma2_grpo.model.architecture import read_architecture
-from gemma2_grpo.model.find import find_model
-from gemma2_grpo.model.load import load_weights
-from gemma2_grpo.model.lora import (
-    AdapterSize,
-    adapter_size,
-    add_lora,
-    check_patterns,
-    max_adapter_parameters,
-)
-from gemma2_grpo.model.mesh import check_mesh, make_mesh
-from gemma2_grpo.model.tokenizer import load_tokenizer
+from gemma2_grpo.model.adapter import save_adapter
+from gemma2_grpo.model.layout import adapter_parameters
+from gemma2_grpo.model.lora import AdapterSize, adapter_size
+from gemma2_grpo.model.open import open_files
 from gemma2_grpo.run.directory import RunDirectory, check_free_space
 from gemma2_grpo.runtime.checkpoint import (
     clean_temporaries,
@@ -104,61 +90,52 @@ def open_session(config: Config, splits: Splits, directory: RunDirectory) -> Ses
     Raises:
         UserError: for anything that the user can mend, before the weights load.
     """
-    mesh = make_mesh(config.model.mesh_shape)
-    model_path = find_model(config.model.model)
-    tokenizer = load_tokenizer(model_path)
+    files = open_files(config.model)
 
     def count_tokens(prompt: str) -> int:
-        return len(tokenizer.encode(prompt))
+        return len(files.tokenizer.encode(prompt))
 
     limit = config.rollout.max_prompt_tokens
     train, dropped = drop_long(splits.train, count_tokens, limit, config.rollout.prompts_per_step)
     held_out, dropped_held_out = drop_long(
         getattr(splits, config.data.eval_split), count_tokens, limit
     )
-    base_sha256 = fingerprint(model_path)
     directory.check_same("data_sha256", splits.sha256)
-    directory.check_same("base_sha256", base_sha256)
-    check_same({"base_sha256": base_sha256})
-    architecture = read_architecture(model_path)
-    check_mesh(architecture, mesh)
-    check_patterns(architecture, config.model.lora_modules)
-    adapter = config.model.adapter
-    if adapter:
-        check_adapter(Path(adapter), config.model, base_sha256)
+    directory.check_same("base_sha256", files.sha256)
+    check_same({"base_sha256": files.sha256})
+    adapter = Path(config.model.adapter) if config.model.adapter else None
+    files.check_adapters(adapter)
     done = latest_step(directory.checkpoints)
     if done > config.run.max_steps:
         raise UserError(
             f"max_steps = {config.run.max_steps} is less than the {done} steps that are done; "
             "raise it"
         )
-    parameters = max_adapter_parameters(architecture, config.model.lora_rank)
+    parameters = adapter_parameters(files.architecture, config.model.lora_rank)
     checkpoints = config.run.keep_checkpoints + 1
     if is_first():
         check_free_space(directory.path, parameters * _STATE_BYTES_PER_PARAMETER * checkpoints)
-    reference = load_weights(model_path, config.model.dtype, mesh)
-    policy = add_lora(reference, config.model, mesh, config.run.seed)
-    if adapter:
-        load_adapter(policy, Path(adapter))
+    reference = files.load_base()
+    policy = files.make_policy(reference, config.run.seed, adapter)
     size = adapter_size(policy)
-    learner = Learner(config, policy, reference, tokenizer, mesh)
+    learner = Learner(config, policy, reference, files.tokenizer, files.mesh)
     finished = _restore(learner, directory.checkpoints)
     facts = {
-        "devices": [str(device) for device in mesh.devices.ravel()],
+        "devices": [str(device) for device in files.mesh.devices.ravel()],
         "data": {"source": splits.source, "dropped": dropped},
         "data_sha256": splits.sha256,
-        "base_sha256": base_sha256,
+        "base_sha256": files.sha256,
         "adapted_matrices": size.matrices,
         "adapted_parameters": size.parameters,
     }
     plan = {
-        "devices": _describe_devices(mesh),
+        "devices": _describe_devices(files.mesh),
         "model": _describe_model(config, reference),
         "adapters": _describe_adapters(config, size),
         "data": f"{splits.source}: {len(train)} train, {len(held_out)} {config.data.eval_split} "
         f"problems; {dropped + dropped_held_out} too long, dropped",
         "steps": _describe_steps(config, finished),
-        "sampling": _describe_sampling(config, learner, architecture.sliding_window_size),
+        "sampling": _describe_sampling(config, learner, files.architecture.sliding_window_size),
         "run": str(directory.path),
     }
     return Session(config, learner, train, held_out, finished, facts, plan, directory.checkpoints)

@@ -4,9 +4,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
-from gemma2_grpo.config import Config, EvaluateConfig, ModelConfig, replaced
+from gemma2_grpo.config import Config, EvaluateConfig, replaced
 from gemma2_grpo.errors import UserError
 from gemma2_grpo.model.find import check_model
 from gemma2_grpo.presets import load_config
@@ -14,10 +14,8 @@ from gemma2_grpo.run.directory import read_config, read_json
 from gemma2_grpo.run.recorded_paths import with_absolute_paths
 
 if TYPE_CHECKING:  # A source is found without JAX.
-    from jax.sharding import Mesh
-    from tunix.models.gemma import model as gemma
-
-    from gemma2_grpo.model.tokenizer import Tokenizer
+    from gemma2_grpo.model.architecture import Model
+    from gemma2_grpo.model.open import ModelFiles
     from gemma2_grpo.sampling.rollout import Sample
 
 EMBEDDED = "embedded"
@@ -131,59 +129,68 @@ def _of_run(name: str, path: Path) -> Source:
 
 @dataclass(frozen=True)
 class Opened:
-    """A model on the devices at hand, beside it the policy where there are adapters."""
+    """A model on the devices of this machine, with its policy where there are adapters."""
 
     config: Config
-    tokenizer: "Tokenizer"
-    mesh: "Mesh"
-    base: "gemma.Gemma"
-    policy: "gemma.Gemma | None"
+    files: "ModelFiles"
+    base: "Model"
+    policy: "Model | None"
     """Shares its base weights with `base`."""
     steps: int
     """Steps that the policy was trained for."""
-    directory: Path
-    """Of the base's files."""
 
     def sampler(self, *, adapted: bool) -> "Sample":
         """`sample` with the adapters, or with the base alone, and the settings of the source."""
+        from gemma2_grpo.model.lora import samples_merged
         from gemma2_grpo.sampling.rollout import Policy, sample
 
         model = self.policy if adapted and self.policy is not None else self.base
-        merge = self.config.model.dtype == "float32" and model is self.policy
+        merge = model is self.policy and samples_merged(self.config)
         scale = self.config.model.lora_scale if merge else None
-        policy = Policy(model, self.tokenizer, self.mesh, merged_scale=scale)
+        policy = Policy(model, self.files.tokenizer, self.files.mesh, merged_scale=scale)
         return partial(sample, policy, settings=self.config.rollout)
 
 
-def open_source(source: Source) -> Opened:
-    """Loads the weights and adapters of a source; `find_source` comes first, without JAX.
+def open_source_files(source: Source) -> "ModelFiles":
+    """Finds the files of a source's model; `find_source` comes first, without JAX.
 
-    The mesh of a run is kept where its devices are present. Elsewhere all devices at hand are
+    The mesh of a run is kept where its devices are present. Elsewhere all present devices are
     used, so that what a TPU has trained can be asked on a laptop.
 
     Raises:
-        UserError: for anything that the user can mend, before the weights load.
+        UserError: for a model that is not whole or does not suit the devices.
     """
-    from gemma2_grpo.model.adapter import fingerprint
-    from gemma2_grpo.model.architecture import read_architecture
-    from gemma2_grpo.model.find import find_model
-    from gemma2_grpo.model.load import load_weights
-    from gemma2_grpo.model.mesh import check_mesh, make_mesh, mesh_shape_at_hand
-    from gemma2_grpo.model.tokenizer import load_tokenizer
+    from gemma2_grpo.model.open import open_files
 
-    directory = find_model(source.config.model.model)
-    architecture = read_architecture(directory)
-    shape = mesh_shape_at_hand(source.config.model.mesh_shape, architecture)
-    config = replaced(source.config, mesh_shape=shape)
-    mesh = make_mesh(shape)
-    check_mesh(architecture, mesh)
-    tokenizer = load_tokenizer(directory)
+    return open_files(source.config.model, adapts_mesh=True)
+
+
+def open_source(source: Source, files: "ModelFiles | None" = None) -> Opened:
+    """Loads the weights and adapters of a source.
+
+    Raises:
+        UserError: for anything that the user can correct, before the weights load.
+    """
+    files = files or open_source_files(source)
+    config = replace(source.config, model=files.config)
     adapter = finished_adapter(source)
-    base_sha256 = fingerprint(directory)
-    _check_same_base(source, adapter, config.model, base_sha256)
-    base = load_weights(directory, config.model.dtype, mesh)
-    policy, steps = _adapted(source, adapter, base, config, mesh)
-    return Opened(config, tokenizer, mesh, base, policy, steps, directory)
+    if adapter:
+        files.check_adapters(adapter)
+    elif source.facts.get("base_sha256", files.sha256) != files.sha256:
+        raise UserError(
+            f"run {source.run}: was trained on other weights than those of {files.config.model} "
+            "now; put the ones it was trained on there"
+        )
+    base = files.load_base()
+    if source.run is None and adapter is None:
+        return Opened(config, files, base, None, 0)
+    policy = files.make_policy(base, config.run.seed, adapter)
+    if source.run and not adapter:
+        steps = _restore_adapters(policy, source.run)
+    else:
+        result = _result(source)
+        steps = result["after"]["step"] if result else 0
+    return Opened(config, files, base, policy, steps)
 
 
 def finished_adapter(source: Source) -> Path | None:
@@ -215,44 +222,14 @@ def _result(source: Source) -> dict[str, Any] | None:
     return result if is_last and (source.run / ADAPTER / ADAPTER_FILE).is_file() else None
 
 
-def _check_same_base(
-    source: Source, adapter: Path | None, model: ModelConfig, base_sha256: str
-) -> None:
-    from gemma2_grpo.model.adapter import check_adapter
-
-    if adapter:
-        check_adapter(adapter, model, base_sha256)
-    elif source.facts.get("base_sha256", base_sha256) != base_sha256:
-        raise UserError(
-            f"run {source.run}: was trained on other weights than those of {model.model} now; "
-            "put the ones it was trained on there"
-        )
-
-
-def _adapted(
-    source: Source,
-    adapter: Path | None,
-    base: "gemma.Gemma",
-    config: Config,
-    mesh: "Mesh",
-) -> tuple["gemma.Gemma | None", int]:
-    """The base with its adapters, and the steps they were trained for."""
-    from gemma2_grpo.model.adapter import load_adapter
-    from gemma2_grpo.model.lora import adapters_of, add_lora, set_adapters
+def _restore_adapters(policy: "Model", run: Path) -> int:
+    """Puts the adapters of a run's last good checkpoint into a policy; returns their steps."""
+    from gemma2_grpo.model.lora import adapters_of, set_adapters
     from gemma2_grpo.runtime.checkpoint import restore_part
 
-    if source.run is None and adapter is None:
-        return None, 0
-    policy = add_lora(base, config.model, mesh, config.run.seed)
-    if adapter:
-        load_adapter(policy, adapter)
-        result = _result(source)
-        return policy, result["after"]["step"] if result else 0
     try:
-        steps, state = restore_part(
-            cast(Path, source.run) / "checkpoints", {"lora": adapters_of(policy)}
-        )
+        steps, state = restore_part(run / "checkpoints", {"lora": adapters_of(policy)})
     except OSError as error:
         raise UserError(str(error)) from None
     set_adapters(policy, state["lora"])
-    return policy, steps
+    return steps

@@ -3,7 +3,10 @@
 import ctypes
 import platform
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
+
+import psutil
 
 # Parameters of glibc's mallopt(3).
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD, _M_ARENA_MAX = -1, -3, -8
@@ -33,6 +36,20 @@ def keep_freed_memory() -> bool:
         _M_TRIM_THRESHOLD: _LARGEST_INT,
     }
     return all(libc.mallopt(name, value) for name, value in settings.items())
+
+
+def available_bytes(cgroup: Path = Path("/sys/fs/cgroup")) -> int:
+    """Memory that this process can still take, by the machine and by its container's limit."""
+    machine = psutil.virtual_memory().available
+    try:
+        limit = int((cgroup / "memory.max").read_text(encoding="utf-8"))
+        used = dict(
+            line.split()
+            for line in (cgroup / "memory.stat").read_text(encoding="utf-8").splitlines()
+        )
+        return min(machine, limit - int(used["anon"]))
+    except (OSError, ValueError, LookupError):  # Another system, or no limit.
+        return machine
 
 
 class MemoryMonitor:

@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import re
 from collections.abc import Callable, Sequence
 from dataclasses import astuple, dataclass
 
@@ -10,31 +9,10 @@ import numpy as np
 
 from gemma2_grpo.config import DataConfig
 from gemma2_grpo.errors import UserError
-from gemma2_grpo.task.answers import extract_number, gold_answer, printable
-from gemma2_grpo.task.procedural import Split, generate
-from gemma2_grpo.task.prompts import render_prompt, render_solution
-from gemma2_grpo.task.sources import Row, read_source
-
-PROCEDURAL = "procedural"
-_GOLD_MARK = "####"
-_STEP = re.compile(r"^Step [0-9]+: ", re.MULTILINE)
-_ORDER: tuple[Split, ...] = ("train", "test", "validation")
-
-
-@dataclass(frozen=True)
-class Example:
-    """One problem with its gold answer."""
-
-    question: str
-    answer: str
-    """A single number, without units or thousands commas."""
-    solution: str = ""
-    """A worked solution in the form the model is taught; empty where the source has none."""
-
-    @property
-    def solution_steps(self) -> int | None:
-        """Steps of the worked solution; None where there is none."""
-        return len(_STEP.findall(self.solution)) or None
+from gemma2_grpo.task.procedural import Split
+from gemma2_grpo.task.prompts import render_prompt
+from gemma2_grpo.task.rows import Example
+from gemma2_grpo.task.sources import SPLITS, Pools, read_source
 
 
 @dataclass(frozen=True)
@@ -60,9 +38,9 @@ def load_splits(config: DataConfig) -> Splits:
     Raises:
         UserError: for a source that cannot be read, or that has fewer problems than are asked for.
     """
-    chosen = _generate(config) if config.dataset == PROCEDURAL else _select(config)
+    chosen = _select(config)
     digest = hashlib.sha256()
-    for split in _ORDER:
+    for split in SPLITS:
         digest.update(json.dumps([split, *map(astuple, chosen[split])]).encode())
     return Splits(**chosen, source=config.dataset, sha256=digest.hexdigest())
 
@@ -79,9 +57,7 @@ def load_held_out(config: DataConfig, limit: int | None = None) -> tuple[Example
         UserError: for a source that cannot be read, or that has fewer problems than are asked for.
     """
     split = config.eval_split
-    if config.dataset == PROCEDURAL:
-        return _problems(split, limit or config.num_test_samples, config.data_seed)
-    pools = _read_pools(config)
+    pools = _read_pools(config, limit or config.num_test_samples)
     pool, default = pools["test"], len(pools["test"])
     if split == "validation":
         pool = _left_for_validation(pools, pools["train"][: config.num_train_samples])
@@ -148,24 +124,8 @@ def _move_fresh_first(order: np.ndarray, used: np.ndarray, count: int) -> np.nda
     return np.concatenate([order[front], np.delete(order, front)])
 
 
-def _generate(config: DataConfig) -> dict[Split, tuple[Example, ...]]:
-    counts: dict[Split, int] = {
-        "train": config.num_train_samples,
-        "test": config.num_test_samples,
-        "validation": config.num_test_samples,
-    }
-    return {s: _problems(s, count, config.data_seed) for s, count in counts.items()}
-
-
-def _problems(split: Split, count: int, seed: int) -> tuple[Example, ...]:
-    return tuple(
-        Example(problem.question, problem.answer, problem.solution)
-        for problem in generate(split, count, seed)
-    )
-
-
 def _select(config: DataConfig) -> dict[Split, tuple[Example, ...]]:
-    pools = _read_pools(config)
+    pools = _read_pools(config, config.num_test_samples)
     train = _take(pools["train"], config.num_train_samples, "num_train_samples", config)
     test = _take(pools["test"], config.num_test_samples, "num_test_samples", config)
     validation = tuple(_left_for_validation(pools, train)[: config.num_test_samples])
@@ -178,24 +138,19 @@ def _select(config: DataConfig) -> dict[Split, tuple[Example, ...]]:
     return {"train": train, "test": test, "validation": validation}
 
 
-def _read_pools(config: DataConfig) -> dict[Split, list[Example]]:
-    """All problems of each split, in a seeded order."""
-    rows = read_source(config.dataset)
-    return {split: _shuffled(rows[split], config.data_seed, split) for split in _ORDER}
+def _read_pools(config: DataConfig, held_out: int) -> Pools:
+    counts: dict[Split, int] = {
+        "train": config.num_train_samples,
+        "test": held_out,
+        "validation": held_out,
+    }
+    return read_source(config.dataset, counts, config.data_seed)
 
 
-def _left_for_validation(
-    pools: dict[Split, list[Example]], train: Sequence[Example]
-) -> list[Example]:
+def _left_for_validation(pools: Pools, train: Sequence[Example]) -> list[Example]:
     """The source's own validation problems, or those for training that were not selected."""
     selected = {example.question for example in train}
     return pools["validation"] or [e for e in pools["train"] if e.question not in selected]
-
-
-def _shuffled(rows: list[Row], seed: int, split: Split) -> list[Example]:
-    rng = np.random.default_rng([seed, _ORDER.index(split)])
-    examples = [_example(row) for row in rows]
-    return [examples[i] for i in rng.permutation(len(examples))]
 
 
 def _take(pool: list[Example], count: int, field: str, config: DataConfig) -> tuple[Example, ...]:
@@ -205,23 +160,3 @@ def _take(pool: list[Example], count: int, field: str, config: DataConfig) -> tu
             f"{config.dataset}; lower it"
         )
     return tuple(pool[:count])
-
-
-def _example(row: Row) -> Example:
-    """Renders a row: a bare number, or GSM8K's rationale that ends in `#### 18`."""
-    rationale, mark, _ = row.answer.rpartition(_GOLD_MARK)
-    number = extract_number(gold_answer(row.answer))
-    if number is None:
-        raise UserError(
-            f"{row.place}: field 'answer' has no number; write a number, or a solution that ends "
-            f"in '{_GOLD_MARK} NUMBER'"
-        )
-    answer = printable(number)
-    return Example(row.question, answer, _tagged(rationale, answer) if mark else "")
-
-
-def _tagged(rationale: str, answer: str) -> str:
-    """GSM8K's rationale in the form the model is taught, calculator annotations removed."""
-    lines = (line.strip() for line in re.sub(r"<<[^<>]*>>", "", rationale).splitlines())
-    steps = [f"Step {number}: {line}" for number, line in enumerate(filter(None, lines), start=1)]
-    return render_solution([*steps, f"Therefore, the answer is {answer}."], answer)

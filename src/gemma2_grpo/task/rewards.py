@@ -1,12 +1,15 @@
-"""The reward of a completion: five components in [0, 1] and their weighted sum."""
+"""The reward of a completion: components in [0, 1], one table of them, and their weighted sum."""
 
+import math
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from fractions import Fraction
+from functools import cached_property
 from itertools import groupby
 
 from gemma2_grpo.config import RewardConfig
+from gemma2_grpo.errors import UserError
 from gemma2_grpo.task.answers import (
     extract_number,
     is_correct,
@@ -51,29 +54,60 @@ _WORDS_FROM, _WORDS_TO, _WORDS_END = 20, 200, 300
 _STEP_LABEL = re.compile(r"^\W*(?:step\s*)?[0-9]{0,3}[.:)]\s*")
 _SENTENCE_END = re.compile(r"\n|(?<=[.!?;])\s")
 
-COMPONENTS = ("format", "logic", "accuracy", "self_correction", "length")
-# Those whose rise a run reports.
-RISING = ("format", "logic", "accuracy")
+
+@dataclass(frozen=True)
+class Solution:
+    """A completion taken apart, as the components of the reward judge it."""
+
+    question: str | None
+    """The problem; None where it is not known."""
+    reasoning: str
+    """Text of the reasoning block; empty if there is not exactly one."""
+    format: float
+    """How far the form is kept, in [0, 1]."""
+    answer: Fraction | None
+    """The number of the answer block; None if it does not state exactly one."""
+    correct: bool
+    equations: list[Equation]
+    """The distinct equations of the reasoning."""
+
+    @cached_property
+    def logic(self) -> float:
+        """Whether the equations are true, start from what is given and lead to the answer."""
+        return _judge_logic(self)
+
+
+@dataclass(frozen=True)
+class Component:
+    """One part of the reward."""
+
+    score: Callable[[Solution], float]
+    """Gives a number in [0, 1]."""
+    weight: float
+    """Weight in the total, unless the configuration sets another."""
+    rises: bool = False
+    """Whether a run reports when it rose."""
 
 
 @dataclass(frozen=True)
 class Score:
-    """What a completion earns and why. Components lie in [0, 1], before their weights."""
+    """What a completion earns and why."""
 
-    format: float
-    logic: float
-    accuracy: float
-    self_correction: float
-    length: float
+    components: Mapping[str, float]
+    """Each in [0, 1], before its weight, by its name in COMPONENTS."""
     total: float
     """Weighted sum of the components."""
     extracted: str | None
     """The number of the answer block; None if it does not state exactly one."""
     correct: bool
     official_correct: bool
-    """By the official GSM8K extraction, to report beside `correct`."""
+    """By the official GSM8K extraction, to report next to `correct`."""
     equations: tuple[Equation, ...]
     """The distinct equations of the reasoning."""
+
+    def __getitem__(self, component: str) -> float:
+        """What a component gave, before its weight."""
+        return self.components[component]
 
 
 def score_completion(
@@ -95,26 +129,42 @@ def score_completion(
     """
     parsed = parse_completion(completion, is_truncated=is_truncated)
     reasoning = parsed.reasoning or ""
-    value = extract_number(parsed.answer or "")
-    correct = is_correct(parsed.answer, answer)
-    equations = _distinct(find_equations(reasoning))
-    logic = _logic(reasoning, equations, value, correct, question)
-    components = {
-        "format": parsed.format,
-        "logic": logic,
-        "accuracy": float(correct),
-        # A share of logic, from which the error took a larger one: planting errors cannot pay.
-        "self_correction": logic if correct and _is_corrected(reasoning, equations, value) else 0.0,
-        "length": _length(reasoning) if correct and parsed.format == 1.0 and logic > 0 else 0.0,
-    }
-    return Score(
-        **components,
-        total=sum(getattr(weights, f"{name}_weight") * part for name, part in components.items()),
-        extracted=None if value is None else printable(value),
-        correct=correct,
-        official_correct=official_is_correct(completion, answer),
-        equations=tuple(equations),
+    solution = Solution(
+        question=question,
+        reasoning=reasoning,
+        format=parsed.format,
+        answer=extract_number(parsed.answer or ""),
+        correct=is_correct(parsed.answer, answer),
+        equations=_distinct(find_equations(reasoning)),
     )
+    components = {name: component.score(solution) for name, component in COMPONENTS.items()}
+    shares = component_weights(weights)
+    return Score(
+        components=components,
+        total=sum(shares[name] * part for name, part in components.items()),
+        extracted=None if solution.answer is None else printable(solution.answer),
+        correct=solution.correct,
+        official_correct=official_is_correct(completion, answer),
+        equations=tuple(solution.equations),
+    )
+
+
+def component_weights(config: RewardConfig) -> dict[str, float]:
+    """Weight of each component: from `weights`, from a field of its own, or from COMPONENTS.
+
+    Raises:
+        UserError: for a weight of a component that there is not, or below 0.
+    """
+    for name, weight in config.weights.items():
+        if name not in COMPONENTS:
+            raise UserError(f"weights: no component {name!r}; there are {', '.join(COMPONENTS)}")
+        if not 0 <= weight < math.inf:
+            raise UserError(f"weights: {name} = {weight} must be at least 0")
+    fields = {
+        name: getattr(config, f"{name}_weight", component.weight)
+        for name, component in COMPONENTS.items()
+    }
+    return fields | config.weights
 
 
 def _distinct(equations: Iterable[Equation]) -> list[Equation]:
@@ -125,22 +175,17 @@ def _distinct(equations: Iterable[Equation]) -> list[Equation]:
     return list(first.values())
 
 
-def _logic(
-    reasoning: str,
-    equations: list[Equation],
-    answer: Fraction | None,
-    correct: bool,
-    question: str | None,
-) -> float:
+def _judge_logic(solution: Solution) -> float:
     """Whether the written equations are true, start from what is given and lead to the answer.
 
     Nothing is paid without one true step that counts. Halved if the answer does not follow. With
     a wrong answer only the number of sound steps counts: GRPO would blow up any other difference
     within a group that has no right answer.
     """
-    steps = steps_of(equations, question)
+    question, answer = solution.question, solution.answer
+    steps = steps_of(solution.equations, question)
     given = None if question is None else stated_numbers(question)
-    if not correct:
+    if not solution.correct:
         sound = known_shares(steps, answer, given, is_strict=True).count(1.0)
         return 0.5 * min(1.0, sound / _ENOUGH_STEPS)
     shares = known_shares(steps, answer, given)
@@ -150,11 +195,11 @@ def _logic(
     quality = (
         _RELEVANCE * sum(shares) / len(shares)
         + _FOLLOWS * follows
-        + _TRANSITIONS * _has_transition(reasoning)
+        + _TRANSITIONS * _has_transition(solution.reasoning)
     )
     errors = sum(not step.is_true for step in steps)
     halved = 1.0 if follows else 0.5
-    return quality * _AFTER_ERROR**errors * halved * _distinct_share(reasoning)
+    return quality * _AFTER_ERROR**errors * halved * _distinct_share(solution.reasoning)
 
 
 def _is_corrected(reasoning: str, equations: list[Equation], answer: Fraction | None) -> bool:
@@ -209,7 +254,7 @@ def _distinct_share(reasoning: str) -> float:
     return len(set(normal)) / len(normal) if normal else 0.0
 
 
-def _length(reasoning: str) -> float:
+def _length_share(reasoning: str) -> float:
     """1 from 20 to 200 words, rising to it from none and falling to 0 at 300.
 
     Repeated sentences and heaps of words earn nothing, or padding would pay.
@@ -219,3 +264,31 @@ def _length(reasoning: str) -> float:
         return 0.0
     falling = (_WORDS_END - len(words)) / (_WORDS_END - _WORDS_TO)
     return max(0.0, min(1.0, len(words) / _WORDS_FROM, falling)) * _distinct_share(reasoning)
+
+
+def _accuracy(solution: Solution) -> float:
+    return float(solution.correct)
+
+
+def _self_correction(solution: Solution) -> float:
+    # A share of logic, from which the error took a larger one: planting errors cannot pay.
+    reasoning, equations, answer = solution.reasoning, solution.equations, solution.answer
+    is_earned = solution.correct and _is_corrected(reasoning, equations, answer)
+    return solution.logic if is_earned else 0.0
+
+
+def _length(solution: Solution) -> float:
+    is_earned = solution.correct and solution.format == 1.0 and solution.logic > 0
+    return _length_share(solution.reasoning) if is_earned else 0.0
+
+
+# A new component is one entry here: it is logged, charted and shown from then on. Its weight can
+# be set as `[rewards.weights]`; these five have fields of their own as well.
+COMPONENTS = {
+    "format": Component(lambda solution: solution.format, RewardConfig.format_weight, rises=True),
+    "logic": Component(lambda solution: solution.logic, RewardConfig.logic_weight, rises=True),
+    "accuracy": Component(_accuracy, RewardConfig.accuracy_weight, rises=True),
+    "self_correction": Component(_self_correction, RewardConfig.self_correction_weight),
+    "length": Component(_length, RewardConfig.length_weight),
+}
+RISING = tuple(name for name, component in COMPONENTS.items() if component.rises)

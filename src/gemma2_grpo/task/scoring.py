@@ -13,7 +13,7 @@ import numpy as np
 from gemma2_grpo.config import RewardConfig
 from gemma2_grpo.errors import UserError
 from gemma2_grpo.task.examples import Example
-from gemma2_grpo.task.rewards import COMPONENTS, score_completion
+from gemma2_grpo.task.rewards import COMPONENTS, component_weights, score_completion
 from gemma2_grpo.task.siblings import Siblings
 
 Reward = Callable[[list[str], list[str], list[str]], Sequence[float | None]]
@@ -26,6 +26,10 @@ class Scorer:
 
     weights: RewardConfig
     reward: Reward | None = None
+
+    def __post_init__(self) -> None:
+        """Refuses weights of components that there are not, before anything is sampled."""
+        component_weights(self.weights)
 
     def __call__(
         self,
@@ -53,8 +57,9 @@ class Scorer:
             )
             for example, text, cut in zip(examples, completions, cuts, strict=True)
         ]
-        columns = (*COMPONENTS, "correct", "official_correct", "total")
-        table = {n: np.array([getattr(s, n) for s in scores], np.float64) for n in columns}
+        table = {n: np.array([s[n] for s in scores], np.float64) for n in COMPONENTS}
+        for name in ("correct", "official_correct", "total"):
+            table[name] = np.array([getattr(s, name) for s in scores], np.float64)
         table["equations"] = np.array([len(s.equations) for s in scores], np.float64)
         table["true_equations"] = np.array(
             [sum(e.is_true for e in s.equations) for s in scores], np.float64

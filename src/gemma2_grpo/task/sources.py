@@ -1,61 +1,116 @@
-"""Where problems that are not generated come from: files, Hugging Face, Kaggle."""
+"""Where problems come from: one table of sources, by the `dataset` that each takes."""
 
 import os
-import re
-from collections.abc import Iterator
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+
+import numpy as np
 
 from gemma2_grpo.errors import UserError, first_line
-from gemma2_grpo.task.jsonl import read_jsonl
-from gemma2_grpo.task.procedural import Split, split_by_hash
+from gemma2_grpo.task.procedural import Split, generate, split_by_hash
 from gemma2_grpo.task.reach import ask_hub, cached_by_kagglehub, check_kaggle, http_status, quiet
+from gemma2_grpo.task.rows import Example, Rows, find_splits, graded, read_files, read_splits
 
+PROCEDURAL = "procedural"
 GSM8K = "openai/gsm8k"
 _GSM8K_FILES = tuple(f"main/{split}-00000-of-00001.parquet" for split in ("train", "test"))
 KAGGLE_PREFIX = "kaggle:"
-_SUFFIXES = (".jsonl", ".parquet")
-# JSON can escape half of a surrogate pair, which no encoding can write again.
-_HALF_CHARACTER = re.compile("[\ud800-\udfff]")
-_NEEDED = "it needs files with train and test in their names, .jsonl or .parquet"
+SPLITS: tuple[Split, ...] = ("train", "test", "validation")
+
+Pools = dict[Split, list[Example]]
+"""Problems of each split in a seeded order."""
+Counts = Mapping[Split, int]
+Read = Callable[[str, Counts, int], Pools]
+"""Called with the `dataset`, how many problems of each split are wanted, and a seed."""
 
 
 @dataclass(frozen=True)
-class Row:
-    """One problem as its file has it: text, not yet graded or rendered."""
+class Source:
+    """A kind of data set."""
 
-    question: str
-    answer: str
-    place: str
-    """File and line (or row), for error messages."""
+    takes: Callable[[str], bool]
+    """Whether a `dataset` is one."""
+    read: Read
 
 
-def read_source(dataset: str) -> dict[Split, list[Row]]:
-    """Reads all rows of a data set by split.
-
-    A directory keeps its own train and test split and has no validation rows. A single file is
-    split 80/10/10 by the text of the question.
+def read_source(dataset: str, counts: Counts, seed: int) -> Pools:
+    """Reads the problems of a data set: all of each split, or of an endless one `counts`.
 
     Args:
-        dataset: `openai/gsm8k`, `kaggle:OWNER/NAME`, a directory, or one JSONL file.
+        dataset: A name that an entry of SOURCES takes.
+        counts: How many problems of each split are wanted.
+        seed: Decides their order.
 
     Raises:
         UserError: for a source that cannot be reached or read.
     """
-    if dataset == GSM8K:
-        return _read_splits(_fetch_gsm8k())
-    if dataset.startswith(KAGGLE_PREFIX):
-        return _read_splits(_find_splits(_fetch_kaggle(dataset), dataset))
-    path = Path(dataset).expanduser()
-    if dataset and path.is_dir():
-        return _read_splits(_find_splits(path, dataset))
-    if path.is_file():
-        return _split_by_question(_read_files([path]))
+    for source in SOURCES.values():
+        if source.takes(dataset):
+            return source.read(dataset, counts, seed)
+    *names, last = SOURCES
     raise UserError(
-        f"dataset {dataset!r}: no such file or directory; use procedural, {GSM8K}, "
-        f"{KAGGLE_PREFIX}OWNER/NAME, a directory or a JSONL file"
+        f"dataset {dataset!r}: no such file or directory; use {', '.join(names)} or {last}"
     )
+
+
+def shuffled(read: Callable[[str], Rows]) -> Read:
+    """Makes a reader of rows into one of problems: graded, and in a seeded order."""
+
+    def read_shuffled(dataset: str, counts: Counts, seed: int) -> Pools:
+        del counts
+        pools: Pools = {}
+        rows = read(dataset)
+        for number, split in enumerate(SPLITS):
+            examples = [graded(row) for row in rows.get(split, [])]
+            order = np.random.default_rng([seed, number]).permutation(len(examples))
+            pools[split] = [examples[i] for i in order]
+        return pools
+
+    return read_shuffled
+
+
+def _generate(dataset: str, counts: Counts, seed: int) -> Pools:
+    """Procedural problems, which have no end."""
+    del dataset
+    return {
+        split: [Example(p.question, p.answer, p.solution) for p in generate(split, count, seed)]
+        for split, count in counts.items()
+    }
+
+
+def _read_gsm8k(dataset: str) -> Rows:
+    del dataset
+    return read_splits(_fetch_gsm8k())
+
+
+def _is_on_kaggle(dataset: str) -> bool:
+    return dataset.startswith(KAGGLE_PREFIX)
+
+
+def _read_kaggle(dataset: str) -> Rows:
+    return read_splits(find_splits(_fetch_kaggle(dataset), dataset))
+
+
+def _is_directory(dataset: str) -> bool:
+    return bool(dataset) and _path(dataset).is_dir()
+
+
+def _read_directory(dataset: str) -> Rows:
+    """Rows of a directory, which has its own train and test split and no validation rows."""
+    return read_splits(find_splits(_path(dataset), dataset))
+
+
+def _read_file(dataset: str) -> Rows:
+    """Rows of a single file, split 80/10/10 by the text of the question."""
+    rows: Rows = {}
+    for row in read_files([_path(dataset)]):
+        rows.setdefault(split_by_hash(row.question), []).append(row)
+    return rows
+
+
+def _path(dataset: str) -> Path:
+    return Path(dataset).expanduser()
 
 
 def _fetch_gsm8k() -> dict[Split, list[Path]]:
@@ -121,87 +176,12 @@ def _fetch_kaggle(dataset: str) -> Path:
         ) from None
 
 
-def _find_splits(directory: Path, dataset: str) -> dict[Split, list[Path]]:
-    """Finds the files of the train and the test split anywhere under a directory."""
-    found: dict[Split, list[Path]] = {"train": [], "test": []}
-    for path in sorted(directory.rglob("*")):
-        hidden = any(part.startswith(".") for part in path.relative_to(directory).parts)
-        split = _split_in_name(path)
-        if split and path.suffix in _SUFFIXES and path.is_file() and not hidden:
-            found[split].append(path)
-    for split, paths in found.items():
-        if not paths:
-            raise UserError(f"dataset {dataset}: no {split} file in it; {_NEEDED}")
-        # The same split in two folders is one data set in two versions, not one in two parts.
-        folders = sorted({str(path.parent) for path in paths})
-        if len(folders) > 1:
-            raise UserError(
-                f"dataset {dataset}: {split} files in {' and in '.join(folders)}; name one of them"
-            )
-    return found
-
-
-def _split_in_name(path: Path) -> Split | None:
-    """The split that a file name speaks of, if it is exactly one."""
-    # By the start of a word: "latest.jsonl" is no test file, "testing_1.jsonl" is.
-    words = re.findall(r"[a-z]+", path.stem.lower())
-    splits: tuple[Split, ...] = ("train", "test")
-    named: list[Split] = [s for s in splits if any(word.startswith(s) for word in words)]
-    return named[0] if len(named) == 1 else None
-
-
-def _read_splits(files: dict[Split, list[Path]]) -> dict[Split, list[Row]]:
-    rows: dict[Split, list[Row]] = {"validation": []}
-    for split, paths in files.items():
-        rows[split] = _read_files(paths)
-    return rows
-
-
-def _split_by_question(rows: list[Row]) -> dict[Split, list[Row]]:
-    splits: dict[Split, list[Row]] = {"train": [], "validation": [], "test": []}
-    for row in rows:
-        splits[split_by_hash(row.question)].append(row)
-    return splits
-
-
-def _read_files(paths: list[Path]) -> list[Row]:
-    """Reads and checks the rows of files, in order."""
-    rows: list[Row] = []
-    for path in paths:
-        read = {".jsonl": _jsonl_rows, ".parquet": _parquet_rows}.get(path.suffix)
-        if read is None:
-            raise UserError(f"dataset {path}: neither .jsonl nor .parquet")
-        try:
-            found = [_checked(content, place) for place, content in read(path)]
-        except OSError as error:
-            raise UserError(f"dataset {path}: cannot be read ({first_line(error)})") from None
-        if not found:
-            raise UserError(f"dataset {path}: no problems in it")
-        rows += found
-    return rows
-
-
-def _jsonl_rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    return read_jsonl(path, "question and answer")
-
-
-def _parquet_rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    try:
-        contents = pq.read_table(path).to_pylist()
-    except pa.ArrowException as error:
-        raise UserError(f"dataset {path}: not valid Parquet ({first_line(error)})") from None
-    yield from ((f"{path} row {number}", row) for number, row in enumerate(contents, start=1))
-
-
-def _checked(content: dict[str, Any], place: str) -> Row:
-    """Checks that a row has a question and an answer, both text that is not blank."""
-    question, answer = content.get("question"), content.get("answer")
-    if isinstance(answer, int | float) and not isinstance(answer, bool):
-        answer = str(answer)
-    for name, value in (("question", question), ("answer", answer)):
-        if not isinstance(value, str) or not value.strip() or _HALF_CHARACTER.search(value):
-            raise UserError(f"{place}: field {name!r} is missing, blank or not text; fill it in")
-    return Row(str(question).strip(), str(answer).strip(), place)
+# A new source is one entry here: the first that takes a `dataset` reads it. The names are shown
+# where none does.
+SOURCES = {
+    PROCEDURAL: Source(PROCEDURAL.__eq__, _generate),
+    GSM8K: Source(GSM8K.__eq__, shuffled(_read_gsm8k)),
+    f"{KAGGLE_PREFIX}OWNER/NAME": Source(_is_on_kaggle, shuffled(_read_kaggle)),
+    "a directory": Source(_is_directory, shuffled(_read_directory)),
+    "a JSONL file": Source(lambda dataset: _path(dataset).is_file(), shuffled(_read_file)),
+}

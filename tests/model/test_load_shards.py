@@ -24,7 +24,7 @@ from tunix.models.gemma import params_safetensors
 from gemma2_grpo.model.architecture import read_architecture
 from gemma2_grpo.model.load import load_weights
 from gemma2_grpo.model.mesh import make_mesh
-from gemma2_grpo.model.pretrained import available_bytes
+from gemma2_grpo.runtime.memory import available_bytes
 
 EMBEDDED = Path(str(resources.files("gemma2_grpo") / "assets" / "tiny-gemma2"))
 INDEX = "model.safetensors.index.json"

@@ -20,12 +20,11 @@ from gemma2_grpo.config import ModelConfig
 from gemma2_grpo.errors import UserError
 from gemma2_grpo.model.architecture import query_scale
 from gemma2_grpo.model.gemma import run_from_start, split_model
+from gemma2_grpo.model.layout import tensor_shapes
 from gemma2_grpo.model.load import load_weights
 from gemma2_grpo.model.logprobs import output_logits
 from gemma2_grpo.model.lora import add_lora
-from gemma2_grpo.model.peft import save_peft
-from gemma2_grpo.model.pretrained import tensor_shapes
-from gemma2_grpo.model.save import check_written, save_model
+from gemma2_grpo.model.save import check_written, save_model, save_peft
 
 # A query scale other than that of head_dim, as Gemma 2 27B has.
 SCALED = {"query_pre_attn_scalar": 12}
