@@ -55,7 +55,7 @@ class Step:
     """All completions have the maximum length."""
     verify: bool = False
     """Check that all systems make the same number of tokens from the same weights."""
-    dtype: Literal["float32", "bfloat16"] | None = None
+    dtype: Literal["bfloat16", "float32"] | None = None
     layers: int | None = None
     vocab: int | None = None
     max_completion_tokens: int | None = None

@@ -33,7 +33,8 @@ class Sizes:
     window: int = 4096
     attention_softcap: float = 50.0
     final_softcap: float = 30.0
-    dtype: Literal["float32", "bfloat16"] = "float32"
+    # In the order of the configuration: equal literals are one object, whatever their order.
+    dtype: Literal["bfloat16", "float32"] = "float32"
     remat: Literal["none", "block", "decoder"] = "none"
     mesh: tuple[int, int] = (1, 1)
     lora_rank: int = 64

@@ -282,7 +282,7 @@ main({command.split()})
     *text, last = done.stdout.splitlines()
     seconds, *imported = last.split()
     assert imported == []
-    assert float(seconds) < 1
+    assert float(seconds) < 3  # Seconds of the processor; it takes 0.3 where nothing else runs.
     assert max(map(len, text)) <= 80
 
 
