@@ -111,3 +111,34 @@ def test_a_planted_fault_is_found(module: str, source: str) -> None:
 )
 def test_what_is_allowed_passes(module: str, source: str) -> None:
     assert _faults(Path(module), source) == []
+
+
+@pytest.mark.parametrize("room", ["", *sorted(room for room in LEVELS if (SOURCE / room).is_dir())])
+def test_no_room_is_crowded(room: str) -> None:
+    assert len(list((SOURCE / room).glob("*.py"))) <= 16
+
+
+@pytest.mark.parametrize("module", MODULES, ids=str)
+def test_files_and_functions_are_short(module: Path) -> None:
+    source = (SOURCE / module).read_text(encoding="utf-8")
+    assert len(source.splitlines()) <= 320
+    tree = ast.parse(source)
+    for node in ast.walk(tree):
+        if isinstance(node, ast.FunctionDef):
+            assert _code_lines(node) <= 50, node.name
+
+
+def _code_lines(function: ast.FunctionDef) -> int:
+    """Lines of a function with code in them: no docstrings, comments or blanks."""
+    lines: set[int] = set()
+    for node in ast.walk(function):
+        is_text = isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant)
+        if isinstance(node, ast.stmt | ast.expr) and not is_text:
+            lines |= {node.lineno, node.end_lineno or node.lineno}
+    text = {
+        line
+        for node in ast.walk(function)
+        if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant)
+        for line in range(node.lineno, (node.end_lineno or node.lineno) + 1)
+    }
+    return len(lines - text)
