@@ -342,9 +342,23 @@ def test_what_is_done_again_is_forgotten(run):
 def test_a_measurement_that_was_cut_off_is_forgotten(run):
     with opened(run) as directory:
         directory.append("evaluations.jsonl", {"step": 0})
-        for step in (0, 2):
-            directory.append("completions.jsonl", {"step": step, "kind": "held_out"})
-        directory.append("completions.jsonl", {"step": 2, "kind": "train"})
+        for step, kind in ((0, "held_out"), (2, "train"), (2, "held_out")):
+            directory.append("completions.jsonl", {"step": step, "kind": kind})
         directory.forget_after(2)
         kept = [(r["step"], r["kind"]) for r in directory.records("completions.jsonl")]
         assert kept == [(0, "held_out"), (2, "train")]
+
+
+def test_nothing_after_a_damaged_line_is_lost_and_what_is_kept_is_not_rewritten(run):
+    with opened(run) as directory:
+        for step in range(1, 6):
+            directory.append("completions.jsonl", {"step": step, "kind": "train"})
+        file = run / "completions.jsonl"
+        lines = file.read_bytes().splitlines(keepends=True)
+        lines[1] = b'{"step": 2, "ki\x00\n'
+        file.write_bytes(b"".join(lines))
+        directory.forget_after(5)
+        assert file.read_bytes() == b"".join(lines)
+        assert [r["step"] for r in directory.records(file.name)] == [1, 3, 4, 5]
+        directory.forget_after(3)
+        assert file.read_bytes() == b"".join(lines[:3])

@@ -12,7 +12,7 @@ from rich.table import Table
 from gemma2_grpo.config import RewardConfig
 from gemma2_grpo.errors import UserError
 from gemma2_grpo.task.answers import extract_number, gold_answer
-from gemma2_grpo.task.jsonl import read_jsonl
+from gemma2_grpo.task.jsonl import json_object, read_jsonl
 from gemma2_grpo.task.rewards import COMPONENTS, Score, score_completion
 
 _MAX_COLUMNS = 80
@@ -65,8 +65,8 @@ def read_completions(path: Path) -> list[CompletionRow]:
         UserError: for a file that cannot be read, naming file, line, field and mend.
     """
     try:
-        lines = read_jsonl(path, "completion and answer")
-        rows = [_checked(content, place) for place, content in lines]
+        lines = read_jsonl(path, json_object("completion and answer"))
+        rows = [_checked(line.content, line.place) for line in lines]
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror}); check the path") from None
     if not rows:

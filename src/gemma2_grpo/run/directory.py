@@ -21,6 +21,7 @@ from gemma2_grpo.config import Config
 from gemma2_grpo.errors import ConfigError, UserError
 from gemma2_grpo.presets import from_mapping, read_toml, to_toml
 from gemma2_grpo.run.recorded_paths import moved_along, with_absolute_paths
+from gemma2_grpo.task.jsonl import Line, json_object, read_jsonl, skip, whole_bytes
 
 # Fields of [run] that change nothing that is computed.
 _FREE_FIELDS = (
@@ -94,8 +95,8 @@ class LockedFolder:
             raise self._cannot_write(name, error) from None
 
     def records(self, name: str) -> Iterator[dict[str, Any]]:
-        """JSON lines written so far; a last line that was cut off is left out."""
-        return read_records(self.path / name)
+        """JSON lines written so far, without damaged ones and a last one that was cut off."""
+        return (line.content for line in read_log(self.path / name))
 
     def write(self, name: str, text: str) -> None:
         """Replaces a file as a whole, so that a killed process leaves the old or the new one."""
@@ -210,16 +211,25 @@ class RunDirectory(LockedFolder):
         self.write("result.json", json.dumps(result, indent=1))
 
     def forget_after(self, steps: int) -> None:
-        """Drops the records of what a resumed run does again: steps, and a half measurement."""
+        """Cuts off the records of what a resumed run does again: steps, and a half measurement.
+
+        Records are in the order of their steps, and completions come before their measurement: so
+        all that is done again is the end of a log. What precedes it is not touched, damaged or not.
+        """
         measured = {record["step"] for record in self.records("evaluations.jsonl")}
         for name in ("metrics.jsonl", "completions.jsonl", "evaluations.jsonl"):
-            lines = [
-                json.dumps(record, ensure_ascii=False) + "\n"
-                for record in self.records(name)
-                if record["step"] <= steps
-                and (record.get("kind") != "held_out" or record["step"] in measured)
-            ]
-            self.write(name, "".join(lines))
+            path = self.path / name
+            if path.exists():
+                again = (
+                    line.start
+                    for line in read_log(path)
+                    if line.content["step"] > steps
+                    or (
+                        line.content.get("kind") == "held_out"
+                        and line.content["step"] not in measured
+                    )
+                )
+                os.truncate(path, min(next(again, path.stat().st_size), whole_bytes(path)))
 
 
 def read_config(path: Path) -> Config:
@@ -241,16 +251,10 @@ def read_json(path: Path) -> dict[str, Any] | None:
         return None
 
 
-def read_records(path: Path) -> Iterator[dict[str, Any]]:
-    """JSON lines written so far, of none if there is no file; one that was cut off is left out."""
-    if not path.exists():
-        return
-    with path.open("rb") as file:  # A line may have been cut off within a character.
-        for line in file:
-            try:
-                yield json.loads(line)
-            except ValueError:
-                return
+def read_log(path: Path) -> Iterator[Line[dict[str, Any]]]:
+    """Records written so far, without damaged ones; none if there is no file."""
+    if path.exists():
+        yield from read_jsonl(path, json_object("step"), on_damage=skip, is_log=True)
 
 
 def check_free_space(path: Path, needed_bytes: int) -> None:
