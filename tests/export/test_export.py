@@ -535,7 +535,7 @@ def test_a_disk_that_fills_up_leaves_nothing(
 
 def test_what_a_killed_export_left_is_no_obstacle(run: Path, tmp_path: Path) -> None:
     there = tmp_path / "there"
-    for left in (tmp_path / ".new.partial", there / ".partial"):
+    for left in (tmp_path / ".new.tmp", there / ".partial"):
         left.mkdir(parents=True)
         (left / "model.safetensors").write_bytes(b"half")
     for to in (tmp_path / "new", there):

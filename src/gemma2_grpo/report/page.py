@@ -2,10 +2,8 @@
 
 import base64
 import hashlib
-import os
 import time
 from collections.abc import Sequence
-from contextlib import suppress
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -22,6 +20,7 @@ from gemma2_grpo.report.excerpts import mark
 from gemma2_grpo.run.completion_view import without_controls
 from gemma2_grpo.run.health import find_alarms
 from gemma2_grpo.run.outcome import measure_rows, percent, step_rows
+from gemma2_grpo.runtime.atomic import write_whole
 from gemma2_grpo.task.answers import gold_answer
 from gemma2_grpo.task.rewards import COMPONENTS
 
@@ -90,15 +89,12 @@ def write_page(file: Path, text: str, charts: Sequence[Chart] = ()) -> Path:
     Raises:
         UserError: if it cannot be written.
     """
-    temporary, plots = file.with_name(f".{file.name}.{os.getpid()}.tmp"), file.parent / "plots"
+    plots = file.parent / "plots"
     try:
-        temporary.write_text(text, encoding="utf-8")
-        temporary.replace(file)
+        write_whole(file, text)
         for chart in charts:
             plots.mkdir(exist_ok=True)
             save_png(chart, plots / f"{chart.name}.png")
     except OSError as error:
-        with suppress(OSError):  # There may be no folder to remove it from.
-            temporary.unlink()
         raise UserError(f"report {file}: cannot be written ({error.strerror}); see --to") from None
     return file

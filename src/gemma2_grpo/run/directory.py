@@ -21,6 +21,7 @@ from gemma2_grpo.config import Config
 from gemma2_grpo.errors import ConfigError, UserError
 from gemma2_grpo.presets import from_mapping, read_toml, to_toml
 from gemma2_grpo.run.recorded_paths import moved_along, with_absolute_paths
+from gemma2_grpo.runtime.atomic import write_whole
 from gemma2_grpo.task.jsonl import Line, json_object, read_jsonl, skip, whole_bytes
 
 # Fields of [run] that change nothing that is computed.
@@ -100,12 +101,9 @@ class LockedFolder:
 
     def write(self, name: str, text: str) -> None:
         """Replaces a file as a whole, so that a killed process leaves the old or the new one."""
-        temporary = self.path / f".{name}.tmp"
         try:
-            temporary.write_text(text, encoding="utf-8")
-            temporary.replace(self.path / name)
+            write_whole(self.path / name, text)
         except OSError as error:
-            temporary.unlink(missing_ok=True)
             raise self._cannot_write(name, error) from None
 
     def _cannot_write(self, name: str, error: OSError) -> UserError:

@@ -12,6 +12,7 @@ from typing import Any
 from gemma2_grpo.config import Config, RunConfig
 from gemma2_grpo.errors import UserError
 from gemma2_grpo.run.directory import read_json
+from gemma2_grpo.runtime.atomic import write_whole
 
 Track = Callable[[str, Mapping[str, Any]], None]
 """Takes a kind (`train`, `held_out`) and a record with its `step`."""
@@ -146,7 +147,7 @@ def _identity(path: Path) -> str:
     if kept != (new := {"id": identity, "path": str(here)}):
         try:
             path.mkdir(parents=True, exist_ok=True)
-            file.write_text(json.dumps(new), encoding="utf-8")
+            write_whole(file, json.dumps(new))
         except OSError as error:
             raise UserError(
                 f"run directory {path}: {_IDENTITY} cannot be written ({error.strerror}); "
