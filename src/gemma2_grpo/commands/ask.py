@@ -12,8 +12,7 @@ from rich.text import Text
 
 from gemma2_grpo.config import EvaluateConfig, check_evaluate
 from gemma2_grpo.errors import UserError
-from gemma2_grpo.run.completion_view import render_completion
-from gemma2_grpo.run.console import inert, open_console
+from gemma2_grpo.run.console import inert, open_console, render_completion
 from gemma2_grpo.run.source import Opened, Source, as_asked, find_source, open_source
 from gemma2_grpo.runtime.devices import start_jax
 from gemma2_grpo.task.answers import extract_number, printable

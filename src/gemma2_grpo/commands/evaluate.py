@@ -9,10 +9,10 @@ from typing import Any
 from rich.console import Console
 
 from gemma2_grpo.config import Config, EvaluateConfig
+from gemma2_grpo.errors import UserError
 from gemma2_grpo.run.console import Display, open_console
-from gemma2_grpo.run.directory import command_facts
-from gemma2_grpo.run.evaluation_folder import RESULT, EvaluationFolder
-from gemma2_grpo.run.evaluation_view import show_evaluation
+from gemma2_grpo.run.directory import EvaluationFolder
+from gemma2_grpo.run.results import Evaluation
 from gemma2_grpo.run.source import (
     Source,
     as_asked,
@@ -61,20 +61,29 @@ def evaluate(
         problems = () if folder.result else load_held_out(source.config.data, asked.limit)
         folder.check_same("weights", _weights(source))
         if folder.result:
-            display.note(f"{path / RESULT} is finished:")
+            display.note(f"{path / Evaluation.FILE} is finished:")
+            result = folder.result
         else:
-            _run(source, asked, problems, folder, display)
+            result = _run(source, asked, problems, folder, display)
             if path == source.run:
-                from gemma2_grpo.report.report import write_report
-
-                write_report(path)
-        show_evaluation(display.console, folder.result or {})
-        display.note(f"results: {path / RESULT}")
+                _write_report(path, display)
+        display.evaluation(result)
+        display.note(f"results: {path / Evaluation.FILE}")
     finally:
         folder.close()
     if as_json:
-        print(json.dumps(folder.result, indent=1))
-    return folder.result or {}
+        print(result.as_json(indent=1))
+    return json.loads(result.as_json())
+
+
+def _write_report(path: Path, display: Display) -> None:
+    """Adds the evaluation to the report of its run, which an older version may have made."""
+    from gemma2_grpo.report.report import write_report
+
+    try:
+        write_report(path)
+    except UserError as error:
+        display.note(f"the report cannot be written: {error}")
 
 
 def _file_name(model: str) -> str:
@@ -109,7 +118,7 @@ def _weights(source: Source) -> dict[str, Any]:
     adapter = finished_adapter(source)
     return {
         "model": source.config.model.model,
-        "steps": trained_steps(source),
+        "step": trained_steps(source),
         "adapter_sha256": fingerprint(adapter) if adapter else None,
     }
 
@@ -120,7 +129,7 @@ def _run(
     problems: Sequence[Example],
     folder: EvaluationFolder,
     display: Display,
-) -> None:
+) -> Evaluation:
     """Loads the weights, and evaluates what is not evaluated yet."""
     config = source.config
     start_jax(display.note)
@@ -128,7 +137,7 @@ def _run(
     from gemma2_grpo.model.adapter import fingerprint
     from gemma2_grpo.model.find import find_model
     from gemma2_grpo.model.tokenizer import load_tokenizer
-    from gemma2_grpo.run.evaluation import Evaluation
+    from gemma2_grpo.run.measure import Evaluator
     from gemma2_grpo.runtime.program_cache import use_program_cache
 
     directory = find_model(config.model.model)
@@ -141,8 +150,8 @@ def _run(
         "source": config.data.dataset,
         "split": config.data.eval_split,
         "sha256": hash_of(examples),
-        "problems": len(examples),
-        "dropped": dropped,
+        "num_problems": len(examples),
+        "num_dropped": dropped,
     }
     folder.check_same("weights", weights)
     folder.check_same("data", data)
@@ -151,10 +160,9 @@ def _run(
     facts = {
         "name": source.title,
         "model": config.model.model,
-        "steps": opened.steps,
+        "step": opened.steps,
         "data": data,
         "settings": _settings(config, asked),
         "weights": weights,
-        **command_facts(),
     }
-    Evaluation(opened, examples, asked.samples, folder, display).go(facts)
+    return Evaluator(opened, examples, asked.samples, folder, display).go(facts)

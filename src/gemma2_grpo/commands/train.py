@@ -11,8 +11,8 @@ from gemma2_grpo.errors import UserError
 from gemma2_grpo.model.find import check_model
 from gemma2_grpo.run.console import Display
 from gemma2_grpo.run.directory import RunDirectory
-from gemma2_grpo.run.follower import UnseenDirectory, silent_display
 from gemma2_grpo.run.recorded_paths import with_absolute_paths
+from gemma2_grpo.run.results import RunResult
 from gemma2_grpo.run.trackers import check_trackers, tracking
 from gemma2_grpo.runtime.cluster import Cluster
 from gemma2_grpo.runtime.devices import start_jax
@@ -50,13 +50,12 @@ def train(
         UserError: for anything that the user can mend.
     """
     path = run_dir or Path("runs") / Path(config_name).stem
-    with _joined(cluster, config) as is_writer:
+    with _joined(cluster, config) as writes:
         config = with_absolute_paths(config)
-        if is_writer:
-            display = display or Display()
-            directory = RunDirectory(path, config, allow_config_change=allow_config_change)
-        else:
-            display, directory = silent_display(), UnseenDirectory(path)
+        display = (display or Display()) if writes else Display.silent()
+        directory = RunDirectory(
+            path, config, allow_config_change=allow_config_change, writes=writes
+        )
         try:
             _run(config, config_name, directory, display, cluster)
         finally:
@@ -75,8 +74,9 @@ def _run(
     if cluster:
         from gemma2_grpo.runtime.processes import from_first
 
-        result = from_first(result)
-    if result and result["after"]["step"] >= config.run.max_steps:
+        found = from_first(result and result.model_dump(mode="json"))
+        result = RunResult(**found) if found else None
+    if result and result.after.step >= config.run.max_steps:
         display.note(f"{directory.path} is finished; its result:")
         display.result(result)
         return
@@ -90,12 +90,14 @@ def _run(
     display.note(f"loading {config.model.model}")
     from gemma2_grpo.run.loop import Run
     from gemma2_grpo.run.session import open_session
-    from gemma2_grpo.runtime.processes import check_same, is_first
+    from gemma2_grpo.runtime.processes import check_same
     from gemma2_grpo.runtime.program_cache import counting_programs, use_program_cache
 
     check_same({"data_sha256": splits.sha256, "reward_sha256": reward_sha256})
     cache = use_program_cache(config.run.compilation_cache, display.note)
-    trackers = tracking(config, directory.path) if is_first() else nullcontext(lambda *_: None)
+    trackers = (
+        tracking(config, directory.path) if directory.writes else nullcontext(lambda *_: None)
+    )
     with counting_programs(cache) as programs, trackers as track:
         session = open_session(config, splits, directory)
         directory.describe({**session.facts, "reward_sha256": reward_sha256})

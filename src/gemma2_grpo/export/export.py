@@ -17,6 +17,7 @@ from gemma2_grpo.export.verify import (
     verify_export,
 )
 from gemma2_grpo.run.console import Display
+from gemma2_grpo.run.files import check_version
 from gemma2_grpo.run.source import Opened, Source, find_source, open_source
 from gemma2_grpo.runtime.atomic import check_empty, check_target, staged
 from gemma2_grpo.runtime.devices import start_jax
@@ -112,6 +113,7 @@ def _find_run(name: str) -> Source:
     if not (path / "config.toml").is_file():
         what = "is no run (no config.toml in it)" if path.is_dir() else "no such directory"
         raise UserError(f"run {name}: {what}; give the directory of a run, such as runs/tiny")
+    check_version(path)  # The card has what was measured.
     return find_source(name)
 
 
