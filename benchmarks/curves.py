@@ -6,7 +6,7 @@ python -m benchmarks.curves fast=runs/a,runs/b plain=runs/c,runs/d --out curves.
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import matplotlib as mpl  # pyright: ignore[reportMissingImports]
 import numpy as np
@@ -66,7 +66,7 @@ def _parse(group: str) -> Group:
 def smoothed_rewards(run: Path) -> tuple[np.ndarray, np.ndarray]:
     """Steps and running means of the reward of a run."""
     records = _records(run / "metrics.jsonl")
-    rewards = np.array([record["reward"] for record in records], np.float64)
+    rewards = np.array([record["mean_reward"] for record in records], np.float64)
     smooth = np.convolve(rewards, np.ones(_WINDOW) / _WINDOW, mode="valid")
     return np.arange(_WINDOW, len(rewards) + 1), smooth
 
@@ -74,10 +74,12 @@ def smoothed_rewards(run: Path) -> tuple[np.ndarray, np.ndarray]:
 def held_out(run: Path) -> tuple[list[float], list[float]]:
     """Steps and greedy accuracies of a run's measurements."""
     records = _records(run / "evaluations.jsonl")
-    return [record["step"] for record in records], [record["accuracy"] for record in records]
+    return [record["step"] for record in records], [
+        record["greedy"]["correct_fraction"] for record in records
+    ]
 
 
-def _records(path: Path) -> list[dict[str, float]]:
+def _records(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
 

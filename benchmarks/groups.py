@@ -19,7 +19,7 @@ from rich.table import Table
 from benchmarks.command import status_of
 from gemma2_grpo.config import RewardConfig
 from gemma2_grpo.errors import UserError
-from gemma2_grpo.task.jsonl import read_jsonl
+from gemma2_grpo.task.jsonl import json_object, read_jsonl
 from gemma2_grpo.task.rewards import COMPONENTS, Score, score_completion
 
 
@@ -58,9 +58,10 @@ def run(command: Groups, output: Console, _: Console) -> None:
 
 def read_groups(command: Groups) -> Iterator[list[dict[str, Any]]]:
     """The records of each group; a run's held-out completions are left out."""
+    lines = read_jsonl(command.file, json_object("question, answer and completion"))
     records = (
         record
-        for _, record in read_jsonl(command.file, "question, answer and completion")
+        for record in (line.content for line in lines)
         if record.get("kind", "train") == "train"
         and (command.first_steps is None or record.get("step", 0) <= command.first_steps)
     )

@@ -1,16 +1,20 @@
 """Writes the pages that are made from the package: python docs/generate.py."""
 
 import dataclasses
+import inspect
 import json
+import re
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, get_type_hints
+from typing import Any, get_args, get_origin, get_type_hints
 
 import docstring_parser
+from pydantic import BaseModel
 
 from gemma2_grpo.config import Config, SftConfig
 from gemma2_grpo.presets import preset_names, read_toml
 from gemma2_grpo.ranges import demand
+from gemma2_grpo.run import results, schema
 from gemma2_grpo.task.rewards import COMPONENTS, score_completion
 
 DOCS = Path(__file__).parent
@@ -31,6 +35,7 @@ def pages() -> dict[Path, str]:
     _, _, after = rest.partition(_MARK)
     return {
         DOCS / "configuration.md": configuration_page(),
+        DOCS / "logs.md": logs_page(),
         rewards: f"{before}{_MARK}\n{worked_examples()}{_MARK}{after}",
     }
 
@@ -99,6 +104,88 @@ def _value(value: Any) -> str:
         return "none"
     text = json.dumps(_plain(value)) if not isinstance(value, float) else f"{value:g}"
     return "`" + text.replace("|", "\\|") + "`"
+
+
+_RECORDS = (
+    schema.RunFacts,
+    schema.StepRecord,
+    schema.RunCompletion,
+    results.Measurement,
+    results.RunResult,
+    schema.Change,
+    schema.Identity,
+    results.Evaluation,
+    results.EvaluatedCompletion,
+)
+_UNITS = (
+    (r"^num_", "count"),
+    (r"_fraction$", "fraction, 0 to 1"),
+    (r"_interval$", "two fractions"),
+    (r"_seconds$|^seconds$", "seconds"),
+    (r"_tokens$", "tokens"),
+    (r"_bytes|_bytes_by_device$", "bytes"),
+    (r"^components$|^mean_components$", "by name"),
+    (r"_at_k$", "fraction by k"),
+)
+"""Units by the names of keys."""
+
+
+def logs_page() -> str:
+    """Every key of every file that runs and evaluations write."""
+    parts = [
+        "# Logs\n",
+        f"{_MADE}\n",
+        "A run and an evaluation write these files, a line of JSON for each record of a `.jsonl`.\n"
+        "A key has the same meaning in every file. Fractions, tokens, seconds and bytes say so in\n"
+        "their names; `num_` is a count. What is no number (NaN, infinity) is `null`.\n",
+        f"This is version {schema.SCHEMA_VERSION} of the schema; `run.json` and `evaluation.json`"
+        " record it.\n"
+        "Logs of another version are refused and not misread. TensorBoard, Weights & Biases and\n"
+        "trackio get the numbers of `metrics.jsonl` as `train/KEY` and those of\n"
+        "`evaluations.jsonl` as `held_out/KEY`, with `/` in place of dots. Parts that two files\n"
+        "share, such as `greedy` and `sampled`, are described where they come first.\n",
+        "```python\nimport pandas as pd\n\n"
+        'metrics = pd.json_normalize(pd.read_json("runs/tiny/metrics.jsonl", lines=True)'
+        '.to_dict("records"))\n'
+        'metrics.plot(x="step", y=["mean_reward", "mean_components.accuracy"])\n```\n',
+    ]
+    seen: set[type[BaseModel]] = set(_RECORDS)
+    for record in _RECORDS:
+        rows = [f"| `{key}` | {unit} | {meaning} |" for key, unit, meaning in _keys(record, seen)]
+        parts += [
+            f"## `{record.FILE}`\n",
+            f"{inspect.getdoc(record)}\n",
+            "\n".join(["| key | unit | meaning |", "| --- | --- | --- |", *rows]) + "\n",
+        ]
+    return "\n".join(parts)
+
+
+def _keys(
+    model: type[BaseModel], seen: set[type[BaseModel]], prefix: str = ""
+) -> Iterator[tuple[str, str, str]]:
+    """Name, unit and meaning of each key, those of a part after the name of the part.
+
+    A part that was `seen` elsewhere on the page is not repeated.
+    """
+    for name, field in model.model_fields.items():
+        assert field.description, f"{model.__name__}.{name} has no docstring"
+        unit = next((each for each in field.metadata if isinstance(each, str)), "")
+        unit = unit or next((unit for pattern, unit in _UNITS if re.search(pattern, name)), "")
+        yield f"{prefix}{name}", unit, " ".join(field.description.split()).replace("|", "\\|")
+        part, place = _part(field.annotation)
+        if part and part not in seen:
+            seen.add(part)
+            yield from _keys(part, seen, f"{prefix}{name}{place}.")
+    for name, computed in model.model_computed_fields.items():
+        yield f"{prefix}{name}", "", (computed.description or "").partition("\n")[0]
+
+
+def _part(annotation: Any) -> tuple[type[BaseModel] | None, str]:
+    """The model of a part, and what follows its name in the name of a key."""
+    kinds = get_args(annotation) or (annotation,)
+    place = {tuple: "[]", dict: ".NAME"}.get(get_origin(annotation), "")
+    found = (kind for kind in kinds if isinstance(kind, type) and issubclass(kind, BaseModel))
+    return next(found, None), place
 
 
 def worked_examples() -> str:

@@ -11,7 +11,7 @@ from tests.fixtures.runs import Finished
 from gemma2_grpo import cli
 from gemma2_grpo.commands.ask import Ask, vote_line
 from gemma2_grpo.errors import UserError
-from gemma2_grpo.run.completion_view import render_completion
+from gemma2_grpo.run.console import render_completion
 
 WHOLE = """<reasoning>
 Step 1: 3 + 4 = 7

@@ -14,6 +14,8 @@ import pytest
 from flax import nnx
 from rich.console import Console
 from tests.fixtures.runs import Finished
+from tests.fixtures.written_run import answers
+from tests.fixtures.written_run import finished as finished_run
 
 from gemma2_grpo import cli
 from gemma2_grpo.commands.evaluate import Evaluate
@@ -24,10 +26,11 @@ from gemma2_grpo.model.load import load_weights
 from gemma2_grpo.model.lora import add_lora
 from gemma2_grpo.model.mesh import make_mesh
 from gemma2_grpo.run import source as opening
-from gemma2_grpo.run.directory import RunDirectory
-from gemma2_grpo.run.evaluation import Batch, plan_batches
-from gemma2_grpo.run.evaluation_folder import EvaluationFolder
-from gemma2_grpo.run.summary import summarize
+from gemma2_grpo.run.directory import EvaluationFolder, RunDirectory
+from gemma2_grpo.run.measure import Batch, plan_batches
+from gemma2_grpo.run.records import compare_systems, summarize
+from gemma2_grpo.run.results import BegunEvaluation, EvaluatedCompletion
+from gemma2_grpo.run.schema import RunFacts
 from gemma2_grpo.task.examples import hash_of, load_held_out
 from gemma2_grpo.task.rewards import score_completion
 
@@ -50,7 +53,7 @@ def made_run(make_config: Callable[..., Config], tmp_path_factory: pytest.TempPa
     directory = RunDirectory(path, config)
     directory.describe({"base_sha256": fingerprint(base_dir)})
     save_adapter(policy, path / "adapter", config.model, fingerprint(base_dir))
-    directory.finish({"after": {"step": 5}})
+    directory.write(finished_run(5))
     directory.close()
     return path
 
@@ -108,13 +111,13 @@ def test_the_result_has_the_schema_that_reports_read(finished: Path) -> None:
     config = opening.find_source(str(finished)).config
     examples = load_held_out(config.data, 5)
     assert (result["name"], result["model"]) == ("drawn", config.model.model)
-    assert result["steps"] == 5
+    assert result["step"] == 5
     assert result["data"] == {
         "source": "procedural",
         "split": "test",
         "sha256": hash_of(examples),
-        "problems": 5,
-        "dropped": 0,
+        "num_problems": 5,
+        "num_dropped": 0,
     }
     settings = result["settings"]
     assert (settings["eval_samples"], settings["temperature"], settings["seed"]) == (2, 1.0, 0)
@@ -123,12 +126,18 @@ def test_the_result_has_the_schema_that_reports_read(finished: Path) -> None:
     assert result["started"].endswith("Z") and result["versions"]["jax"]
     assert set(result["systems"]) == {"base", "adapter"}
     for system in result["systems"].values():
-        assert system["greedy"]["problems"] == 5
+        assert system["greedy"]["num_problems"] == 5
         assert list(system["sampled"]["pass_at_k"]) == ["1", "2"]
-    assert sum(result["comparison"][n] for n in ("both_right", "both_wrong", "fixed", "broken"))
-    assert summarize(records_of(finished), examples) == {
-        name: result[name] for name in ("systems", "comparison")
+    flips = ("num_both_right", "num_both_wrong", "num_fixed", "num_broken")
+    assert sum(result["comparison"][name] for name in flips)
+    records = [EvaluatedCompletion(**record) for record in records_of(finished)]
+    systems = {
+        name: json.loads(system.model_dump_json())
+        for name, system in summarize(records, examples).items()
     }
+    comparison = compare_systems(records)
+    assert comparison is not None
+    assert (systems, comparison.model_dump()) == (result["systems"], result["comparison"])
     assert not (finished / "evaluation_begun.json").exists()
 
 
@@ -142,10 +151,10 @@ def test_every_completion_is_kept_with_its_scores(finished: Path) -> None:
         example = examples[record["index"]]
         assert (record["question"], record["answer"]) == (example.question, example.answer)
         score = score_completion(record["completion"], example.answer, example.question)
-        assert record["total"] == pytest.approx(score.total)
+        assert record["reward"] == pytest.approx(score.total)
         assert record["correct"] == score.correct
-        assert 1 <= record["tokens"] <= 8
-        assert not record["truncated"] or record["tokens"] == 8
+        assert 1 <= record["completion_tokens"] <= 8
+        assert not record["truncated"] or record["completion_tokens"] == 8
 
 
 def test_base_and_adapter_and_samples_differ(finished: Path) -> None:
@@ -212,15 +221,15 @@ def test_a_stopped_evaluation_goes_on_to_the_same_result(
 
 
 def spy_on_batches(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    from gemma2_grpo.run import evaluation
+    from gemma2_grpo.run import measure
 
-    complete, seen = evaluation.complete_batch, []
+    complete, seen = measure.complete_batch, []
 
     def complete_and_note(*args: Any, **options: Any) -> Any:
-        seen.append(args[2])
+        seen.append(args[2].index)
         return complete(*args, **options)
 
-    monkeypatch.setattr(evaluation, "complete_batch", complete_and_note)
+    monkeypatch.setattr(measure, "complete_batch", complete_and_note)
     return seen
 
 
@@ -228,18 +237,35 @@ def test_a_line_without_its_end_is_not_taken_for_whole(tmp_path: Path) -> None:
     """It may be valid JSON; the next one would be written behind it."""
     folder = EvaluationFolder(tmp_path / "new")
     assert folder.begin({"settings": {"samples": 0}}, [1, 2, 2]) == []
-    folder.add([{"a": 1}])
-    folder.add([{"a": 2}, {"a": 3}])
+    first, *second = answers(EvaluatedCompletion, [True] * 3, system="base", sample=None)
+    folder.add([first])
+    folder.add(second)
     folder.close()
     file = tmp_path / "new" / "evaluation_completions.jsonl"
     file.write_bytes(file.read_bytes()[:-1])
     folder = EvaluationFolder(tmp_path / "new")
-    assert folder.begin({}, [1, 2, 2]) == [{"a": 1}]
-    assert file.read_bytes() == b'{"a": 1}\n'
+    assert folder.begin({}, [1, 2, 2]) == [first]
+    assert file.read_text() == f"{first.as_json()}\n"
     result = folder.finish({"systems": {}})
     folder.close()
-    assert result["settings"] == {"samples": 0}
-    assert result["seconds"] >= 0
+    assert result.settings == {"samples": 0}
+    assert result.seconds >= 0
+
+
+def test_batches_after_a_damaged_line_are_made_again(tmp_path: Path) -> None:
+    """Batches are known by their place in the file."""
+    records = answers(EvaluatedCompletion, [True] * 5, system="base", sample=None)
+    folder = EvaluationFolder(tmp_path / "new")
+    folder.begin({}, [2, 2, 1])
+    folder.add(records)
+    folder.close()
+    file = tmp_path / "new" / "evaluation_completions.jsonl"
+    lines = file.read_bytes().splitlines(keepends=True)
+    file.write_bytes(b"".join([*lines[:2], b"\x00\n", *lines[3:]]))
+    folder = EvaluationFolder(tmp_path / "new")
+    assert folder.begin({}, [2, 2, 1]) == records[:2]
+    folder.close()
+    assert file.read_bytes() == b"".join(lines[:2])
 
 
 def test_time_of_all_starts_is_added_up(tmp_path: Path) -> None:
@@ -247,10 +273,10 @@ def test_time_of_all_starts_is_added_up(tmp_path: Path) -> None:
         folder = EvaluationFolder(tmp_path / "new")
         folder.begin({}, [1, 1])
         folder._since -= 100
-        folder.add([{"a": 1}])
+        folder.add(answers(EvaluatedCompletion, [True], system="base", sample=None))
         folder.close()
-        begun = json.loads((tmp_path / "new" / "evaluation_begun.json").read_text())
-        assert seconds <= begun["seconds"] < seconds + 50
+        begun = BegunEvaluation.read(tmp_path / "new")
+        assert begun is not None and seconds <= begun.seconds < seconds + 50
 
 
 def test_a_finished_evaluation_is_only_shown(
@@ -263,13 +289,13 @@ def test_a_finished_evaluation_is_only_shown(
     Evaluate(str(path), config=ASKED)(Console(file=shown, width=80))
     assert {file: file.stat().st_mtime_ns for file in path.rglob("*.json*")} == before
     assert "evaluation.json is finished" in shown.getvalue()
-    assert "pass@2" in shown.getvalue()
+    assert "Right in at least one of 2 samples" in shown.getvalue()
 
 
 def test_overwriting_begins_anew(finished: Path, tmp_path: Path) -> None:
     path = Path(shutil.copytree(finished, tmp_path / "drawn"))
     result = quietly(path, EvaluateConfig(num_test_samples=2, eval_batch_prompts=2), overwrite=True)
-    assert result["data"]["problems"] == 2 and result == result_of(path)
+    assert result["data"]["num_problems"] == 2 and result == result_of(path)
     assert [(r["system"], r["index"]) for r in records_of(path)] == [
         (system, i) for system in ("base", "adapter") for i in (0, 1)
     ]
@@ -310,7 +336,7 @@ def test_a_model_with_an_adapter_is_evaluated_like_its_run(
 ) -> None:
     """The shape of the adapter is in its file; the other settings are those of the run."""
     config = opening.find_source(str(made_run)).config
-    plain = opening.Source(config.model.model, config, None, {})
+    plain = opening.Source(config.model.model, config, None, RunFacts())
     monkeypatch.setattr("gemma2_grpo.run.source.find_source", lambda *_: plain)
     monkeypatch.chdir(tmp_path)
     asked = dataclasses.replace(ASKED, adapter=str(made_run / "adapter"))
@@ -319,7 +345,7 @@ def test_a_model_with_an_adapter_is_evaluated_like_its_run(
     assert result == result_of(path)
     for name in ("systems", "comparison", "data"):
         assert result[name] == result_of(finished)[name]
-    assert (result["steps"], result["name"]) == (0, config.model.model)
+    assert (result["step"], result["name"]) == (0, config.model.model)
 
 
 def test_the_embedded_model_alone(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -331,9 +357,10 @@ def test_the_embedded_model_alone(tmp_path: Path, capsys: pytest.CaptureFixture[
     result = result_of(tmp_path / "out")
     assert list(result["systems"]) == ["base"] and result["comparison"] is None
     greedy = result["systems"]["base"]["greedy"]
-    assert 1 <= greedy["correct"] <= 11
-    assert sum(row["correct"] for row in greedy["by_solution_steps"]) == greedy["correct"]
-    assert f"right, greedy: base {greedy['accuracy']:.1%}" in capsys.readouterr().out
+    right = greedy["num_correct"]
+    assert 1 <= right <= 11
+    assert sum(row["num_correct"] for row in greedy["by_solution_steps"]) == right
+    assert f"right, greedy: base {greedy['correct_fraction']:.1%}" in capsys.readouterr().out
 
 
 # --- Mistakes, each one line and status 2 before any weights load ---
@@ -390,7 +417,7 @@ def test_an_evaluation_of_something_else_is_refused(
 ) -> None:
     path = Path(shutil.copytree(finished, tmp_path / "drawn"))
     same = [str(path), "--num-test-samples", "5", "--eval-batch-prompts", "2"]
-    mend = "choose another --to, or begin anew with --overwrite"
+    mend = "choose another --to, or start over with --overwrite"
     assert refused(*same, "--eval-samples", "4") == (
         f"evaluation in {path}: was made with eval_samples = 2, not 4; {mend}"
     )
@@ -401,9 +428,33 @@ def test_an_evaluation_of_something_else_is_refused(
     assert "with eval_split = 'test', not 'validation'" in refused(
         *same, "--eval-samples", "2", "--eval-split", "validation"
     )
-    result = json.loads((path / "result.json").read_text())
-    (path / "result.json").write_text(json.dumps({**result, "after": {"step": 7}}))
-    assert "was made with steps = 5, not 7" in refused(*same, "--eval-samples", "2")
+    (path / "result.json").write_text(finished_run(7).as_json())
+    assert "was made with step = 5, not 7" in refused(*same, "--eval-samples", "2")
+
+
+def test_an_evaluation_of_an_older_version_is_refused_and_kept(
+    finished: Path, tmp_path: Path, refused: Callable[..., str]
+) -> None:
+    path = Path(shutil.copytree(finished, tmp_path / "drawn"))
+    result = result_of(path)
+    del result["schema_version"]
+    (path / "evaluation.json").write_text(json.dumps(result))
+    same = ("--num-test-samples", "5", "--eval-batch-prompts", "2", "--eval-samples", "2")
+    assert refused(str(path), *same) == (
+        f"{path / 'evaluation.json'}: has an older schema, without a version; this gemma2-grpo "
+        "reads version 1; choose another --to, or start over with --overwrite"
+    )
+    assert result_of(path) == result
+
+
+def test_a_run_of_an_older_version_is_evaluated_but_has_no_report(run: Path) -> None:
+    (run / "run.json").write_text("{}")
+    shown = io.StringIO()
+    asked = EvaluateConfig(num_test_samples=1, eval_batch_prompts=2)
+    Evaluate(str(run), config=asked)(Console(file=shown, width=200))
+    assert result_of(run)["step"] == 5
+    assert "the report cannot be written: " in shown.getvalue()
+    assert "has an older schema, without a version" in shown.getvalue()
 
 
 def test_problems_that_have_changed_are_refused(
@@ -498,7 +549,7 @@ def test_a_full_disk_keeps_whole_batches(
     assert str(error.value) == (
         f"evaluation {run}: evaluation_completions.jsonl cannot be written "
         "(No space left on "
-        "device); mend that and run the same command again, which goes on"
+        "device); fix that and run the same command again to resume"
     )
     assert len(records_of(run)) == 2
     quietly(run)

@@ -13,6 +13,7 @@ import pytest
 
 from gemma2_grpo.config import Config
 from gemma2_grpo.run import loop
+from gemma2_grpo.run.schema import numbers
 from gemma2_grpo.runtime.memory import MemoryMonitor
 
 Train = Callable[..., str]
@@ -25,8 +26,9 @@ def results(path: Path) -> tuple[list[str], dict[str, np.ndarray]]:
     """What a run sampled, and the metrics of its steps."""
     completions = records(path, "completions.jsonl")
     metrics = records(path, "metrics.jsonl")
+    metrics = [numbers(record) for record in metrics]
     names = [name for name in metrics[0] if not any(part in name for part in UNEQUAL)]
-    assert {"loss", "kl", "entropy", "grad_norm", "reward"} <= set(names)
+    assert {"loss", "kl", "entropy", "grad_norm", "mean_reward"} <= set(names)
     columns = {name: np.array([record[name] for record in metrics]) for name in names}
     return [row["completion"] for row in completions], columns
 

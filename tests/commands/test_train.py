@@ -25,6 +25,8 @@ from gemma2_grpo.errors import UserError
 from gemma2_grpo.presets import load_config
 from gemma2_grpo.run import session as session_module
 from gemma2_grpo.run.directory import RunDirectory
+from gemma2_grpo.run.results import Measurement, RunResult
+from gemma2_grpo.run.schema import RunCompletion, RunFacts, StepRecord, numbers
 from gemma2_grpo.runtime.checkpoint import restore_checkpoint
 from gemma2_grpo.task.examples import load_splits
 from gemma2_grpo.task.scoring import COMPONENTS, Scorer, load_reward
@@ -32,17 +34,16 @@ from gemma2_grpo.training import learner as learner_module
 
 METRICS = {
     "step",
-    "reward",
+    "mean_reward",
     "reward_std",
-    *COMPONENTS,
-    "custom",
-    "correct",
-    "official_correct",
-    "true_equations",
-    "completion_tokens",
-    "truncated",
-    "uniform_groups",
-    "unscored",
+    "mean_components",
+    "correct_fraction",
+    "official_correct_fraction",
+    "true_equations_fraction",
+    "mean_completion_tokens",
+    "truncated_fraction",
+    "uniform_groups_fraction",
+    "num_unscored",
     "kl",
     "loss",
     "entropy",
@@ -50,16 +51,16 @@ METRICS = {
     "max_ratio",
     "grad_norm",
     "sampling_kl",
-    "updates",
-    "updates_left_out",
+    "num_updates",
+    "num_updates_left_out",
     "learning_rate",
     "rollout_seconds",
     "reward_seconds",
     "update_seconds",
     "tokens_per_second",
     "seconds_left",
-    "compiled_programs",
-    "cached_programs",
+    "num_compiled_programs",
+    "num_cached_programs",
     "compile_seconds",
 }
 LOGS = ("metrics.jsonl", "completions.jsonl", "evaluations.jsonl")
@@ -107,10 +108,10 @@ def test_run_json_says_what_was_run_with_what(straight_run):
     run = json.loads((straight_run.path / "run.json").read_text())
     [start] = run["starts"]
     assert {"python", "jax", "flax", "qwix", "google-tunix"} <= set(start["versions"])
-    assert run["data"] == {"source": "procedural", "dropped": 0}
+    assert run["data"] == {"source": "procedural", "num_dropped": 0}
     assert run["data_sha256"] == load_splits(straight_run.config.data).sha256
     assert run["devices"] == [str(jax.devices()[0])]
-    assert (run["adapted_matrices"], len(run["base_sha256"])) == (6, 64)
+    assert (run["num_adapted_matrices"], len(run["base_sha256"])) == (6, 64)
     reward = straight_run.config.rewards.reward
     assert run["reward_sha256"] == load_reward(reward)[1]
     assert f"reward {reward} (sha256 {run['reward_sha256']}) is run as code" in straight_run.shown
@@ -123,8 +124,11 @@ def test_metrics_have_a_line_per_step_of_finite_numbers(straight_run):
     assert [record["step"] for record in metrics] == [1, 2, 3, 4, 5]
     for record in metrics:
         assert set(record) == METRICS
-        assert all(math.isfinite(value) for value in record.values())
-        assert (record["updates"], record["updates_left_out"], record["unscored"]) == (mu, 0, 0)
+        assert set(record["mean_components"]) == {*COMPONENTS, "custom"}
+        values = [*record.pop("mean_components").values(), *record.values()]
+        assert all(math.isfinite(value) for value in values)
+        updates = record["num_updates"], record["num_updates_left_out"]
+        assert (*updates, record["num_unscored"]) == (mu, 0, 0)
     assert metrics[0]["max_ratio"] == 1 if mu == 1 else metrics[0]["max_ratio"] > 1
     assert any(record["grad_norm"] > 0 for record in metrics)
     assert len({record["loss"] for record in metrics}) == 5
@@ -144,8 +148,9 @@ def test_completions_are_logged_with_their_scores(straight_run):
     assert [r["step"] for r in trained] == [step for step in range(1, 6) for _ in range(8)]
     for step, record in enumerate(straight_run.records("metrics.jsonl"), start=1):
         rows = [r for r in trained if r["step"] == step]
-        assert record["reward"] == pytest.approx(np.mean([r["total"] for r in rows]))
-        assert record["custom"] == pytest.approx(np.mean([r["custom"] for r in rows]))
+        assert record["mean_reward"] == pytest.approx(np.mean([r["reward"] for r in rows]))
+        custom = [r["components"]["custom"] for r in rows]
+        assert record["mean_components"]["custom"] == pytest.approx(np.mean(custom))
         assert {(r["question"], r["answer"]) for r in rows} <= {
             (e.question, e.answer) for e in load_splits(straight_run.config.data).train
         }
@@ -163,9 +168,19 @@ def test_measurements_are_logged_and_the_ends_are_sampled_too(straight_run):
     assert [rise["name"] for rise in result["rises"]] == ["format", "logic", "accuracy"]
 
 
+@pytest.mark.parametrize("kind", [StepRecord, RunCompletion, Measurement, RunFacts, RunResult])
+def test_each_file_is_read_by_the_model_that_wrote_it(kind, run_straight):
+    path = run_straight(1).path
+    text = (path / kind.FILE).read_text()
+    if kind.FILE.endswith(".json"):
+        assert kind.read(path).as_json(indent=1) == text
+    else:
+        assert [line.content.as_json() for line in kind.read_lines(path)] == text.splitlines()
+
+
 def test_events_checkpoints_and_adapter_are_there(straight_run):
     [events] = (straight_run.path / "tensorboard").iterdir()
-    assert b"train/reward" in events.read_bytes()
+    assert b"train/mean_reward" in events.read_bytes()
     assert checkpoints(straight_run.path) == ["step_000002", "step_000004", "step_000005"]
     with safe_open(straight_run.path / ADAPTER, framework="numpy") as file:
         described = str(file.metadata())
@@ -173,10 +188,10 @@ def test_events_checkpoints_and_adapter_are_there(straight_run):
     run = json.loads((straight_run.path / "run.json").read_text())
     assert run["base_sha256"] in described
     assert '"lora_rank": 2,' in described
-    assert len(tensors) == 2 * run["adapted_matrices"]
-    assert sum(tensor.size for tensor in tensors.values()) == run["adapted_parameters"]
+    assert len(tensors) == 2 * run["num_adapted_matrices"]
+    assert sum(tensor.size for tensor in tensors.values()) == run["num_adapted_parameters"]
     trained = [tensor for name, tensor in tensors.items() if name.endswith("lora_b")]
-    assert len(trained) == run["adapted_matrices"]
+    assert len(trained) == run["num_adapted_matrices"]
     assert all(np.abs(tensor).max() > 0 for tensor in trained), "B starts at zero"
 
 
@@ -197,7 +212,7 @@ def test_the_report_says_what_was_measured_and_misses_nothing(straight_run):
     page = (straight_run.path / "report.html").read_text().replace("\u00a0", " ")
     result = json.loads((straight_run.path / "result.json").read_text())
     for when in ("before", "after"):
-        assert f"<strong>{100 * result[when]['accuracy']:.1f} %</strong>" in page
+        assert f"<strong>{100 * result[when]['greedy']['correct_fraction']:.1f} %</strong>" in page
     run = json.loads((straight_run.path / "run.json").read_text())
     assert run["data_sha256"] in page and run["base_sha256"] in page
     assert "· finished, 5 of 5 steps</p>" in page and 'class="notice"' not in page
@@ -220,10 +235,10 @@ def test_short_data_cycles_by_epochs(straight_run):
 
 def test_compiled_programs_are_counted_up(straight_run):
     metrics = straight_run.records("metrics.jsonl")
-    for name in ("compiled_programs", "cached_programs", "compile_seconds"):
+    for name in ("num_compiled_programs", "num_cached_programs", "compile_seconds"):
         values = [record[name] for record in metrics]
         assert values == sorted(values)
-    made = [record["compiled_programs"] + record["cached_programs"] for record in metrics]
+    made = [record["num_compiled_programs"] + record["num_cached_programs"] for record in metrics]
     assert made[0] > 0
     assert made[2:] == made[2:3] * 3, "after the first measurement in between all are made"
     said = re.findall(
@@ -232,7 +247,9 @@ def test_compiled_programs_are_counted_up(straight_run):
         re.MULTILINE,
     )
     assert len(said) == 2, "after the first step, and at the end"
-    first = tuple(str(metrics[0][name]) for name in ("compiled_programs", "cached_programs"))
+    first = tuple(
+        str(metrics[0][name]) for name in ("num_compiled_programs", "num_cached_programs")
+    )
     assert said[0] == (*first, os.environ["JAX_COMPILATION_CACHE_DIR"])
 
 
@@ -242,9 +259,9 @@ def test_completions_are_written_all_at_once(
     """Opening the file for each of them takes seconds on a disk that is far away."""
     append, written = RunDirectory.append, []
 
-    def spy(directory: RunDirectory, name: str, *records: Any) -> None:
-        append(directory, name, *records)
-        written.extend([len(records)] if name == "completions.jsonl" else [])
+    def spy(directory: RunDirectory, *records: Any) -> None:
+        append(directory, *records)
+        written.extend([len(records)] if isinstance(records[0], RunCompletion) else [])
 
     monkeypatch.setattr(RunDirectory, "append", spy)
     quiet_train(make_config(run={"max_steps": 2}), tmp_path / "run")
@@ -454,13 +471,13 @@ def test_a_reward_that_gives_nothing_and_then_raises(
         f"reward {spec}: raised RuntimeError: no connection to the judge ({file}:9)"
     )
     metrics = records(path, "metrics.jsonl")
-    assert [(r["step"], r["unscored"]) for r in metrics] == [(1, 2), (2, 2)]
-    assert all(math.isfinite(value) for r in metrics for value in r.values())
+    assert [(r["step"], r["num_unscored"]) for r in metrics] == [(1, 2), (2, 2)]
+    assert all(len(numbers(r)) == len(r) + len(r["mean_components"]) - 1 for r in metrics)
     first = [
         r for r in records(path, "completions.jsonl") if (r["kind"], r["step"]) == ("train", 1)
     ]
-    assert [r["total"] is None for r in first] == [True, True] + [False] * 6
-    assert metrics[0]["reward"] == pytest.approx(np.mean([r["total"] for r in first[2:]]))
+    assert [r["reward"] is None for r in first] == [True, True] + [False] * 6
+    assert metrics[0]["mean_reward"] == pytest.approx(np.mean([r["reward"] for r in first[2:]]))
     restored = restore_checkpoint(path / "checkpoints", session.learner.state())
     assert restored is not None and restored[0] == 2
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(restored[1]))
@@ -490,7 +507,7 @@ def test_a_disk_that_fills_up_keeps_the_earlier_checkpoint(
     assert saves
     assert str(error.value) == (
         f"run directory {path}: checkpoint of step 4 could not be written: [Errno 28] No space "
-        "left on device; the checkpoints before it are kept: mend the cause and run again"
+        "left on device; the checkpoints before it are kept: fix the cause and run again"
     )
     assert checkpoints(path) == ["step_000002"]
     quiet_train(straight.config, path)
@@ -625,6 +642,18 @@ def test_a_full_disk_is_refused_before_weights_load(refused, monkeypatch, tmp_pa
 def test_the_run_of_another_configuration_is_refused(run_straight, refused, tmp_path):
     shutil.copytree(run_straight(1).path, tmp_path / "run")
     assert "was made with lora_rank = 2, not 16; choose another --run" in refused()
+
+
+def test_the_run_of_an_older_version_is_refused(run_straight, refused, tmp_path):
+    path = Path(shutil.copytree(run_straight(1).path, tmp_path / "run"))
+    facts = json.loads((path / "run.json").read_text())
+    del facts["schema_version"]
+    (path / "run.json").write_text(json.dumps(facts))
+    for option in ("--allow-config-change", "--no-tensorboard"):
+        assert refused(option) == (
+            f"{path / 'run.json'}: has an older schema, without a version; this gemma2-grpo reads "
+            "version 1; choose another --run"
+        )
 
 
 def test_a_directory_that_cannot_be_written_is_refused(refused, tmp_path):

@@ -20,6 +20,7 @@ from rich.console import Console
 from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 from tests.fixtures.runs import EMBEDDED
+from tests.fixtures.written_run import greedy, measured, write, write_lines
 from tokenizers import Tokenizer
 
 from gemma2_grpo.commands.export import Export
@@ -35,6 +36,8 @@ from gemma2_grpo.model.lora import adapters_of, add_lora
 from gemma2_grpo.model.mesh import make_mesh
 from gemma2_grpo.presets import load_config
 from gemma2_grpo.run.console import Display
+from gemma2_grpo.run.results import Evaluation, HeldOutData, RunResult, System
+from gemma2_grpo.run.schema import Data, RunFacts
 from gemma2_grpo.run.source import Opened, find_source, open_source
 from gemma2_grpo.runtime import atomic
 from gemma2_grpo.runtime.checkpoint import save_checkpoint
@@ -83,11 +86,11 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
         for name, section in sections.items()
     }
     (path / "config.toml").write_text(tomli_w.dumps(without_none))
-    before, after = ({"step": s, "problems": 64, "correct": c} for s, c in ((0, 16), (40, 48)))
-    (path / "evaluations.jsonl").write_text(f"{json.dumps(before)}\n{json.dumps(after)}\n")
-    (path / "result.json").write_text(json.dumps({"before": before, "after": after, "rises": []}))
-    facts = {"data": {"source": "procedural"}, "data_sha256": "abc", "starts": []}
-    (path / "run.json").write_text(json.dumps(facts))
+    before, after = (measured(step, correct, 64) for step, correct in ((0, 16), (40, 48)))
+    write_lines(path, [before, after])
+    write(path, RunResult(before=before, after=after, rises=()))
+    data = Data(source="procedural")
+    write(path, RunFacts(schema_version=1, data=data, data_sha256="abc", starts=()))
     return path
 
 
@@ -396,7 +399,7 @@ def test_the_card_tells_use_results_and_recipe(merged: Path) -> None:
     ]
     assert "Accuracy rose from 25.0\u00a0% to 75.0\u00a0% on 64 held-out problems" in body
     assert "| Right, greedy | 25.0 % | 75.0 % | +50.0 pp |" in body
-    assert "95 % intervals of the greedy accuracy: before 16 to 37 %, after 40 steps 63" in body
+    assert "| 95 % interval | 16 to 37 % | 63 to 84 % |" in body
     assert "but for these:\n\n| field | value |\n| --- | --- |\n| learning_rate | `0.5` |" in body
     assert "| SHA-256 of the data | abc |" in body
     assert "not run in transformers itself" in body
@@ -423,14 +426,13 @@ def test_the_card_has_what_evaluate_measured_of_the_same_steps(run: Path, tmp_pa
     path = tmp_path / "evaluated"
     shutil.copytree(run, path)
     systems = {
-        name: {"greedy": {"problems": 200, "correct": correct}, "sampled": None}
+        name: System(greedy=greedy(correct, 200))
         for name, correct in (("base", 20), ("adapter", 120))
     }
-    data = {"source": "openai/gsm8k", "split": "test"}
+    data = HeldOutData(source="openai/gsm8k", split="test")
     config = load_config("gemma2-2b-v5e8")
-    for steps, is_told in ((40, True), (39, False)):
-        evaluation = {"steps": steps, "data": data, "systems": systems, "comparison": None}
-        (path / "evaluation.json").write_text(json.dumps(evaluation))
+    for step, is_told in ((40, True), (39, False)):
+        write(path, Evaluation(schema_version=1, step=step, data=data, systems=systems))
         card = render_card(Exported(path, config, 40, "merged", "bfloat16", "x", "Checked."))
         assert ("on 200 openai/gsm8k test problems" in card) is is_told
         assert ("| Right, greedy | 10.0 % | 60.0 % | +50.0 pp |" in card) is is_told
@@ -491,6 +493,8 @@ def test_what_cannot_be_exported_is_refused(
     shutil.copy(run / "config.toml", new)
     assert "has no checkpoint yet" in refused(tmp_path, new, to)
     assert refused(tmp_path, run, new) == f"{new}: is not empty; choose another --to"
+    (new / "run.json").write_text('{"starts": []}')
+    assert "run.json: has an older schema, without a version;" in refused(tmp_path, new, to)
     file = new / "config.toml"
     expected = f"{file / 'to'}: cannot be written (Not a directory); choose another --to"
     assert refused(tmp_path, run, file / "to") == expected
@@ -535,7 +539,7 @@ def test_a_disk_that_fills_up_leaves_nothing(
 
 def test_what_a_killed_export_left_is_no_obstacle(run: Path, tmp_path: Path) -> None:
     there = tmp_path / "there"
-    for left in (tmp_path / ".new.partial", there / ".partial"):
+    for left in (tmp_path / ".new.tmp", there / ".partial"):
         left.mkdir(parents=True)
         (left / "model.safetensors").write_bytes(b"half")
     for to in (tmp_path / "new", there):

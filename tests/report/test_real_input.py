@@ -12,6 +12,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from gemma2_grpo.run.schema import numbers
 from gemma2_grpo.task.answers import extract_number, gold_answer
 
 pytestmark = pytest.mark.slow
@@ -95,8 +96,8 @@ def check_run(path: Path, steps: int, updates: int) -> list[dict[str, Any]]:
     metrics = [json.loads(line) for line in (path / "metrics.jsonl").read_text().splitlines()]
     assert [record["step"] for record in metrics] == list(range(1, steps + 1))
     for record in metrics:
-        assert all(math.isfinite(value) for value in record.values())
-        assert (record["updates"], record["updates_left_out"]) == (updates, 0)
+        assert len(numbers(record)) == len(record) + len(record["mean_components"]) - 1
+        assert (record["num_updates"], record["num_updates_left_out"]) == (updates, 0)
     result = json.loads((path / "result.json").read_text())
     assert result["after"]["step"] == steps
     assert (path / "adapter" / "adapter.safetensors").is_file()
@@ -111,7 +112,7 @@ def test_the_embedded_model_trains_on_gsm8k(gsm8k: Path, tmp_path: Path) -> None
     path = tmp_path / "run"
     lines, _ = run(path, "tiny", "--dataset", gsm8k, *options)
     [data] = [line for line in lines if line.startswith("data ")]
-    dropped = json.loads((path / "run.json").read_text())["data"]["dropped"]
+    dropped = json.loads((path / "run.json").read_text())["data"]["num_dropped"]
     assert dropped > 0, "some of these prompts are longer than 256 tokens"
     assert f"{48 - dropped} train" in data
     completions = check_run(path, steps=2, updates=1)

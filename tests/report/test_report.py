@@ -12,12 +12,14 @@ from typing import Any
 
 import pytest
 from rich.console import Console
-from tests.fixtures.written_run import write_lines, write_run
+from tests.fixtures.written_run import finished, greedy, sampled, write, write_lines, write_run
 
 from gemma2_grpo import cli
 from gemma2_grpo.report.report import write_comparison, write_report
 from gemma2_grpo.run.console import Display
 from gemma2_grpo.run.loop import Run
+from gemma2_grpo.run.results import Evaluation, HeldOutData, StepsMeasures, System
+from gemma2_grpo.run.schema import RunCompletion, RunFacts, Start
 
 BROWSER = shutil.which("chromium") or shutil.which("google-chrome")
 WIDTHS = (1280, 360)
@@ -43,8 +45,9 @@ FRAME = '<iframe style="width:{width}px;height:900px;border:0" src="{page}"></if
 def written(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A finished run. To look at, not to change."""
     path = write_run(tmp_path_factory.mktemp("runs") / "run", [False] * 20, [True] * 20)
-    (path / "result.json").write_text('{"rises": []}')
-    (path / "run.json").write_text('{"devices": ["cpu:0"], "starts": [{"command": ["train"]}]}')
+    write(path, finished(10))
+    start = Start(command=("train",))
+    write(path, RunFacts(schema_version=1, devices=("cpu:0",), starts=(start,)))
     return path
 
 
@@ -59,16 +62,29 @@ def hostile_pages(written: Path, tmp_path_factory: pytest.TempPathFactory) -> li
     """The report of a run that was evaluated as well, and a comparison, of hostile text."""
     folder = tmp_path_factory.mktemp("hostile")
     runs = [Path(shutil.copytree(written, folder / name)) for name in ("run", "n" * 200)]
-    steps = [{"steps": step, "problems": 1000, "correct": 500} for step in range(1, 9)]
-    greedy = {"problems": 4000, "correct": 1000, "by_solution_steps": steps}
-    sampled = {"samples": 16, "pass_at_1": 0.5, "pass_at_k": {"16": 1.0}, "maj_at_k": {"16": 1.0}}
-    system = {"greedy": greedy, "sampled": sampled}
-    evaluation = {"data": {"source": "x" * 200}, "systems": {"base": system, "adapter": system}}
+    steps = tuple(
+        StepsMeasures(
+            solution_steps=step,
+            num_problems=1000,
+            num_correct=500,
+            correct_fraction=0.5,
+            correct_fraction_interval=(0.469, 0.531),
+        )
+        for step in range(1, 9)
+    )
+    system = System(
+        greedy=greedy(1000, 4000, by_solution_steps=steps),
+        sampled=sampled(0.5, pass_at_k={1: 0.5, 16: 1.0}, maj_at_k={1: 0.5, 16: 1.0}),
+    )
+    evaluation = Evaluation(
+        schema_version=1,
+        data=HeldOutData(source="x" * 200),
+        systems={"base": system, "adapter": system},
+    )
     for run in runs:
-        lines = (run / "completions.jsonl").read_text().splitlines()
-        records = [json.loads(line) | {"completion": HOSTILE} for line in lines]
-        write_lines(run / "completions.jsonl", records)
-        (run / "evaluation.json").write_text(json.dumps(evaluation))
+        records = [line.content for line in RunCompletion.read_lines(run)]
+        write_lines(run, [each.model_copy(update={"completion": HOSTILE}) for each in records])
+        write(run, evaluation)
     return [write_report(runs[0]), write_comparison((runs[0], runs[1]))]
 
 
@@ -78,7 +94,7 @@ def text_of(page: str) -> str:
 
 def test_a_report_that_cannot_be_made_is_one_line_to_the_run(tmp_path: Path) -> None:
     shown = io.StringIO()
-    nothing: Any = SimpleNamespace(path=tmp_path, config=None)
+    nothing: Any = SimpleNamespace(path=tmp_path, config=None, writes=True)
     display = Display(Console(file=shown, width=100))
     Run(nothing, nothing, nothing, display, nothing, nothing, write_report)._report()
     assert shown.getvalue().startswith("the report cannot be written: UserError: run ")

@@ -1,13 +1,13 @@
 """What a report is made of: outcomes, marks, curves and tables, from records made by hand."""
 
 import dataclasses
-import json
 import re
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import tomli_w
+from tests.fixtures.written_run import write as write_record
 from tests.fixtures.written_run import write_evaluation, write_lines, write_run
 
 from gemma2_grpo.errors import UserError
@@ -18,6 +18,7 @@ from gemma2_grpo.report.excerpts import choose, mark
 from gemma2_grpo.report.report import render, write_comparison, write_report
 from gemma2_grpo.run.files import read_run
 from gemma2_grpo.run.outcome import by_evaluation, during_run, headline
+from gemma2_grpo.run.schema import RunFacts, Start, StepRecord
 from gemma2_grpo.task.prompts import render_solution
 from gemma2_grpo.task.rewards import score_completion
 
@@ -45,7 +46,7 @@ def test_a_rise_is_said_with_its_flips(write: Write) -> None:
     )
     outcome = during_run(read_run(path))
     assert outcome and outcome.paired
-    assert (outcome.paired.both_right, outcome.paired.both_wrong) == (7, 2)
+    assert (outcome.paired.num_both_right, outcome.paired.num_both_wrong) == (7, 2)
     # 2 (C(11, 0) + C(11, 1)) / 2^11
     assert outcome.paired.p_value == pytest.approx(24 / 2048)
 
@@ -86,7 +87,10 @@ def test_without_completions_intervals_decide(write: Write) -> None:
 
 def test_counts_that_cannot_be_are_left_out(write: Write) -> None:
     path = write([True, False])
-    write_lines(path / "evaluations.jsonl", [{"step": 0, "problems": 2, "correct": 3}])
+    [line] = (path / "evaluations.jsonl").read_text().splitlines()
+    (path / "evaluations.jsonl").write_text(line.replace('"num_correct":1', '"num_correct":3'))
+    with (path / "evaluations.jsonl").open("a") as file:
+        file.write("\n")
     assert said(path) == "Nothing has been measured yet, so that nothing can be said."
     assert "Nothing has been measured yet" in render(read_run(path))
 
@@ -97,10 +101,11 @@ def test_an_evaluation_comes_first(write: Write) -> None:
     run = read_run(path)
     outcome = by_evaluation(run)
     assert outcome and outcome.paired and outcome.before
-    assert (outcome.paired.fixed, outcome.paired.broken) == (9, 0)
+    assert (outcome.paired.num_fixed, outcome.paired.num_broken) == (9, 0)
     page = render(run).replace("\u00a0", " ")
     assert "<h1>Accuracy rose from 0.0 % to 100.0 % on 9 gsm8k test problems; 9 fixed" in page
-    assert outcome.after and outcome.after.values["sampled.pass_at_k"] == 1
+    assert outcome.after and outcome.after.system.sampled
+    assert outcome.after.system.sampled.pass_at_k[2] == 1
     assert ">Right in at least one of 2 samples</th>" in page and ">100.0 %</td>" in page
     # Five problems with two steps, four with three; by Wilson's interval.
     assert ">2 steps</th>" in page and ">100.0 %, 57 to 100</td>" in page
@@ -173,7 +178,7 @@ def test_running_means_are_centred_and_shorter_at_the_ends() -> None:
 
 
 def test_charts_leave_out_what_was_not_recorded(write: Write) -> None:
-    run = read_run(write([True], [True], metrics={"reward": 0.5, "kl": 0.1, "entropy": None}))
+    run = read_run(write([True], [True], metrics={"mean_reward": 0.5, "kl": 0.1, "entropy": None}))
     assert [chart.name for chart in charts_of_run(run)] == ["reward", "accuracy", "kl"]
     accuracy = charts_of_run(run)[1]
     assert accuracy.curves[0].values == [1.0, 1.0]
@@ -181,7 +186,9 @@ def test_charts_leave_out_what_was_not_recorded(write: Write) -> None:
 
 
 def test_what_explodes_still_fits_its_chart(write: Write) -> None:
-    path = write([True], metrics={"grad_norm": 3e38, "kl": 1e300, "entropy": -2e20, "reward": 1e12})
+    path = write(
+        [True], metrics={"grad_norm": 3e38, "kl": 1e300, "entropy": -2e20, "mean_reward": 1e12}
+    )
     page = render(read_run(path))
     assert ">3e+38</text>" in page and ">-2e+20</text>" in page
     assert "KL to the reference" not in page
@@ -197,10 +204,8 @@ def test_a_long_run_is_a_small_page(write: Write) -> None:
 
 def test_times_add_up_over_steps_and_measurements(write: Write) -> None:
     path = write([True], [True], steps=4)
-    lines = (path / "evaluations.jsonl").read_text().splitlines()
-    write_lines(
-        path / "evaluations.jsonl", [{**json.loads(line), "seconds": 6.0} for line in lines]
-    )
+    evaluations = read_run(path).evaluations
+    write_lines(path, [each.model_copy(update={"seconds": 6.0}) for each in evaluations])
     run = read_run(path)
     times = render(run).split('id="time"')[1]
     rows = re.findall(r"<th>(.*?)</th><td class=.number.>(.*?)</td><td .*?>(.*?)<", times)
@@ -218,9 +223,9 @@ def test_times_add_up_over_steps_and_measurements(write: Write) -> None:
 def test_compiling_counts_every_launch(write: Write) -> None:
     path = write([True], steps=4)
     seconds = [3.0, 5.0, 2.0, 2.5]
-    records = [{"step": i + 1, "compile_seconds": s} for i, s in enumerate(seconds)]
-    records[1]["peak_memory_bytes"] = 5_000_000_000
-    write_lines(path / "metrics.jsonl", records)
+    records = [StepRecord(step=i + 1, compile_seconds=s) for i, s in enumerate(seconds)]
+    records[1] = records[1].model_copy(update={"peak_memory_bytes": 5_000_000_000})
+    write_lines(path, records)
     assert facts.speed(read_run(path)) == (
         "7.5 s of all this, and of loading, went into compiling. Peak memory was 5.00 GB."
     )
@@ -244,7 +249,7 @@ def test_differences_are_from_the_nearest_preset(write: Write) -> None:
 def test_nobodys_home_and_no_token_is_told(write: Write) -> None:
     path = write([True])
     command = ["gemma2-grpo", "train", "--run", "/home/ludwig/runs/x", "hf_abcdefghijklmnop"]
-    (path / "run.json").write_text(json.dumps({"starts": [{"command": command}]}))
+    write_record(path, RunFacts(schema_version=1, starts=(Start(command=tuple(command)),)))
     with (path / "config.toml").open("a") as file:
         file.write('[model]\nmodel = "/Users/ludwig/gemma"\n')
     page = render(read_run(path))
@@ -254,7 +259,7 @@ def test_nobodys_home_and_no_token_is_told(write: Write) -> None:
 
 def test_a_run_of_a_notebook_is_reproduced_by_its_configuration(write: Write) -> None:
     path = write([True])
-    (path / "run.json").write_text(json.dumps({"starts": [{"command": []}]}))
+    write_record(path, RunFacts(schema_version=1, starts=(Start(command=()),)))
     [(_, command)] = facts.starts(read_run(path))
     assert command.startswith("# No command was recorded")
     assert command.endswith(f"\ngemma2-grpo train {path}/config.toml --run runs/again")
@@ -270,10 +275,14 @@ def test_whatever_is_damaged_the_report_opens(write: Write) -> None:
     for name in ("metrics.jsonl", "evaluations.jsonl", "completions.jsonl"):
         with (path / name).open("a") as file:
             file.write('{"held_out": \n[1]\nnull\n"held_out"\n{"step": null}\n{"step": "x"}\n')
-            file.write('{"step": 11, "kl": 1e999, "reward": "much"}\n' + "[" * 100_000 + "\n")
-    (path / "run.json").write_text('{"starts": [1], "devices": 3, "data": "x"}')
+            file.write('{"step": 11, "kl": 1e999, "grad_norm": "much"}\n' + "[" * 100_000 + "\n")
+    (path / "run.json").write_text(
+        '{"schema_version": 1, "starts": [1], "devices": 3, "data": "x"}'
+    )
     (path / "result.json").write_text("[]")
-    (path / "evaluation.json").write_text('{"systems": {"base": {"greedy": 3}}}')
+    (path / "evaluation.json").write_text(
+        '{"schema_version": 1, "systems": {"base": {"greedy": 3}}}'
+    )
     page = render(read_run(path))
     assert "lines are damaged in metrics.jsonl, and left out" in page
     assert "result.json is damaged: whether the run has finished" in page
@@ -288,6 +297,38 @@ def test_a_crash_at_step_0(tmp_path: Path) -> None:
     assert "not finished, 0 of 3 steps" in page
     assert "run.json is missing or damaged" in page
     assert not list(tmp_path.glob("*.tmp")) and not list(tmp_path.glob(".*"))
+
+
+# --- Other versions ---
+
+
+def test_a_run_of_an_older_version_is_refused_and_not_misread(write: Write) -> None:
+    path = write([True], [True])
+    (path / "run.json").write_text('{"starts": [], "data": {"source": "gsm8k", "dropped": 0}}')
+    with pytest.raises(UserError) as refusal:
+        write_report(path)
+    assert str(refusal.value) == (
+        f"{path / 'run.json'}: has an older schema, without a version; this gemma2-grpo reads "
+        "version 1; train again, or use the version that wrote it"
+    )
+    assert not (path / "report.html").exists()
+
+
+def test_an_evaluation_of_an_older_version_is_refused(write: Write) -> None:
+    path = write([True], [True])
+    (path / "evaluation.json").write_text('{"systems": {"base": {"greedy": {"correct": 3}}}}')
+    with pytest.raises(UserError, match="evaluate again with --overwrite"):
+        write_report(path)
+
+
+def test_logs_of_an_older_version_without_run_json_are_empty(write: Write) -> None:
+    """Its names are not those of today, so that nothing is taken for something else."""
+    path = write([True], [True])
+    (path / "metrics.jsonl").write_text('{"step": 1, "reward": 0.5, "correct": 0.25}\n')
+    (path / "evaluations.jsonl").write_text('{"step": 0, "problems": 2, "correct": 1}\n')
+    page = render(read_run(path))
+    assert "1 line is damaged in evaluations.jsonl, and left out" in page
+    assert "Reward by component" not in page and "Nothing has been measured" in page
 
 
 # --- Two runs ---

@@ -7,10 +7,12 @@ from typing import Any
 import pytest
 from rich.cells import cell_len
 from rich.console import Console
+from tests.fixtures.written_run import greedy, sampled
 
 from gemma2_grpo.run.console import Display
-from gemma2_grpo.run.measure import Measurement, Sampled
 from gemma2_grpo.run.panel import curve
+from gemma2_grpo.run.results import Measurement, Rise
+from gemma2_grpo.run.schema import RunCompletion, StepRecord
 
 HOSTILE = [
     "[bold red]",
@@ -20,37 +22,50 @@ HOSTILE = [
     "\x1b[31mred\x1b]0;title\x07\x9b31m",
     "back\b\b\rspace\x00\u202e",
 ]
-RECORD = {
-    "step": 600,
-    "reward": 1.05,
-    "format": 1.0,
-    "logic": 1.0,
-    "accuracy": 1.0,
-    "correct": 0.98765,
-    "kl": 0.123456,
-    "entropy": 1.23456,
-    "clip_fraction": 0.123456,
-    "grad_norm": 12.3456,
-    "completion_tokens": 768.0,
-    "truncated": 0.123456,
-    "tokens_per_second": 12_345.6,
-    "peak_memory_fraction": 0.95,
-    "seconds_left": 35_999.0,
-    "total": 1.05,
-}
-MEASUREMENT = Measurement(
-    problems=1319,
-    correct=700,
-    official_correct=699,
-    format=1.0,
-    true_equations=1.0,
-    mean_tokens=768.0,
-    truncated=0.0,
-    reward=1.05,
-    sampled=Sampled(
-        samples=16, pass_at_1=0.5, pass_at_k=1.0, format=1.0, reward=1.05, true_equations=1.0
-    ),
+RECORD = StepRecord(
+    step=600,
+    mean_reward=1.05,
+    mean_components={"format": 1.0, "logic": 1.0, "accuracy": 1.0},
+    correct_fraction=0.98765,
+    kl=0.123456,
+    entropy=1.23456,
+    clip_fraction=0.123456,
+    grad_norm=12.3456,
+    mean_completion_tokens=768.0,
+    truncated_fraction=0.123456,
+    tokens_per_second=12_345.6,
+    peak_memory_fraction=0.95,
+    seconds_left=35_999.0,
 )
+MEASUREMENT = Measurement(
+    step=599,
+    greedy=greedy(700, 1319, mean_completion_tokens=768.0),
+    sampled=sampled(0.5, pass_at_k={1: 0.5, 16: 1.0}, maj_at_k={1: 0.5, 16: 1.0}),
+)
+
+
+def changed(**values: Any) -> StepRecord:
+    return RECORD.model_copy(update=values)
+
+
+def completion(question: str, text: str) -> RunCompletion:
+    return RunCompletion(
+        step=599,
+        kind="train",
+        question=question,
+        answer="19",
+        completion=text,
+        completion_tokens=768,
+        truncated=False,
+        reward=1.05,
+        components={"format": 1.0, "logic": 1.0, "accuracy": 1.0},
+        correct=True,
+        official_correct=True,
+        num_equations=1,
+        num_true_equations=1,
+    )
+
+
 PLAN = {
     "devices": "8 x TPU v5 lite, mesh 2 fsdp x 4 tp",
     "model": "google/gemma-2-2b-it, 2,614,341,888 parameters in bfloat16",
@@ -61,7 +76,6 @@ PLAN = {
 
 
 def show_everything(display: Display) -> None:
-    record = {"step": 0, **MEASUREMENT.as_record()}
     display.plan(PLAN)
     display.note("run directory: runs/gemma2-2b-v5e8")
     with display.measuring("measuring 1319 held-out problems", 2638) as on_batch:
@@ -70,16 +84,16 @@ def show_everything(display: Display) -> None:
         for step in range(1, 101):
             on_step(step, 1.23456)
     with display.training(598, 600) as on_record:
-        on_record(RECORD | {"step": 599})
-        display.sample(599, "How many eggs? " * 20, "Step 1: 12 + 7 = 19\n" * 5, RECORD)
+        on_record(changed(step=599))
+        display.sample(599, completion("How many eggs? " * 20, "Step 1: 12 + 7 = 19\n" * 5))
         with display.measuring("measuring 1319 held-out problems", 1319) as on_batch:
             on_batch(1319)
         display.held_out(599, MEASUREMENT)
         fell = ["entropy fell to 9 % of its start at step 600"]
         on_record(RECORD, fell, fell)
-    display.before_and_after(record, record)
-    rise = {"name": "format", "first": 0.0, "last": 1.0, "half_way_step": 600}
-    display.rises([rise, rise | {"name": "accuracy", "half_way_step": None}])
+    display.before_and_after(MEASUREMENT, MEASUREMENT)
+    rise = Rise(name="format", first=0.0, last=1.0, half_way_step=600)
+    display.rises([rise, rise.model_copy(update={"name": "accuracy", "half_way_step": None})])
 
 
 def plain() -> tuple[Display, io.StringIO]:
@@ -131,7 +145,7 @@ def test_off_a_terminal_there_are_plain_lines(capsys: pytest.CaptureFixture[str]
 def test_off_a_terminal_a_step_is_one_line() -> None:
     display, shown = plain()
     with display.training(0, 600) as on_record:
-        on_record(RECORD | {"kl": 12.3, "seconds_left": 359_999.0})
+        on_record(changed(kl=12.3, seconds_left=359_999.0))
     assert shown.getvalue().count("\n") == 1
     assert shown.getvalue().endswith("; 99:59:59 left\n")
 
@@ -140,8 +154,8 @@ def test_off_a_terminal_a_step_is_one_line() -> None:
 def test_a_step_without_a_reward_is_not_one_of_0(make: str) -> None:
     display, shown = {"plain": plain, "terminal": terminal}[make]()
     with display.training(598, 600) as on_record:
-        on_record(RECORD | {"reward": None})
-        on_record(RECORD | {"reward": None})
+        on_record(changed(mean_reward=None))
+        on_record(changed(mean_reward=None))
     assert "none (format" in shown.getvalue() and "0.000" not in shown.getvalue()
 
 
@@ -180,7 +194,7 @@ def test_a_terminal_of_80_columns_is_wide_enough() -> None:
         assert any(line in shown_line for shown_line in lines)
     [head] = [i for i, line in enumerate(lines) if line.startswith("┃") and "before" in line]
     table = [line for line in lines[head:] if line.startswith("│ ") and "%" in line]
-    assert len(table) == 10
+    assert len(table) == 13
     assert any("Right in at least one of 16 samples" in line for line in table)
 
 
@@ -189,7 +203,7 @@ def test_a_terminal_of_80_columns_is_wide_enough() -> None:
 def test_what_a_model_writes_takes_no_effect(hostile: str, make: Any) -> None:
     display, shown = make()
     with display.training(0, 2):
-        display.sample(1, f"question {hostile}", f"completion {hostile} end", RECORD)
+        display.sample(1, completion(f"question {hostile}", f"completion {hostile} end"))
     display.note(f"note {hostile if chr(27) not in hostile else ''}")
     display.plan({"data": hostile if chr(27) not in hostile else ""})
     text = shown.getvalue()
@@ -204,20 +218,20 @@ def test_what_a_model_writes_takes_no_effect(hostile: str, make: Any) -> None:
 
 def test_measurements_without_samples_leave_their_rows_out() -> None:
     display, shown = plain()
-    record = MEASUREMENT.as_record() | {"sampled": None}
-    display.before_and_after(record, record)
+    measured = MEASUREMENT.model_copy(update={"sampled": None})
+    display.before_and_after(measured, measured)
     assert "sampled" not in shown.getvalue()
     assert "Right, greedy" in shown.getvalue()
 
 
 def test_change_is_in_points() -> None:
     display, shown = plain()
-    before = MEASUREMENT.as_record()
-    more = before["problems"] // 4
-    after = before | {"correct": before["correct"] + more, "mean_tokens": 700.5}
-    display.before_and_after(before, after)
+    problems = MEASUREMENT.greedy.num_problems
+    more = problems // 4
+    better = greedy(700 + more, problems, mean_completion_tokens=700.5)
+    display.before_and_after(MEASUREMENT, MEASUREMENT.model_copy(update={"greedy": better}))
     lines = {line.split("│")[1].strip(): line for line in shown.getvalue().splitlines()[4:-1]}
-    change = 100 * more / before["problems"]
+    change = 100 * more / problems
     assert lines["Right, greedy"].split()[-3:-1] == [f"+{change:.1f}", "pp"]
     assert lines["Tokens per completion"].split()[-2] == "\u221267.50"
 

@@ -9,14 +9,17 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pytest
+from tests.fixtures.written_run import answers, finished, measured
 
 from gemma2_grpo.config import Config
 from gemma2_grpo.errors import ConfigError, UserError
 from gemma2_grpo.presets import load_config
-from gemma2_grpo.run.directory import RunDirectory, check_free_space, command_facts
+from gemma2_grpo.run.directory import RunDirectory, check_free_space
+from gemma2_grpo.run.results import Measurement
+from gemma2_grpo.run.schema import RunCompletion, Start, StepRecord
 
 CONFIG = load_config("tiny")
 CHANGES = [
@@ -158,7 +161,7 @@ def test_a_command_is_recorded_and_the_words_of_a_kernel_are_not(
     program: str, command: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(sys, "argv", [program, "train", "tiny"])
-    assert command_facts()["command"] == command
+    assert list(Start.now().command) == command
 
 
 def test_run_json_keeps_every_start(run):
@@ -240,9 +243,9 @@ def test_a_full_disk_is_one_line_and_keeps_what_was_there(run, monkeypatch):
             raise OSError(28, "No space left on device")
 
         monkeypatch.setattr(Path, "write_text", full)
-        assert message(directory.finish, {"after": {}}) == (
-            f"run directory {run}: result.json cannot be written (No space left on device); mend "
-            "that and run the same command again, which goes on"
+        assert message(directory.write, finished(1)) == (
+            f"run directory {run}: result.json cannot be written (No space left on device); fix "
+            "that and run the same command again to resume"
         )
         assert {path.name: path.read_bytes() for path in run.iterdir()} == before
         assert directory.result is None
@@ -251,9 +254,9 @@ def test_a_full_disk_is_one_line_and_keeps_what_was_there(run, monkeypatch):
             raise OSError(28, "No space left on device")
 
         monkeypatch.setattr(Path, "open", refuse)
-        assert message(directory.append, "metrics.jsonl", {"step": 1}) == (
+        assert message(directory.append, StepRecord(step=1)) == (
             f"run directory {run}: metrics.jsonl cannot be written (No space left on device); "
-            "mend that and run the same command again, which goes on"
+            "fix that and run the same command again to resume"
         )
 
 
@@ -282,15 +285,15 @@ def test_a_run_that_never_started_leaves_nothing(tmp_path):
 
 def test_files_are_replaced_as_a_whole(run, monkeypatch):
     with opened(run) as directory:
-        directory.finish({"after": {"step": 1}})
+        directory.write(finished(1))
 
         def killed(*_: Any) -> None:
             raise KeyboardInterrupt
 
         monkeypatch.setattr(Path, "replace", killed)
         with pytest.raises(KeyboardInterrupt):
-            directory.finish({"after": {"step": 2}})
-        assert directory.result == {"after": {"step": 1}}
+            directory.write(finished(2))
+        assert directory.result == finished(1)
 
 
 @pytest.mark.parametrize("content", ["", '{"after": {"st', "[" * 5])
@@ -300,51 +303,118 @@ def test_a_broken_result_is_no_result(content, run):
         assert directory.result is None
 
 
+def completion(step: int, kind: Literal["train", "held_out"], text: str = "") -> RunCompletion:
+    [record] = answers(RunCompletion, [True], step=step, kind=kind)
+    return record.model_copy(update={"completion": text})
+
+
 def test_a_last_line_that_was_cut_off_is_left_out(run):
-    whole = [{"step": 1, "text": "naïve 😀"}, {"step": 2, "text": "[bold]\u2028\r\n"}]
+    whole = [completion(1, "train", "naïve 😀"), completion(2, "train", "[bold]\u2028\r\n")]
     with opened(run) as directory:
         for record in whole:
-            directory.append("metrics.jsonl", record)
-        assert list(directory.records("metrics.jsonl")) == whole
-        complete = (run / "metrics.jsonl").read_bytes()
-        directory.append("metrics.jsonl", {"step": 3, "text": "naïve 😀"})
-        longer = (run / "metrics.jsonl").read_bytes()
-        for end in range(len(complete), len(longer) - 1):  # Also within a character.
-            (run / "metrics.jsonl").write_bytes(longer[:end])
-            assert list(directory.records("metrics.jsonl")) == whole
-        assert list(directory.records("absent.jsonl")) == []
+            directory.append(record)
+        assert list(directory.records(RunCompletion)) == whole
+        file = run / "completions.jsonl"
+        complete = file.read_bytes()
+        directory.append(completion(3, "train", "naïve 😀"))
+        longer = file.read_bytes()
+        for end in range(len(complete), len(longer)):  # Also within a character.
+            file.write_bytes(longer[:end])
+            assert list(directory.records(RunCompletion)) == whole
+        assert list(directory.records(StepRecord)) == []
 
 
 def test_what_is_no_number_becomes_null(run):
     """Python writes NaN and Infinity, which no other reader of JSON takes."""
     with opened(run) as directory:
-        directory.append("metrics.jsonl", {"step": 1, "loss": float("nan"), "kl": float("inf")})
-        assert list(directory.records("metrics.jsonl")) == [{"step": 1, "loss": None, "kl": None}]
+        directory.append(StepRecord(step=1, loss=float("nan"), kl=float("inf")))
+        assert json_lines(run / "metrics.jsonl") == [{"step": 1, "loss": None, "kl": None}]
 
 
 def test_what_is_done_again_is_forgotten(run):
     with opened(run) as directory:
         for step in (0, 2, 4):
-            directory.append("evaluations.jsonl", {"step": step})
+            directory.append(measured(step))
         for step in range(1, 6):
-            directory.append("metrics.jsonl", {"step": step})
-            directory.append("completions.jsonl", {"step": step, "kind": "train"})
+            directory.append(StepRecord(step=step))
+            directory.append(completion(step, "train"))
         with (run / "metrics.jsonl").open("a") as file:
             file.write('{"step": 6, "rew')
         directory.forget_after(3)
-        assert [r["step"] for r in directory.records("metrics.jsonl")] == [1, 2, 3]
-        assert [r["step"] for r in directory.records("completions.jsonl")] == [1, 2, 3]
-        assert [r["step"] for r in directory.records("evaluations.jsonl")] == [0, 2]
-        directory.append("metrics.jsonl", {"step": 4})
+        assert [r.step for r in directory.records(StepRecord)] == [1, 2, 3]
+        assert [r.step for r in directory.records(RunCompletion)] == [1, 2, 3]
+        assert [r.step for r in directory.records(Measurement)] == [0, 2]
+        directory.append(StepRecord(step=4))
         assert len(json_lines(run / "metrics.jsonl")) == 4
 
 
 def test_a_measurement_that_was_cut_off_is_forgotten(run):
     with opened(run) as directory:
-        directory.append("evaluations.jsonl", {"step": 0})
-        for step in (0, 2):
-            directory.append("completions.jsonl", {"step": step, "kind": "held_out"})
-        directory.append("completions.jsonl", {"step": 2, "kind": "train"})
+        directory.append(measured(0))
+        directory.append(
+            completion(0, "held_out"), completion(2, "train"), completion(2, "held_out")
+        )
         directory.forget_after(2)
-        kept = [(r["step"], r["kind"]) for r in directory.records("completions.jsonl")]
+        kept = [(r.step, r.kind) for r in directory.records(RunCompletion)]
         assert kept == [(0, "held_out"), (2, "train")]
+
+
+def test_nothing_after_a_damaged_line_is_lost_and_what_is_kept_is_not_rewritten(run):
+    with opened(run) as directory:
+        directory.append(*(completion(step, "train") for step in range(1, 6)))
+        file = run / "completions.jsonl"
+        lines = file.read_bytes().splitlines(keepends=True)
+        lines[1] = b'{"step": 2, "ki\x00\n'
+        file.write_bytes(b"".join(lines))
+        directory.forget_after(5)
+        assert file.read_bytes() == b"".join(lines)
+        assert [r.step for r in directory.records(RunCompletion)] == [1, 3, 4, 5]
+        directory.forget_after(3)
+        assert file.read_bytes() == b"".join(lines[:3])
+
+
+def test_a_damaged_measurement_costs_none_of_the_completions_after_it(run):
+    with opened(run) as directory:
+        directory.append(measured(0), measured(2))
+        kinds = ((0, "held_out"), (1, "train"), (2, "train"), (2, "held_out"), (3, "train"))
+        directory.append(*(completion(*place) for place in kinds))
+        file = run / "evaluations.jsonl"
+        file.write_bytes(b"\x00" + file.read_bytes()[1:])
+        directory.forget_after(2)
+        kept = [(r.step, r.kind) for r in directory.records(RunCompletion)]
+        assert kept == list(kinds[:4])
+
+
+def test_a_process_that_does_not_write_leaves_no_trace(tmp_path):
+    directory = RunDirectory(tmp_path / "unseen", CONFIG, writes=False)
+    directory.check_same("data_sha256", "x")
+    directory.describe({"data_sha256": "x"})
+    directory.append(StepRecord(step=1))
+    directory.write(finished(1))
+    directory.forget_after(0)
+    assert directory.result is None and list(directory.records(StepRecord)) == []
+    directory.close()
+    assert list(tmp_path.iterdir()) == []
+
+
+# --- Other versions ---
+
+
+@pytest.mark.parametrize(
+    ("version", "said"), [(None, "an older schema, without a version"), (99, "schema version 99")]
+)
+def test_logs_of_another_version_are_not_resumed(version: int | None, said: str, run: Path) -> None:
+    facts = json.loads((run / "run.json").read_text())
+    del facts["schema_version"]
+    (run / "run.json").write_text(
+        json.dumps(facts | ({"schema_version": version} if version else {}))
+    )
+    for allow in (False, True):
+        assert message(
+            lambda allow=allow: RunDirectory(run, CONFIG, allow_config_change=allow)
+        ) == (
+            f"{run / 'run.json'}: has {said}; this gemma2-grpo reads version 1; choose another "
+            "--run"
+        )
+    with opened(run.with_name("other")):
+        pass

@@ -3,20 +3,22 @@
 from typing import Any
 
 import pytest
+from tests.fixtures.written_run import greedy, sampled
 
 from gemma2_grpo.run.health import Health, find_alarms
+from gemma2_grpo.run.results import Measurement
 
 QUIET = {
-    "reward": 0.5,
+    "mean_reward": 0.5,
     "entropy": 1.0,
     "kl": 0.01,
-    "uniform_groups": 0.1,
+    "uniform_groups_fraction": 0.1,
     "clip_fraction": 0.0,
-    "truncated": 0.0,
-    "completion_tokens": 100.0,
+    "truncated_fraction": 0.0,
+    "mean_completion_tokens": 100.0,
     "grad_norm": 0.1,
-    "updates": 3,
-    "updates_left_out": 0,
+    "num_updates": 3,
+    "num_updates_left_out": 0,
 }
 
 
@@ -37,9 +39,9 @@ def test_a_quiet_run_has_none() -> None:
 @pytest.mark.parametrize(
     ("name", "below", "warning", "critical"),
     [
-        ("uniform_groups", 0.49, 0.5, 0.75),
+        ("uniform_groups_fraction", 0.49, 0.5, 0.75),
         ("clip_fraction", 0.19, 0.2, 0.4),
-        ("truncated", 0.049, 0.05, 0.15),
+        ("truncated_fraction", 0.049, 0.05, 0.15),
     ],
 )
 def test_levels(name: str, below: float, warning: float, critical: float) -> None:
@@ -50,7 +52,7 @@ def test_levels(name: str, below: float, warning: float, critical: float) -> Non
 
 def test_one_noisy_step_is_no_alarm() -> None:
     records = steps(20)
-    records[10]["truncated"] = 0.2
+    records[10]["truncated_fraction"] = 0.2
     assert alarms(records) == []
 
 
@@ -78,12 +80,12 @@ def test_kl_alarms_while_it_rises() -> None:
     assert alarms([{**r, "kl": 0.1 * r["step"]} for r in steps(40)]) == [("kl", "critical", 22)]
 
 
-@pytest.mark.parametrize(("grown", "found"), [(149.0, []), (150.0, ["completion_tokens"])])
+@pytest.mark.parametrize(("grown", "found"), [(149.0, []), (150.0, ["mean_completion_tokens"])])
 def test_length_alarms_where_the_reward_follows_it(grown: float, found: list[str]) -> None:
-    longer = {"completion_tokens": grown, "reward": 0.8}
+    longer = {"mean_completion_tokens": grown, "mean_reward": 0.8}
     records = steps(10) + [{**QUIET, "step": 10 + i, **longer} for i in range(1, 11)]
     assert [a[0] for a in alarms(records)] == found
-    assert alarms([{**record, "reward": 0.5} for record in records]) == []
+    assert alarms([{**record, "mean_reward": 0.5} for record in records]) == []
 
 
 def test_entropy_alarms_below_its_threshold_only() -> None:
@@ -96,30 +98,37 @@ def test_entropy_alarms_below_its_threshold_only() -> None:
     ("held_out", "found"), [(0.36, []), (0.35, ["warning"]), (0.2, ["critical"])]
 )
 def test_a_training_reward_above_the_held_out_one(held_out: float, found: list[str]) -> None:
-    before = {"step": 0, "reward": 0.0}
-    levels = [a.level for a in find_alarms(steps(10), [before, {"step": 10, "reward": held_out}])]
+    def at(step: int, reward: float, sampled_reward: float | None = None) -> Measurement:
+        drawn = sampled(0.5, pass_at_k={}, maj_at_k={})
+        return Measurement(
+            step=step,
+            greedy=greedy(1, 2, mean_reward=reward),
+            sampled=sampled_reward and drawn.model_copy(update={"mean_reward": sampled_reward}),
+        )
+
+    levels = [a.level for a in find_alarms(steps(10), [at(0, 0.0), at(10, held_out)])]
     assert levels == found
-    sampled = {"step": 10, "reward": 0.0, "sampled": {"reward": held_out}}
-    assert [a.level for a in find_alarms(steps(10), [sampled])] == found
+    drawn = find_alarms(steps(10), [at(10, 0.0, held_out)])
+    assert [alarm.level for alarm in drawn] == found
 
 
 def test_values_that_are_no_numbers_raise_nothing() -> None:
     odd: list[Any] = [None, "high", float("nan"), 10**400, [1.0], True]
     for value in odd:
-        assert alarms(steps(12, kl=value, entropy=value, grad_norm=value, updates=value)) == []
+        assert alarms(steps(12, kl=value, entropy=value, grad_norm=value, num_updates=value)) == []
 
 
 def test_updates_that_were_left_out() -> None:
     records = steps(5)
-    records[2]["updates_left_out"] = 1
-    assert alarms(records) == [("updates_left_out", "warning", 3)]
+    records[2]["num_updates_left_out"] = 1
+    assert alarms(records) == [("num_updates_left_out", "warning", 3)]
 
 
 def test_alarms_are_new_once_and_active_while_they_last() -> None:
     health = Health()
-    new = [bool(health.add(record)) for record in steps(10, truncated=0.1)]
+    new = [bool(health.add(record)) for record in steps(10, truncated_fraction=0.1)]
     assert sum(new) == 1
-    assert [alarm.signal.name for alarm in health.active] == ["truncated"]
+    assert [alarm.signal.name for alarm in health.active] == ["truncated_fraction"]
     for record in steps(20):
         health.add({**record, "step": record["step"] + 10})
     assert health.active == [] and len(health.alarms) == 1

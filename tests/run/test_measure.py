@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from gemma2_grpo.config import RewardConfig
-from gemma2_grpo.run.measure import Measurement, Sampled, measure
+from gemma2_grpo.run.measure import measure
 from gemma2_grpo.sampling.rollout import Completions
 from gemma2_grpo.task.examples import Example
 from gemma2_grpo.task.prompts import render_prompt
@@ -64,29 +64,37 @@ def test_measurement_by_hand():
     texts = [(e, answer_of(render_prompt(e.question), d)) for e in EXAMPLES for d in range(2)]
     greedy = [score_completion(t, e.answer, e.question).total for e, t in texts[::2]]
     reward = np.mean([score_completion(t, e.answer, e.question).total for e, t in texts])
-    assert measured == Measurement(
-        problems=7,
-        correct=4,
-        official_correct=measured.official_correct,
-        format=6 / 7,
-        true_equations=4 / 6,
-        mean_tokens=pytest.approx(np.mean(lengths)),
-        truncated=1 / 7,
-        reward=pytest.approx(np.mean(greedy)),
-        sampled=Sampled(
-            samples=2,
-            pass_at_1=pytest.approx((4 + 0.5) / 7),
-            pass_at_k=pytest.approx(5 / 7),
-            format=12 / 14,
-            reward=pytest.approx(reward),
-            true_equations=pytest.approx(9 / 12),
-        ),
-    )
-    assert measured.accuracy == 4 / 7
-    low, high = measured.interval
+    official = measured.greedy.num_official_correct
+    assert measured.greedy.model_dump() == {
+        "num_problems": 7,
+        "num_correct": 4,
+        "num_official_correct": official,
+        "correct_fraction": 4 / 7,
+        "correct_fraction_interval": measured.greedy.correct_fraction_interval,
+        "official_correct_fraction": official / 7,
+        "perfect_format_fraction": 6 / 7,
+        "true_equations_fraction": 4 / 6,
+        "mean_completion_tokens": pytest.approx(np.mean(lengths)),
+        "truncated_fraction": 1 / 7,
+        "mean_reward": pytest.approx(np.mean(greedy)),
+        "by_solution_steps": (),
+    }
+    low, high = measured.greedy.correct_fraction_interval
     assert 0.2 < low < 4 / 7 < high < 0.85
-    record = measured.as_record()
-    assert (record["accuracy"], record["interval"]) == (4 / 7, [low, high])
+    lengths = [len(text) for _, text in texts]
+    assert measured.sampled is not None
+    assert measured.sampled.model_dump() == {
+        "num_samples": 2,
+        "correct_fraction": pytest.approx((4 + 0.5) / 7),
+        "correct_fraction_interval": measured.sampled.correct_fraction_interval,
+        "pass_at_k": {1: pytest.approx((4 + 0.5) / 7), 2: pytest.approx(5 / 7)},
+        "maj_at_k": {1: pytest.approx((4 + 0.5) / 7), 2: pytest.approx((4 + 0.5) / 7)},
+        "perfect_format_fraction": 12 / 14,
+        "true_equations_fraction": pytest.approx(9 / 12),
+        "truncated_fraction": 2 / 14,
+        "mean_completion_tokens": pytest.approx(np.mean(lengths)),
+        "mean_reward": pytest.approx(reward),
+    }
 
 
 @pytest.mark.parametrize("batch", [1, 2, 3, 7, 20])
@@ -116,13 +124,13 @@ def test_progress_counts_each_problem_once():
 
 def test_completions_are_handed_out_in_the_order_of_their_examples():
     learner: Any = FakeLearner(eval_batch_prompts=4)
-    seen: list[tuple[str, float]] = []
+    seen: list[tuple[str, float | None]] = []
     measure(
         learner,
         EXAMPLES,
         SCORE,
         samples=2,
-        on_scored=lambda texts, _, scores: seen.extend(zip(texts, scores["total"], strict=True)),
+        on_greedy=lambda records: seen.extend((r.completion, r.reward) for r in records),
     )
     texts = [answer_of(render_prompt(e.question), 0) for e in EXAMPLES]
     assert seen == [
@@ -136,14 +144,16 @@ def test_a_mean_of_nothing_is_no_warning_and_no_number():
     unscored = Scorer(RewardConfig(), lambda questions, *_: [None] * len(questions))
     measured = measure(learner, EXAMPLES, unscored, samples=2)
     assert measured.sampled is not None
-    assert measured.reward is None and measured.sampled.reward is None, "which is not 0"
+    assert measured.greedy.mean_reward is None and measured.sampled.mean_reward is None, (
+        "which is not 0"
+    )
     partly = Scorer(
         RewardConfig(format_weight=0, logic_weight=0, accuracy_weight=0, length_weight=0),
         lambda questions, *_: [2.0, *[None] * (len(questions) - 1)],
     )
     measured = measure(learner, EXAMPLES, partly, samples=2)
     assert measured.sampled is not None
-    assert measured.sampled.reward == 2.0
+    assert measured.sampled.mean_reward == 2.0
 
 
 # --- With a real policy ---
@@ -155,15 +165,16 @@ def test_a_recorded_measurement_is_what_its_completions_say(straight_run):
     assert [record["step"] for record in evaluations] == [0, 2, 4, 5]
     for record in evaluations:
         rows = [r for r in completions if r["kind"] == "held_out" and r["step"] == record["step"]]
-        assert len(rows) == record["problems"] == 3
+        greedy = record["greedy"]
+        assert len(rows) == greedy["num_problems"] == 3
         scores = [score_completion(r["completion"], r["answer"], r["question"]) for r in rows]
         equations = sum(len(s.equations) for s in scores)
         true = sum(e.is_true for s in scores for e in s.equations)
-        assert record["correct"] == sum(s.correct for s in scores)
-        assert record["official_correct"] == sum(s.official_correct for s in scores)
-        assert record["format"] == sum(s.format == 1 for s in scores) / 3
-        assert record["true_equations"] == true / max(equations, 1)
-        assert record["accuracy"] == record["correct"] / 3
+        assert greedy["num_correct"] == sum(s.correct for s in scores)
+        assert greedy["num_official_correct"] == sum(s.official_correct for s in scores)
+        assert greedy["perfect_format_fraction"] == sum(s.format == 1 for s in scores) / 3
+        assert greedy["true_equations_fraction"] == true / max(equations, 1)
+        assert greedy["correct_fraction"] == greedy["num_correct"] / 3
 
 
 def test_the_same_seed_measures_the_same_and_training_draws_are_left_alone(session):
@@ -180,7 +191,7 @@ def test_the_same_seed_measures_the_same_and_training_draws_are_left_alone(sessi
             session.held_out,
             SCORE,
             samples=4,
-            on_scored=lambda greedy, _, __, texts=texts: texts.extend(greedy),
+            on_greedy=lambda records, texts=texts: texts.extend(r.completion for r in records),
         )
         assert first in (None, again)
         first = again

@@ -135,7 +135,8 @@ def test_two_processes_train_as_one(write_config: Callable[..., Path], tmp_path:
     for one, two in zip(
         *(records(tmp_path / name, "metrics.jsonl") for name in ("one", "two")), strict=True
     ):
-        for name in ("reward", "kl", "loss", "entropy", "grad_norm", "clip_fraction", "truncated"):
+        names = ("mean_reward", "kl", "loss", "entropy", "grad_norm", "clip_fraction")
+        for name in (*names, "truncated_fraction"):
             assert two[name] == pytest.approx(one[name], rel=1e-3, abs=1e-6), name
 
 
@@ -195,9 +196,9 @@ def test_a_process_with_nothing_to_learn_and_unscored_completions(
     assert [ended(process)[0] for process in pair] == [0, 0]
     check_same_adapters(tmp_path / "one", tmp_path / "two")
     metrics = records(tmp_path / "two", "metrics.jsonl")
-    assert {record["uniform_groups"] for record in metrics} == {0.0, 0.5}
-    assert sum(record["unscored"] for record in metrics) > 0
-    assert all(record["updates"] == 2 for record in metrics)
+    assert {record["uniform_groups_fraction"] for record in metrics} == {0.0, 0.5}
+    assert sum(record["num_unscored"] for record in metrics) > 0
+    assert all(record["num_updates"] == 2 for record in metrics)
 
 
 @pytest.mark.parametrize("victim", [pytest.param(0, marks=pytest.mark.slow), 1])

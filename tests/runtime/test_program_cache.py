@@ -175,8 +175,8 @@ def test_programs_of_all_threads_are_counted_once() -> None:
 def test_counts_as_records_and_for_people() -> None:
     count = ProgramCount(Path("/cache"), compiled=14, seconds=20.7, cached=9)
     assert count.as_record() == {
-        "compiled_programs": 14,
-        "cached_programs": 9,
+        "num_compiled_programs": 14,
+        "num_cached_programs": 9,
         "compile_seconds": 20.7,
     }
     assert str(count) == "compiled 14 programs in 21 s; 9 came from the cache at /cache"

@@ -81,7 +81,7 @@ def test_paired_by_hand() -> None:
     before = [True, True, True, False, False, False, False, False]
     after = [True, True, False, True, True, True, True, False]
     paired = compare_paired(before, after)
-    assert paired == Paired(both_right=2, both_wrong=1, fixed=4, broken=1)
+    assert paired == Paired(num_both_right=2, num_both_wrong=1, num_fixed=4, num_broken=1)
     # Of 5 flips at most 1 goes the rarer way: (1 + 5) / 32, and as much on the other side.
     assert paired.p_value == 12 / 32
     with pytest.raises(ValueError, match="shorter"):
@@ -94,7 +94,7 @@ def test_mcnemar_against_all_outcomes(fixed: int, broken: int) -> None:
     flips = fixed + broken
     distance = abs(fixed - broken)
     counts = [outcome.bit_count() for outcome in range(2**flips)] if flips <= 12 else None
-    p_value = Paired(0, 0, fixed, broken).p_value
+    p_value = Paired(num_both_right=0, num_both_wrong=0, num_fixed=fixed, num_broken=broken).p_value
     if counts is None:
         assert p_value == pytest.approx(2 * (1 + 21) / 2**21)
     else:

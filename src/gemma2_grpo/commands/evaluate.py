@@ -11,12 +11,14 @@ from gemma2_grpo.checks import check_fields
 from gemma2_grpo.commands.options import Directory, Flag, Sections
 from gemma2_grpo.commands.options import Source as SourceName
 from gemma2_grpo.config import Config, EvaluateConfig
+from gemma2_grpo.errors import UserError
 
 if TYPE_CHECKING:
     from rich.console import Console
 
     from gemma2_grpo.run.console import Display
-    from gemma2_grpo.run.evaluation_folder import EvaluationFolder
+    from gemma2_grpo.run.directory import EvaluationFolder
+    from gemma2_grpo.run.results import Evaluation
     from gemma2_grpo.run.source import Source
     from gemma2_grpo.task.examples import Example
 
@@ -49,8 +51,8 @@ class Evaluate:
         """
         asked = check_fields(self.config)
         from gemma2_grpo.run.console import Display, open_console
-        from gemma2_grpo.run.evaluation_folder import RESULT, EvaluationFolder
-        from gemma2_grpo.run.evaluation_view import show_evaluation
+        from gemma2_grpo.run.directory import EvaluationFolder
+        from gemma2_grpo.run.results import Evaluation
         from gemma2_grpo.run.source import as_asked, find_source
         from gemma2_grpo.runtime.devices import require_jax
         from gemma2_grpo.task.examples import load_held_out
@@ -67,21 +69,29 @@ class Evaluate:
             problems = () if folder.result else load_held_out(data, limit)
             folder.check_same("weights", _weights(source))
             if folder.result:
-                display.note(f"{path / RESULT} is finished:")
+                display.note(f"{path / Evaluation.FILE} is finished:")
+                result = folder.result
             else:
-                _run(source, asked, problems, folder, display)
+                result = _run(source, asked, problems, folder, display)
                 if path == source.run:
-                    from gemma2_grpo.report.report import write_report
-
-                    write_report(path)
-            result = folder.result or {}
-            show_evaluation(display.console, result)
-            display.note(f"results: {path / RESULT}")
+                    _write_report(path, display)
+            display.evaluation(result)
+            display.note(f"results: {path / Evaluation.FILE}")
         finally:
             folder.close()
         if self.json:
-            print(json.dumps(result, indent=1))
-        return result
+            print(result.as_json(indent=1))
+        return json.loads(result.as_json())
+
+
+def _write_report(path: Path, display: "Display") -> None:
+    """Adds the evaluation to the report of its run, which an older version may have made."""
+    from gemma2_grpo.report.report import write_report
+
+    try:
+        write_report(path)
+    except UserError as error:
+        display.note(f"the report cannot be written: {error}")
 
 
 def _file_name(model: str) -> str:
@@ -117,7 +127,7 @@ def _weights(source: "Source") -> dict[str, Any]:
     adapter = finished_adapter(source)
     return {
         "model": source.config.model.model,
-        "steps": trained_steps(source),
+        "step": trained_steps(source),
         "adapter_sha256": fingerprint(adapter) if adapter else None,
     }
 
@@ -128,15 +138,14 @@ def _run(
     problems: "Sequence[Example]",
     folder: "EvaluationFolder",
     display: "Display",
-) -> None:
+) -> "Evaluation":
     """Loads the weights, and evaluates what is not evaluated yet."""
     from gemma2_grpo.runtime.devices import start_jax
 
     config = source.config
     start_jax(display.note)
     display.note(f"loading {config.model.model}")
-    from gemma2_grpo.run.directory import command_facts
-    from gemma2_grpo.run.evaluation import Evaluation
+    from gemma2_grpo.run.measure import Evaluator
     from gemma2_grpo.run.source import open_source, open_source_files
     from gemma2_grpo.runtime.program_cache import use_program_cache
     from gemma2_grpo.task.examples import drop_long, hash_of
@@ -152,8 +161,8 @@ def _run(
         "source": config.data.dataset,
         "split": config.data.eval_split,
         "sha256": hash_of(examples),
-        "problems": len(examples),
-        "dropped": dropped,
+        "num_problems": len(examples),
+        "num_dropped": dropped,
     }
     folder.check_same("weights", weights)
     folder.check_same("data", data)
@@ -162,10 +171,9 @@ def _run(
     facts = {
         "name": source.title,
         "model": config.model.model,
-        "steps": opened.steps,
+        "step": opened.steps,
         "data": data,
         "settings": _settings(config, asked),
         "weights": weights,
-        **command_facts(),
     }
-    Evaluation(opened, examples, asked.eval_samples, folder, display).go(facts)
+    return Evaluator(opened, examples, asked.eval_samples, folder, display).go(facts)

@@ -79,11 +79,11 @@ def read_completions(path: Path) -> list[CompletionRow]:
     Raises:
         UserError: for a file that cannot be read, naming file, line, field and fix.
     """
-    from gemma2_grpo.task.jsonl import read_jsonl
+    from gemma2_grpo.task.jsonl import json_object, read_jsonl
 
     try:
-        lines = read_jsonl(path, "completion and answer")
-        rows = [_checked(content, place) for place, content in lines]
+        lines = read_jsonl(path, json_object("completion and answer"))
+        rows = [_checked(line.content, line.place) for line in lines]
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror}); check the path") from None
     if not rows:

@@ -56,7 +56,6 @@ class Train:
         config = check(self.config)
         from gemma2_grpo.run.console import Display
         from gemma2_grpo.run.directory import RunDirectory
-        from gemma2_grpo.run.follower import UnseenDirectory, silent_display
         from gemma2_grpo.run.recorded_paths import with_absolute_paths
         from gemma2_grpo.runtime.cluster import find_cluster
         from gemma2_grpo.runtime.devices import require_jax
@@ -64,13 +63,12 @@ class Train:
         cluster = find_cluster(self.coordinator, self.num_processes, self.process_id, os.environ)
         require_jax()
         path = self.run or Path("runs") / Path(self.config_name).stem
-        with _joined(cluster, config) as is_writer:
+        with _joined(cluster, config) as writes:
             config = with_absolute_paths(config)
-            if is_writer:
-                display = display or Display()
-                directory = RunDirectory(path, config, allow_config_change=self.allow_config_change)
-            else:
-                display, directory = silent_display(), UnseenDirectory(path)
+            display = (display or Display()) if writes else Display.silent()
+            directory = RunDirectory(
+                path, config, allow_config_change=self.allow_config_change, writes=writes
+            )
             try:
                 _run(config, self.config_name, directory, display, cluster)
             finally:
@@ -93,10 +91,12 @@ def _run(
 
     result = directory.result
     if cluster:
+        from gemma2_grpo.run.results import RunResult
         from gemma2_grpo.runtime.processes import from_first
 
-        result = from_first(result)
-    if result and result["after"]["step"] >= config.run.max_steps:
+        found = from_first(result and result.model_dump(mode="json"))
+        result = RunResult(**found) if found else None
+    if result and result.after.step >= config.run.max_steps:
         display.note(f"{directory.path} is finished; its result:")
         display.result(result)
         return
@@ -111,12 +111,14 @@ def _run(
     display.note(f"loading {config.model.model}")
     from gemma2_grpo.run.loop import Run
     from gemma2_grpo.run.session import open_session
-    from gemma2_grpo.runtime.processes import check_same, is_first
+    from gemma2_grpo.runtime.processes import check_same
     from gemma2_grpo.runtime.program_cache import counting_programs, use_program_cache
 
     check_same({"data_sha256": splits.sha256, "reward_sha256": reward_sha256})
     cache = use_program_cache(config.run.compilation_cache, display.note)
-    trackers = tracking(config, directory.path) if is_first() else nullcontext(lambda *_: None)
+    trackers = (
+        tracking(config, directory.path) if directory.writes else nullcontext(lambda *_: None)
+    )
     with counting_programs(cache) as programs, trackers as track:
         session = open_session(config, splits, directory)
         directory.describe({**session.facts, "reward_sha256": reward_sha256})

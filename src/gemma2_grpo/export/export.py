@@ -14,6 +14,7 @@ from gemma2_grpo.export.verify import (
     obstacle,
     verify_export,
 )
+from gemma2_grpo.run.files import check_version
 from gemma2_grpo.run.source import Opened, Source, find_source, open_source, open_source_files
 from gemma2_grpo.runtime.atomic import check_target, staged
 
@@ -48,6 +49,7 @@ def find_run(name: str) -> Source:
     if not (path / "config.toml").is_file():
         what = "is no run (no config.toml in it)" if path.is_dir() else "no such directory"
         raise UserError(f"run {name}: {what}; give the directory of a run, such as runs/tiny")
+    check_version(path)  # The card has what was measured.
     return find_source(name)
 
 

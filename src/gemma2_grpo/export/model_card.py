@@ -76,9 +76,9 @@ def render_card(exported: Exported) -> str:
 def _as_of(run: RunFiles, steps: int) -> RunFiles:
     """Leaves out what was measured of other steps than the first and the exported ones."""
     evaluation = run.evaluation
-    if evaluation is not None and evaluation.steps != steps:
+    if evaluation is not None and evaluation.step != steps:
         evaluation = None
-    measured = [record for record in run.evaluations if record["step"] in (0, steps)]
+    measured = [each for each in run.evaluations if each.step in (0, steps)]
     return replace(run, evaluations=measured, evaluation=evaluation)
 
 
@@ -102,13 +102,11 @@ def _tables(*outcomes: Outcome | None) -> list[dict[str, Any]]:
         if outcome is None:
             continue
         results = outcome.results
-        intervals = [f"{result.label.lower()} {result.interval_text} %" for result in results]
         tables.append(
             {
                 "title": f"{title}, on {results[-1].problems:,} {outcome.problems}",
                 "heads": outcome.heads,
                 "rows": measure_rows(results, with_change=True),
-                "intervals": ", ".join(intervals),
             }
         )
     return tables

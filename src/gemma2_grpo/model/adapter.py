@@ -14,6 +14,7 @@ from tunix.models.gemma import model as gemma
 
 from gemma2_grpo.config import ModelConfig
 from gemma2_grpo.errors import UserError
+from gemma2_grpo.runtime.atomic import whole_file
 
 ADAPTER_FILE = "adapter.safetensors"
 # One entry of metadata: safetensors writes several in no fixed order.
@@ -50,9 +51,9 @@ def save_adapter(policy: gemma.Gemma, folder: Path, config: ModelConfig, base_sh
         "lora_alpha": config.lora_alpha,
         "lora_modules": config.lora_modules,
     }
-    temporary = folder / f".{ADAPTER_FILE}.tmp"
-    save_file(tensors, temporary, metadata={_DESCRIPTION: json.dumps(described)})
-    return temporary.rename(folder / ADAPTER_FILE)
+    with whole_file(folder / ADAPTER_FILE) as file:
+        save_file(tensors, file, metadata={_DESCRIPTION: json.dumps(described)})
+    return folder / ADAPTER_FILE
 
 
 def check_adapter(folder: Path, config: ModelConfig, base_sha256: str) -> None:

@@ -10,7 +10,6 @@ from gemma2_grpo.run.files import RunFiles
 from gemma2_grpo.run.health import CLIP_FRACTION, KL, TRUNCATED, UNIFORM_GROUPS
 from gemma2_grpo.run.outcome import percent
 from gemma2_grpo.task.rewards import COMPONENTS
-from gemma2_grpo.task.statistics import wilson_interval
 
 _MAX_BINS = 150
 _MEAN_PARTS = 10
@@ -76,27 +75,43 @@ _METRICS = (
     Chart("sampling_kl", "KL of the rollout to the policy", "nats per token"),
     Chart("entropy", "Entropy of the policy", "nats per token"),
     Chart("clip_fraction", "Clip fraction", "% of tokens", limit=CLIP_FRACTION.warning),
-    Chart("completion_tokens", "Length", "tokens per completion"),
-    Chart("truncated", "Cut off at the limit", "% of completions", limit=TRUNCATED.warning),
-    Chart("uniform_groups", "Groups without variance", "% of groups", limit=UNIFORM_GROUPS.warning),
+    Chart("mean_completion_tokens", "Length", "tokens per completion"),
+    Chart(
+        "truncated_fraction", "Cut off at the limit", "% of completions", limit=TRUNCATED.warning
+    ),
+    Chart(
+        "uniform_groups_fraction",
+        "Groups without variance",
+        "% of groups",
+        limit=UNIFORM_GROUPS.warning,
+    ),
     Chart("grad_norm", "Gradient norm", "before clipping"),
 )
-_REWARDS = ("reward", "format", "logic", "accuracy", "length", "self_correction", "custom")
+_REWARDS = {
+    "mean_reward": "total",
+    **{f"mean_components.{name}": name.replace("_", "-") for name in (*COMPONENTS, "custom")},
+}
+"""Metrics of the reward, and what a chart calls them."""
 
 
 def charts_of_run(run: RunFiles) -> list[Chart]:
     """How a run learned, in small plots; empty before its first step."""
-    looks = {name: look for look, name in enumerate(_REWARDS) if _is_earned([run], name)}
+    curves = [
+        _curve(run, name, spoken, look)
+        for look, (name, spoken) in enumerate(_REWARDS.items())
+        if _is_earned([run], name)
+    ]
+    was_corrected = any(curve.label == "self-correction" for curve in curves)
     rewards = Chart(
         "reward",
         "Reward by component",
         "mean, each before its weight",
-        [_curve(run, name, _spoken(name), look) for name, look in looks.items()],
+        curves,
         top=1.05,
-        note="" if "self_correction" in looks else "Self-correction was never earned.",
+        note="" if was_corrected else "Self-correction was never earned.",
     )
     held_out = _accuracy([run], ["held-out"])
-    curves = [*held_out.curves, _curve(run, "correct", "training", look=2)]
+    curves = [*held_out.curves, _curve(run, "correct_fraction", "training", look=2)]
     note = f"{held_out.note.rstrip('.')}; training sampled."
     accuracy = replace(held_out, curves=curves, note=note)
     return _not_empty([rewards, accuracy, *_metrics([run], [""])])
@@ -104,8 +119,11 @@ def charts_of_run(run: RunFiles) -> list[Chart]:
 
 def charts_of_runs(runs: Sequence[RunFiles], names: Sequence[str]) -> list[Chart]:
     """The same of several runs, each plot with a curve for each of them."""
-    parts = [name for name in ("reward", *COMPONENTS) if _is_earned(runs, name)]
-    rewards = [Chart(n, f"Reward: {_spoken(n)}", "mean, before its weight") for n in parts]
+    rewards = [
+        Chart(name, f"Reward: {spoken}", "mean, before its weight")
+        for name, spoken in _REWARDS.items()
+        if _is_earned(runs, name)
+    ]
     return _not_empty([_accuracy(runs, names), *_metrics(runs, names, [*rewards, *_METRICS])])
 
 
@@ -129,10 +147,6 @@ def _not_empty(charts: Iterable[Chart]) -> list[Chart]:
     return [chart for chart in kept if chart.curves]
 
 
-def _spoken(name: str) -> str:
-    return {"reward": "total", "self_correction": "self-correction"}.get(name, name)
-
-
 def _is_earned(runs: Sequence[RunFiles], name: str) -> bool:
     return any(record.get(name) for run in runs for record in run.metrics)
 
@@ -141,10 +155,11 @@ def _accuracy(runs: Sequence[RunFiles], names: Sequence[str]) -> Chart:
     """Held-out accuracy."""
     curves = []
     for look, (run, name) in enumerate(zip(runs, names, strict=True), 1):
-        steps = [record["step"] for record in run.evaluations]
-        counts = [(int(record["correct"]), int(record["problems"])) for record in run.evaluations]
-        shares = [correct / problems for correct, problems in counts]
-        curves.append(Curve(name, steps, shares, look, [wilson_interval(*c) for c in counts]))
+        steps = [each.step for each in run.evaluations]
+        greedy = [each.greedy for each in run.evaluations]
+        shares = [each.correct_fraction for each in greedy]
+        intervals = [each.correct_fraction_interval for each in greedy]
+        curves.append(Curve(name, steps, shares, look, intervals))
     note = "Held-out greedy, with 95\u00a0% intervals."
     return Chart("accuracy", "Accuracy", "% of answers", curves, top=1.0, note=note)
 
@@ -153,7 +168,7 @@ def _metrics(
     runs: Sequence[RunFiles], names: Sequence[str], charts: Sequence[Chart] = _METRICS
 ) -> list[Chart]:
     """Fills charts that are named as their metric with a curve of each run."""
-    updates = {record.get("updates") for run in runs for record in run.metrics}
+    updates = {record.get("num_updates") for run in runs for record in run.metrics}
     filled = []
     for chart in charts:
         labelled = enumerate(zip(runs, names, strict=True), 1)

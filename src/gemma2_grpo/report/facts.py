@@ -10,8 +10,9 @@ from typing import Any
 
 from gemma2_grpo.config import flat
 from gemma2_grpo.presets import nearest_preset
-from gemma2_grpo.run.files import Numbers, RunFiles, Start, numbers
+from gemma2_grpo.run.files import RunFiles
 from gemma2_grpo.run.outcome import percent
+from gemma2_grpo.run.schema import Numbers, Start, numbers
 from gemma2_grpo.task.rewards import COMPONENTS
 
 # Of other people's machines, which are nobody's business, and keys.
@@ -61,8 +62,8 @@ def weights(run: RunFiles) -> str:
 def losses(run: RunFiles) -> list[str]:
     """What was left out, if anything was."""
     counts = (
-        (_sum(run.metrics, "unscored"), "completions had no reward and were left out"),
-        (_sum(run.metrics, "updates_left_out"), "updates were not finite and were left out"),
+        (_sum(run.metrics, "num_unscored"), "completions had no reward and were left out"),
+        (_sum(run.metrics, "num_updates_left_out"), "updates were not finite and were left out"),
     )
     return [f"{count:,.0f} {what}." for count, what in counts if count]
 
@@ -74,7 +75,7 @@ def phases(run: RunFiles) -> list[tuple[str, float]]:
     """Seconds of the finished steps and of measurements, by what they went into."""
     names = ("rollout", "reward", "update")
     parts = [(name.capitalize(), _sum(run.metrics, f"{name}_seconds")) for name in names]
-    measuring = _sum(run.evaluations, "seconds")
+    measuring = sum(each.seconds or 0.0 for each in run.evaluations)
     return [*parts, ("Measuring on held-out problems", measuring)] if measuring else parts
 
 
@@ -133,9 +134,12 @@ def origins(run: RunFiles) -> list[tuple[str, str]]:
     facts = run.facts
     last = facts.starts[-1] if facts.starts else None
     rows = [
-        ("data", facts.data.get("source")),
+        ("data", facts.data.source or None),
         ("SHA-256 of the data", facts.data_sha256),
-        ("SHA-256 of the evaluation's data", run.evaluation and run.evaluation.data.get("sha256")),
+        (
+            "SHA-256 of the evaluation's data",
+            run.evaluation and (run.evaluation.data.sha256 or None),
+        ),
         ("SHA-256 of the base model", facts.base_sha256),
         ("SHA-256 of the reward's file", facts.reward_sha256),
         ("seed", run.config.get("seed")),

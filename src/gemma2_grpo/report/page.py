@@ -2,10 +2,8 @@
 
 import base64
 import hashlib
-import os
 import time
 from collections.abc import Sequence
-from contextlib import suppress
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -19,11 +17,11 @@ from gemma2_grpo.report import facts
 from gemma2_grpo.report.curves import Chart
 from gemma2_grpo.report.draw import draw_svg, save_png
 from gemma2_grpo.report.excerpts import mark
-from gemma2_grpo.run.completion_view import without_controls
+from gemma2_grpo.run.console import without_controls
 from gemma2_grpo.run.health import find_alarms
 from gemma2_grpo.run.outcome import measure_rows, percent, step_rows
+from gemma2_grpo.runtime.atomic import write_whole
 from gemma2_grpo.task.answers import gold_answer
-from gemma2_grpo.task.rewards import COMPONENTS
 
 
 def render_page(template: str, **values: Any) -> str:
@@ -44,7 +42,6 @@ def render_page(template: str, **values: Any) -> str:
     environment.globals |= {
         "alarms_of": lambda run: find_alarms(run.metrics, run.evaluations),
         "facts": facts,
-        "components": tuple(COMPONENTS),
         "mark": mark,
         "measure_rows": measure_rows,
         "step_rows": step_rows,
@@ -82,7 +79,7 @@ def write_page(file: Path, text: str, charts: Sequence[Chart] = ()) -> Path:
     Args:
         file: The file.
         text: What it is to say.
-        charts: Written as PNG into a folder `plots` beside it.
+        charts: Written as PNG into a folder `plots` next to it.
 
     Returns:
         The file.
@@ -90,15 +87,12 @@ def write_page(file: Path, text: str, charts: Sequence[Chart] = ()) -> Path:
     Raises:
         UserError: if it cannot be written.
     """
-    temporary, plots = file.with_name(f".{file.name}.{os.getpid()}.tmp"), file.parent / "plots"
+    plots = file.parent / "plots"
     try:
-        temporary.write_text(text, encoding="utf-8")
-        temporary.replace(file)
+        write_whole(file, text)
         for chart in charts:
             plots.mkdir(exist_ok=True)
             save_png(chart, plots / f"{chart.name}.png")
     except OSError as error:
-        with suppress(OSError):  # There may be no folder to remove it from.
-            temporary.unlink()
         raise UserError(f"report {file}: cannot be written ({error.strerror}); see --to") from None
     return file

@@ -8,7 +8,7 @@ from gemma2_grpo.report import facts
 from gemma2_grpo.report.curves import charts_of_run, charts_of_runs, charts_of_speed
 from gemma2_grpo.report.excerpts import choose
 from gemma2_grpo.report.page import render_page, write_page
-from gemma2_grpo.run.completion_view import without_controls
+from gemma2_grpo.run.console import without_controls
 from gemma2_grpo.run.files import RunFiles, read_run
 from gemma2_grpo.run.outcome import (
     Outcome,
@@ -30,7 +30,7 @@ def write_report(path: Path, to: Path | None = None, *, plots: bool = False) -> 
     Args:
         path: Directory of the run.
         to: The file to write; by default report.html in the directory.
-        plots: Write the plots as PNG too, into a folder `plots` beside it.
+        plots: Write the plots as PNG too, into a folder `plots` next to it.
 
     Returns:
         The file.

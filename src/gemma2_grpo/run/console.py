@@ -1,9 +1,12 @@
-"""What a run shows: what it will do, where it is, and whether it got better."""
+"""The terminal output of runs and evaluations: plan, progress, completions and tables."""
 
+import io
+import re
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import Any
+from unicodedata import category
 
 from rich.console import Console, Group
 from rich.markup import escape
@@ -13,16 +16,22 @@ from rich.table import Table
 from rich.text import Text
 
 from gemma2_grpo.config import ModelConfig
-from gemma2_grpo.run.completion_view import render_completion, without_controls
-from gemma2_grpo.run.outcome import measure_rows, result_of
+from gemma2_grpo.run.outcome import Result, measure_rows, step_rows
 from gemma2_grpo.run.panel import TrainingPanel, in_words, step_line
+from gemma2_grpo.run.results import ADAPTER, BASE, Evaluation, Rise, RunResult, System
+from gemma2_grpo.run.schema import ScoredCompletion, StepRecord
+from gemma2_grpo.task.equations.find import find_equations
+from gemma2_grpo.task.prompts import ANSWER_END, ANSWER_START, REASONING_END, REASONING_START
 from gemma2_grpo.task.rewards import RISING
-
-if TYPE_CHECKING:  # Showing must not load JAX.
-    from gemma2_grpo.run.measure import Measurement
+from gemma2_grpo.task.statistics import Paired
 
 # Off a terminal there is no width to keep to; a log should not be wrapped early.
 _LOG_WIDTH = 100
+
+_STYLES = {REASONING_START: "", REASONING_END: "dim", ANSWER_START: "bold", ANSWER_END: "dim"}
+"""Style of the text after each tag."""
+_TAG = re.compile("|".join(map(re.escape, _STYLES)))
+TRUE_MARK, FALSE_MARK = "✓", "✗"
 
 
 def open_console(*, stderr: bool = False) -> Console:
@@ -52,9 +61,14 @@ class Display:
     """Prints to a terminal with a progress bar, elsewhere as plain lines."""
 
     def __init__(self, console: Console | None = None) -> None:
-        """Writes to standard output unless told otherwise."""
+        """Writes to standard output by default."""
         self.console = console or open_console()
         self._panel: TrainingPanel | None = None
+
+    @classmethod
+    def silent(cls) -> "Display":
+        """A display that shows nothing, for all processes but the first."""
+        return cls(Console(file=io.StringIO(), quiet=True))
 
     def plan(self, facts: Mapping[str, str]) -> None:
         """Shows what the run will do."""
@@ -122,57 +136,113 @@ class Display:
             finally:
                 self._panel = None
 
-    def _print_step(self, record: Mapping[str, Any], new: Sequence[str], total: int) -> None:
+    def _print_step(self, record: StepRecord, new: Sequence[str], total: int) -> None:
         self.console.print(step_line(record, total), soft_wrap=True)
         for alarm in new:
             self.console.print(f"  ! {inert(alarm)}", soft_wrap=True)
 
-    def sample(
-        self, step: int, question: str, completion: str, record: Mapping[str, float]
-    ) -> None:
+    def sample(self, step: int, scored: ScoredCompletion) -> None:
         """Shows one completion with its scores."""
-        parts = "  ".join(f"{name} {record[name]:.2f}" for name in (*RISING, "total"))
-        body = Group(Text(without_controls(question), "dim"), *render_completion(completion))
+        shown = {name: scored.components[name] for name in RISING} | {"reward": scored.reward}
+        parts = "  ".join(
+            f"{name} {'none' if value is None else f'{value:.2f}'}" for name, value in shown.items()
+        )
+        question = Text(without_controls(scored.question), "dim")
+        body = Group(question, *render_completion(scored.completion))
         self.console.print(Panel(body, title=f"step {step}: {parts}", title_align="left"))
 
-    def held_out(self, step: int, measurement: "Measurement") -> None:
+    def held_out(self, step: int, measured: System) -> None:
         """Shows a measurement during training."""
         if self._panel:
-            self._panel.held_out(step, measurement)
+            self._panel.held_out(step, measured)
         self.console.print(
-            f"step {step}: held-out accuracy {in_words(measurement)}, "
-            f"format {measurement.format:.1%}"
+            f"step {step}: held-out accuracy {in_words(measured)}, "
+            f"format {measured.greedy.perfect_format_fraction:.1%}"
         )
 
-    def result(self, result: Mapping[str, Any]) -> None:
-        """Shows what a finished run measured."""
-        self.before_and_after(result["before"], result["after"])
-        self.rises(result["rises"])
+    def result(self, result: RunResult) -> None:
+        """Shows the measurements of a finished run."""
+        self.before_and_after(result.before, result.after)
+        self.rises(result.rises)
 
-    def before_and_after(self, before: Mapping[str, Any], after: Mapping[str, Any]) -> None:
-        """Shows the two measurements side by side."""
-        found = [result_of(*each) for each in (("before", before), ("after", after))]
-        results = [result for result in found if result]
-        table = Table(title=f"{before['problems']} held-out problems", title_justify="left")
-        for name in ("", *(result.label for result in results), "change"):
-            table.add_column(name, justify="left" if not name else "right")
-        accuracy, *others = measure_rows(results, with_change=True)
-        table.add_row(*accuracy)
-        table.add_row("  95 % interval", *(f"{result.interval_text}\u00a0%" for result in results))
-        for row in others:
+    def before_and_after(self, before: System, after: System) -> None:
+        """Shows two measurements side by side."""
+        results = [Result("before", before), Result("after", after)]
+        self._measures(f"{before.greedy.num_problems} held-out problems", results)
+
+    def _measures(self, title: str, results: Sequence[Result]) -> None:
+        """Shows a table of all measures, within 80 columns."""
+        heads = [result.label for result in results] + ["change"] * (len(results) == 2)
+        table = Table(title=inert(title), title_justify="left")
+        for name in ("", *heads):
+            table.add_column(name, justify="left" if not name else "right", no_wrap=True)
+        for row in measure_rows(results, with_change=True):
             table.add_row(*row)
+        for steps, count, *cells in step_rows(results, with_change=True):
+            table.add_row(f"Right, {steps} ({count} problems)", *cells)
         self.console.print(table)
 
-    def rises(self, rises: Sequence[Mapping[str, Any]]) -> None:
+    def rises(self, rises: Sequence[Rise]) -> None:
         """Shows at which step each reward component had made half of its way."""
         for rise in rises:
-            half = rise["half_way_step"]
+            half = rise.half_way_step
             when = f"half-way at step {half}" if half is not None else "no rise"
-            self.console.print(
-                f"{rise['name']:>9}: {rise['first']:.2f} to {rise['last']:.2f}, {when}"
-            )
+            self.console.print(f"{rise.name:>9}: {rise.first:.2f} to {rise.last:.2f}, {when}")
+
+    def evaluation(self, result: Evaluation) -> None:
+        """Shows the systems of an evaluation side by side."""
+        data, systems = result.data, result.systems
+        dropped = f", {data.num_dropped} too long, dropped" if data.num_dropped else ""
+        title = f"{data.num_problems} {data.source} {data.split} problems{dropped}"
+        if sampled := next(iter(systems.values())).sampled:
+            title += f"\n{sampled.num_samples} sample{'s' if sampled.num_samples > 1 else ''}"
+            title += f", temperature {result.settings['temperature']:g}"
+        self.console.print()
+        self._measures(title, [Result(name, system) for name, system in systems.items()])
+        self.console.print()
+        if result.comparison:
+            self.console.print(_compared(result.comparison))
+
+
+def _compared(paired: Paired) -> str:
+    p_value = paired.p_value
+    p_text = f"p = {p_value:.3f}" if p_value >= 0.001 else f"p = {p_value:.0e}"
+    return (
+        f"{BASE} and {ADAPTER} on the same problems, greedy: {paired.num_fixed} fixed, "
+        f"{paired.num_broken} broken,\n{paired.num_both_right} right by both, "
+        f"{paired.num_both_wrong} wrong by both; McNemar's exact test: {p_text}"
+    )
 
 
 def inert(text: str) -> str:
     """Text that neither rich nor a terminal takes for instructions."""
     return escape(without_controls(text))
+
+
+def render_completion(text: str) -> list[Text]:
+    """The lines of a completion, each with its marks; hostile text takes no effect.
+
+    A line that is whole is rendered alike however much text follows it.
+    """
+    marks = {
+        equation.end: (TRUE_MARK, "green") if equation.is_true else (FALSE_MARK, "bold red")
+        for equation in find_equations(text)
+    }
+    text = without_controls(text)
+    tags = {tag.start(): tag for tag in _TAG.finditer(text)}
+    edges = sorted({0, *marks, *tags, *(tag.end() for tag in tags.values())})
+    rendered, style = Text(), "dim"
+    for start, end in zip(edges, [*edges[1:], len(text)], strict=True):
+        if start in marks:
+            mark, colour = marks[start]
+            rendered.append(f" {mark}", colour)
+        tag = tags.get(start)
+        rendered.append(text[start:end], "cyan" if tag else style)
+        style = _STYLES[tag[0]] if tag else style
+    return list(rendered.split("\n", allow_blank=True))
+
+
+def without_controls(text: str) -> str:
+    """Text of the same length without the characters that a terminal would act on."""
+    controls = {c: "\ufffd" for c in text if category(c).startswith("C") and c not in "\n\t"}
+    return text.translate(str.maketrans(controls))

@@ -1,25 +1,36 @@
-"""The directory of a run: what it was made with, its logs, and who may write to it."""
+"""Directories of runs and evaluations: their logs, and what they were made with."""
 
-import errno
-import json
-import math
 import os
-import platform
 import shutil
-import sys
 import time
-from collections.abc import Iterator, Mapping
-from contextlib import suppress
-from importlib import metadata
+from collections.abc import Mapping, Sequence
+from itertools import accumulate, islice
 from pathlib import Path
 from typing import Any
-
-from filelock import FileLock, Timeout
 
 from gemma2_grpo.config import Config, flat
 from gemma2_grpo.errors import ConfigError, UserError
 from gemma2_grpo.presets import from_mapping, read_toml, to_toml
-from gemma2_grpo.run.recorded_paths import moved_along, with_absolute_paths
+from gemma2_grpo.run.recorded_paths import is_moved, moved_along, with_absolute_paths
+from gemma2_grpo.run.results import (
+    BegunEvaluation,
+    EvaluatedCompletion,
+    Evaluation,
+    Measurement,
+    RunResult,
+)
+from gemma2_grpo.run.schema import (
+    SCHEMA_VERSION,
+    AtStep,
+    Change,
+    RunCompletion,
+    RunFacts,
+    Start,
+    StepRecord,
+    utc_now,
+)
+from gemma2_grpo.runtime.folder import LockedFolder
+from gemma2_grpo.task.jsonl import whole_bytes
 
 # Fields of [run] that change nothing that is computed.
 _FREE_FIELDS = (
@@ -32,112 +43,38 @@ _FREE_FIELDS = (
     "trackio",
     "wandb",
 )
-_PACKAGES = ("gemma2-grpo-reasoning", "google-tunix", "qwix", "jax", "jaxlib", "flax", "optax")
-
-
-class LockedFolder:
-    """A folder that one process at a time writes to, whole files or whole lines."""
-
-    def __init__(self, path: Path, *, kind: str, option: str, lock: str = ".lock") -> None:
-        """Opens a folder, which is made if there is none.
-
-        Args:
-            path: The folder.
-            kind: What it is, for messages.
-            option: What names another one on the command line, for messages.
-            lock: Name of the file that is locked.
-
-        Raises:
-            UserError: if it cannot be written, or is in use.
-        """
-        self.path = path
-        self._kind = kind
-        try:
-            self._made = [folder for folder in (path, *path.parents) if not folder.exists()]
-            path.mkdir(parents=True, exist_ok=True)
-            # The system's own lock, which ends with the process, however that ends. A lock by the
-            # mere presence of a file would outlive a process that was killed.
-            # A folder that cannot be written is refused for that, not for its lock.
-            (path / lock).open("a", encoding="utf-8").close()
-            self._lock = FileLock(path / lock, thread_local=False)
-            self._lock.acquire(blocking=False)
-        except Timeout:
-            raise UserError(
-                f"{kind} {path}: another process is writing to it; choose another {option}"
-            ) from None
-        except OSError as error:
-            # A file in its place already exists, but that is not what is wrong with it.
-            is_file = isinstance(error, FileExistsError)
-            why = os.strerror(errno.ENOTDIR) if is_file else error.strerror
-            raise UserError(
-                f"{kind} {path}: cannot be written ({why}); choose another {option}"
-            ) from None
-
-    def append(self, name: str, *records: Mapping[str, Any]) -> None:
-        """Appends JSON lines, all of them or none.
-
-        JSON has no NaN, so a value that is no number becomes null.
-        """
-        path = self.path / name
-        lines = [
-            json.dumps({k: _finite(v) for k, v in record.items()}, ensure_ascii=False) + "\n"
-            for record in records
-        ]
-        size = path.stat().st_size if path.exists() else 0
-        try:
-            with path.open("a", encoding="utf-8") as file:
-                file.write("".join(lines))
-        except OSError as error:
-            with suppress(OSError):  # Half a line is what a full disk had room for.
-                os.truncate(path, size)
-            raise self._cannot_write(name, error) from None
-
-    def records(self, name: str) -> Iterator[dict[str, Any]]:
-        """JSON lines written so far; a last line that was cut off is left out."""
-        return read_records(self.path / name)
-
-    def write(self, name: str, text: str) -> None:
-        """Replaces a file as a whole, so that a killed process leaves the old or the new one."""
-        temporary = self.path / f".{name}.tmp"
-        try:
-            temporary.write_text(text, encoding="utf-8")
-            temporary.replace(self.path / name)
-        except OSError as error:
-            temporary.unlink(missing_ok=True)
-            raise self._cannot_write(name, error) from None
-
-    def _cannot_write(self, name: str, error: OSError) -> UserError:
-        return UserError(
-            f"{self._kind} {self.path}: {name} cannot be written ({error.strerror}); mend that and "
-            "run the same command again, which goes on"
-        )
-
-    def close(self) -> None:
-        """Lets another process have the folder; removes a new one that nothing is in."""
-        lock = Path(self._lock.lock_file)
-        is_empty = bool(self._made) and list(self.path.iterdir()) == [lock]
-        self._lock.release()  # First, since Windows removes no file that is open.
-        if is_empty:
-            with suppress(OSError):  # Another process may write there by now.
-                lock.unlink(missing_ok=True)
-                for folder in self._made:
-                    folder.rmdir()
-        self._made = []
+_CHOOSE_TO = "choose another --to, or start over with --overwrite"
 
 
 class RunDirectory(LockedFolder):
     """A run on disk."""
 
-    def __init__(self, path: Path, config: Config, *, allow_config_change: bool = False) -> None:
+    def __init__(
+        self,
+        path: Path,
+        config: Config,
+        *,
+        allow_config_change: bool = False,
+        writes: bool = True,
+    ) -> None:
         """Opens a new or an existing run directory.
 
+        Args:
+            path: The directory.
+            config: The configuration of the run.
+            allow_config_change: Accept an existing run with another configuration.
+            writes: Whether this process reads and writes it; see `LockedFolder`.
+
         Raises:
-            UserError: if it cannot be written, is in use, or belongs to another configuration.
+            UserError: if it cannot be written, is in use, or belongs to another configuration or
+                an older version of this package.
         """
-        super().__init__(path, kind="run directory", option="--run")
+        if writes:
+            RunFacts.check_version(path, "choose another --run")
+        super().__init__(path, kind="run directory", option="--run", writes=writes)
         self._config = config
         self._allow_config_change = allow_config_change
-        self._changed = self._changed_fields(config)
+        self._changed = self._changed_fields(config) if writes else []
         self._refuse_changes()
 
     @property
@@ -146,9 +83,9 @@ class RunDirectory(LockedFolder):
         return self.path / "checkpoints"
 
     @property
-    def result(self) -> dict[str, Any] | None:
-        """What a finished run measured; None while it is not finished."""
-        return read_json(self.path / "result.json")
+    def result(self) -> RunResult | None:
+        """Result of a finished run; None while it is not finished."""
+        return self.read(RunResult)
 
     def _changed_fields(self, config: Config) -> list[str]:
         """Fields whose value differs from the one the run was made with, as text."""
@@ -165,20 +102,17 @@ class RunDirectory(LockedFolder):
         """Refuses data, weights or code that are not those that the run was made with.
 
         Args:
-            name: A fact that `describe` records.
+            name: A field of run.json.
             sha256: Its value now.
 
         Raises:
             ConfigError: if another value was recorded.
         """
-        recorded = self._recorded()
-        if recorded.get(name, sha256) != sha256:
-            self._changed.append(f"{name} = {recorded[name]}, not {sha256}")
+        recorded = self.read(RunFacts) or RunFacts()
+        before = getattr(recorded, name)
+        if name in recorded.model_fields_set and before != sha256:
+            self._changed.append(f"{name} = {before}, not {sha256}")
             self._refuse_changes()
-
-    def _recorded(self) -> dict[str, Any]:
-        """What run.json holds; nothing before the first start."""
-        return read_json(self.path / "run.json") or {}
 
     def _refuse_changes(self) -> None:
         if self._changed and not self._allow_config_change:
@@ -191,33 +125,150 @@ class RunDirectory(LockedFolder):
     def describe(self, facts: Mapping[str, Any]) -> None:
         """Writes what the run is made with, once it is known that it can start.
 
-        That is config.toml, and run.json with the facts given and the time, command, machine and
-        versions of every start;
-        changes.jsonl if an earlier run in this directory was made with something else.
-        """
-        self.write("config.toml", to_toml(self._config))
-        if self._changed:
-            self.append("changes.jsonl", {"time": utc_now(), "changed": self._changed})
-        start = {"started": utc_now(), **command_facts()}
-        starts = [*self._recorded().get("starts", []), start]
-        recorded = {**facts, "directory": str(self.path.resolve()), "starts": starts}
-        self.write("run.json", json.dumps(recorded, indent=1))
+        That is config.toml and run.json; changes.jsonl if an earlier run in this directory was
+        made with something else.
 
-    def finish(self, result: Mapping[str, Any]) -> None:
-        """Writes result.json, which marks the run as finished."""
-        self.write("result.json", json.dumps(result, indent=1))
+        Args:
+            facts: Fields of `RunFacts`, which get the time, command, machine and versions of every
+                start.
+        """
+        self.write_text("config.toml", to_toml(self._config))
+        if self._changed:
+            self.append(Change(time=utc_now(), changed=self._changed))
+        recorded = self.read(RunFacts) or RunFacts()
+        starts = (*recorded.starts, Start.now())
+        place = str(self.path.resolve())
+        self.write(RunFacts(schema_version=SCHEMA_VERSION, directory=place, **facts, starts=starts))
 
     def forget_after(self, steps: int) -> None:
-        """Drops the records of what a resumed run does again: steps, and a half measurement."""
-        measured = {record["step"] for record in self.records("evaluations.jsonl")}
-        for name in ("metrics.jsonl", "completions.jsonl", "evaluations.jsonl"):
-            lines = [
-                json.dumps(record, ensure_ascii=False) + "\n"
-                for record in self.records(name)
-                if record["step"] <= steps
-                and (record.get("kind") != "held_out" or record["step"] in measured)
-            ]
-            self.write(name, "".join(lines))
+        """Cuts off the records of what a resumed run does again: steps, and a half measurement.
+
+        Records are in the order of their steps, and completions come before their measurement: so
+        all that is done again is the end of a log. What precedes the last record that is kept is
+        not touched, damaged or not.
+        """
+        measured = {record.step for record in self.records(Measurement)}
+
+        def is_done_again(record: AtStep) -> bool:
+            is_held_out = isinstance(record, RunCompletion) and record.kind == "held_out"
+            return record.step > steps or (is_held_out and record.step not in measured)
+
+        for kind in (StepRecord, RunCompletion, Measurement):
+            path = self.path / kind.FILE
+            if self.writes and path.exists():
+                end = None
+                for line in kind.read_lines(self.path):
+                    if not is_done_again(line.content):
+                        end = None
+                    elif end is None:
+                        end = line.start
+                os.truncate(path, whole_bytes(path) if end is None else end)
+
+
+class EvaluationFolder(LockedFolder):
+    """A folder with one evaluation, which can be stopped at any point and resumed.
+
+    It may be the directory of a run, which may go on training at the same time.
+    """
+
+    def __init__(self, path: Path, *, overwrite: bool = False) -> None:
+        """Opens a new or an existing folder.
+
+        Raises:
+            UserError: if it cannot be written, is in use, or has an evaluation by an older version
+                of this package.
+        """
+        if not overwrite:
+            for kind in (Evaluation, BegunEvaluation):
+                kind.check_version(path, _CHOOSE_TO)
+        super().__init__(path, kind="evaluation", option="--to", lock=".evaluation.lock")
+        self.result = None if overwrite else self.read(Evaluation)
+        """The finished evaluation; None while it is not finished."""
+        self._begun = None if overwrite else self.result or self.read(BegunEvaluation)
+        self._earlier_seconds = 0.0
+        self._since = time.perf_counter()
+
+    def check_same(self, section: str, values: Mapping[str, Any]) -> None:
+        """Refuses to resume an evaluation of something else.
+
+        Args:
+            section: `settings`, `weights` or `data`.
+            values: Their values now, by name.
+
+        Raises:
+            ConfigError: naming the first value that differs.
+        """
+        before = self._begun.model_dump()[section] if self._begun else values
+        for name, value in values.items():
+            earlier = before.get(name)
+            if earlier != value and not is_moved(earlier, value, self.path):
+                raise ConfigError(
+                    f"evaluation in {self.path}: was made with {name} = {earlier!r}, not "
+                    f"{value!r}; {_CHOOSE_TO}"
+                )
+
+    def begin(self, facts: Mapping[str, Any], batches: Sequence[int]) -> list[EvaluatedCompletion]:
+        """Starts or resumes an evaluation.
+
+        Args:
+            facts: First fields of evaluation.json.
+            batches: Number of completions of each batch, in the order in which they are appended.
+
+        Returns:
+            Records of the whole batches that are there already.
+        """
+        if not self._begun:
+            # In this order, so that what is there always belongs together.
+            for kind in (Evaluation, BegunEvaluation, EvaluatedCompletion):
+                (self.path / kind.FILE).unlink(missing_ok=True)
+            start = Start.now().model_dump()
+            self._begun = BegunEvaluation(
+                schema_version=SCHEMA_VERSION, **start, **facts, seconds=0.0
+            )
+            self.write(self._begun)
+        self._earlier_seconds = self._begun.seconds
+        self._since = time.perf_counter()
+        return self._whole_batches(batches)
+
+    def _whole_batches(self, batches: Sequence[int]) -> list[EvaluatedCompletion]:
+        """Reads the records of whole batches, and cuts off those of later ones.
+
+        Batches are known by their place in the file, so those after a damaged line are made again.
+        """
+        lines = []
+        for line in EvaluatedCompletion.read_lines(self.path):
+            if line.number > len(lines) + 1:
+                break
+            lines.append(line)
+        kept = max((end for end in accumulate(batches) if end <= len(lines)), default=0)
+        path = self.path / EvaluatedCompletion.FILE
+        if path.exists():
+            with path.open("rb") as file:
+                whole = sum(len(line) for line in islice(file, kept))
+            os.truncate(path, whole)
+        return [line.content for line in lines[:kept]]
+
+    def add(self, records: Sequence[EvaluatedCompletion]) -> None:
+        """Appends the records of a batch, all of them or none.
+
+        Raises:
+            UserError: if they cannot be written.
+        """
+        self.append(*records)
+        self.write(BegunEvaluation.model_validate(self._so_far()))
+
+    def finish(self, statistics: Mapping[str, Any]) -> Evaluation:
+        """Writes evaluation.json, which marks the evaluation as finished, and returns it."""
+        self.result = Evaluation.model_validate({**self._so_far(), **statistics})
+        self.write(self.result)
+        (self.path / BegunEvaluation.FILE).unlink()
+        return self.result
+
+    def _so_far(self) -> dict[str, Any]:
+        """Fields of evaluation.json without the statistics, with the time of all starts."""
+        assert self._begun is not None  # `begin` comes first.
+        seconds = self._earlier_seconds + time.perf_counter() - self._since
+        return {**self._begun.model_dump(exclude_unset=True), "seconds": seconds}
 
 
 def read_config(path: Path) -> Config:
@@ -228,27 +279,7 @@ def read_config(path: Path) -> Config:
     """
     file = path / "config.toml"
     config = from_mapping(Config, read_toml(str(file)), str(file))
-    return moved_along(config, (read_json(path / "run.json") or {}).get("directory"), path)
-
-
-def read_json(path: Path) -> dict[str, Any] | None:
-    """The object that a file holds; None where there is no such file, or half of one."""
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return None
-
-
-def read_records(path: Path) -> Iterator[dict[str, Any]]:
-    """JSON lines written so far, of none if there is no file; one that was cut off is left out."""
-    if not path.exists():
-        return
-    with path.open("rb") as file:  # A line may have been cut off within a character.
-        for line in file:
-            try:
-                yield json.loads(line)
-            except ValueError:
-                return
+    return moved_along(config, (RunFacts.read(path) or RunFacts()).directory, path)
 
 
 def check_free_space(path: Path, needed_bytes: int) -> None:
@@ -263,37 +294,3 @@ def check_free_space(path: Path, needed_bytes: int) -> None:
             f"run directory {path}: {free / 1e6:.0f} MB are free but checkpoints and logs need "
             f"about {needed_bytes / 1e6:.0f} MB; free some space or choose another --run"
         )
-
-
-def _finite(value: Any) -> Any:
-    return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
-def command_facts() -> dict[str, Any]:
-    """What is run, where, and by which versions."""
-    versions = {"python": platform.python_version()}
-    for name in _PACKAGES:
-        try:
-            versions[name] = metadata.version(name)
-        except metadata.PackageNotFoundError:
-            continue
-    return {
-        "command": _command(),
-        "machine": platform.platform(),
-        "versions": versions,
-    }
-
-
-def _command() -> list[str]:
-    """The command line; empty where the words are those of a notebook's kernel or another program.
-
-    The command is installed under its name, and also run as a module.
-    """
-    program = Path(sys.argv[0])
-    is_ours = program.stem == "gemma2-grpo" or program.parts[-2:] == ("gemma2_grpo", "cli.py")
-    return ["gemma2-grpo", *sys.argv[1:]] if is_ours else []
-
-
-def utc_now() -> str:
-    """The time now, as files have it."""
-    return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())

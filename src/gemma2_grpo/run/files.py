@@ -1,87 +1,23 @@
-"""What a run has written, read so that a report can be made of whatever is there."""
+"""A run read back from its directory, so that a report can be made of whatever is there."""
 
 import tomllib
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
 from typing import Any, TypeVar
 
-from pydantic import BaseModel
-from pydantic_core import from_json
-
 from gemma2_grpo.errors import UserError
-from gemma2_grpo.run.directory import read_json
-from gemma2_grpo.task.statistics import Paired
+from gemma2_grpo.run.results import EvaluatedCompletion, Evaluation, Measurement, RunResult
+from gemma2_grpo.run.schema import AtStep, Numbers, RunCompletion, RunFacts, StepRecord, numbers
+from gemma2_grpo.runtime.folder import Record
+from gemma2_grpo.task.jsonl import read_jsonl
 
 _MARKS = ("config.toml", "run.json", "metrics.jsonl", "evaluations.jsonl", "evaluation.json")
 
-# Of float32; what is above it is damage, and would overflow in sums.
-_LARGEST = 3.5e38
-
-_File = TypeVar("_File", bound=BaseModel)
-
-Numbers = Mapping[str, float]
-"""The finite numbers of a record by name."""
-
-
-class Start(BaseModel):
-    """When a command was given, and where."""
-
-    started: str = ""
-    command: list[str] = []
-    machine: str | None = None
-    versions: dict[str, str] = {}
-
-
-class Facts(BaseModel):
-    """run.json: what a run was made with."""
-
-    devices: list[str] = []
-    data: dict[str, Any] = {}
-    data_sha256: str | None = None
-    base_sha256: str | None = None
-    reward_sha256: str | None = None
-    starts: list[Start] = []
-
-
-class Greedy(BaseModel, extra="allow"):
-    """Measures of greedy completions: those of `run/summary.py` by name, and a table."""
-
-    by_solution_steps: list[dict[str, Any]] = []
-
-
-class System(BaseModel):
-    """What `evaluate` measured of one model."""
-
-    greedy: Greedy
-    sampled: dict[str, Any] | None = None
-
-
-class Evaluation(Start):
-    """evaluation.json: what `evaluate` wrote."""
-
-    steps: int = 0
-    data: dict[str, Any] = {}
-    systems: dict[str, System] = {}
-    comparison: Paired | None = None
-
-
-@dataclass(frozen=True)
-class Answer:
-    """One completion with its scores."""
-
-    question: str
-    answer: str
-    completion: str
-    scores: Numbers
-    """Columns of `Scorer` by name, and what else the record has in numbers."""
-
-    @property
-    def is_correct(self) -> bool:
-        """Whether our grader found it right."""
-        return self.scores.get("correct") == 1
+_Record = TypeVar("_Record", bound=Record)
+_AtStep = TypeVar("_AtStep", bound=AtStep)
 
 
 @dataclass(frozen=True)
@@ -92,19 +28,19 @@ class RunFiles:
     config: Mapping[str, Any]
     """Fields of config.toml as written, without their sections: each name is there once."""
     config_text: str
-    facts: Facts
+    facts: RunFacts
     metrics: list[Numbers]
     """In the order of their steps; of a step that was done again, the last record."""
-    evaluations: list[Numbers]
-    """Likewise; each says how many answers were right of how many."""
-    held_out: Mapping[int, list[Answer]]
+    evaluations: list[Measurement]
+    """Likewise."""
+    held_out: Mapping[int, Sequence[RunCompletion]]
     """Greedy completions of the first and the last measurement by step."""
     evaluation: Evaluation | None
-    evaluated: Mapping[str, list[Answer]]
+    evaluated: Mapping[str, Sequence[EvaluatedCompletion]]
     """Greedy completions of `evaluate` by system, in the order of the problems."""
     has_result: bool
     missing: list[str]
-    """What is not there, or damaged, in words."""
+    """Files that are not there, or damaged, in words."""
 
     @property
     def name(self) -> str:
@@ -121,31 +57,26 @@ def read_run(path: Path) -> RunFiles:
     """Reads the directory of a run: finished, going on, crashed or damaged.
 
     Raises:
-        UserError: if it is no run.
+        UserError: if it is no run, or its logs are of another version.
     """
-    if not any((path / name).is_file() for name in _MARKS):
-        what = "is no run (no config.toml in it)" if path.is_dir() else "no such directory"
-        raise UserError(f"run {path}: {what}; give the directory of a run, such as runs/tiny")
+    check_version(path)
     missing: list[str] = []
     config_text, config = _read_config(path / "config.toml")
-    facts, evaluation = _read(path / "run.json", Facts), None
     if not config:
-        missing.append("config.toml is missing or damaged: what the run was to do")
+        missing.append("config.toml is missing or damaged: the settings of the run")
+    facts, evaluation = RunFacts.read(path), Evaluation.read(path)
+    result = RunResult.read(path)
     if facts is None:
         missing.append("run.json is missing or damaged: command, data, versions and devices")
-    if (path / "evaluation.json").exists():
-        evaluation = _read(path / "evaluation.json", Evaluation)
-        if evaluation is None:
-            missing.append("evaluation.json is damaged; run `gemma2-grpo evaluate` again")
-    has_result = bool(read_json(path / "result.json"))
-    if (path / "result.json").exists() and not has_result:
+    if evaluation is None and (path / Evaluation.FILE).exists():
+        missing.append("evaluation.json is damaged; run `gemma2-grpo evaluate` again")
+    if result is None and (path / RunResult.FILE).exists():
         missing.append("result.json is damaged: whether the run has finished")
-    metrics = _by_step(_read_log(path / "metrics.jsonl", missing))
+    metrics = _by_step(_read_log(path, StepRecord, missing))
     if not metrics:
         missing.append("No step has been finished: there are no curves, and no times")
-    evaluations = _by_step(_read_log(path / "evaluations.jsonl", missing))
-    evaluations = [record for record in evaluations if is_counted(record)]
-    held_out = _read_held_out(path / "completions.jsonl", evaluations, missing)
+    evaluations = _by_step(_read_log(path, Measurement, missing))
+    held_out = _read_held_out(path, evaluations, missing)
     if not evaluations:
         missing.append("Nothing has been measured on held-out problems")
     elif not held_out:
@@ -154,32 +85,28 @@ def read_run(path: Path) -> RunFiles:
         path=path,
         config=config,
         config_text=config_text,
-        facts=facts or Facts(),
-        metrics=metrics,
+        facts=facts or RunFacts(),
+        metrics=[numbers(record.model_dump()) for record in metrics],
         evaluations=evaluations,
         held_out=held_out,
         evaluation=evaluation,
-        evaluated=_read_evaluated(path / "evaluation_completions.jsonl", missing),
-        has_result=has_result,
+        evaluated=_read_evaluated(path, missing),
+        has_result=result is not None,
         missing=missing,
     )
 
 
-def numbers(record: Mapping[str, Any], prefix: str = "") -> dict[str, float]:
-    """The numbers of a record by name, those of a part of it as `part.name`; none is infinite."""
-    found = {}
-    for name, value in record.items():
-        if isinstance(value, Mapping):
-            found |= numbers(value, f"{prefix}{name}.")
-        elif isinstance(value, int | float) and abs(value) <= _LARGEST:
-            found[f"{prefix}{name}"] = float(value)
-    return found
+def check_version(path: Path) -> None:
+    """Refuses a directory that is no run, or whose logs would be misread.
 
-
-def is_counted(record: Numbers) -> bool:
-    """Whether a record says how many answers were right of how many."""
-    problems = record.get("problems", 0)
-    return problems >= 1 and 0 <= record.get("correct", -1) <= problems
+    Raises:
+        UserError: naming what is wrong with it.
+    """
+    if not any((path / name).is_file() for name in _MARKS):
+        what = "is no run (no config.toml in it)" if path.is_dir() else "no such directory"
+        raise UserError(f"run {path}: {what}; give the directory of a run, such as runs/tiny")
+    RunFacts.check_version(path, "train again, or use the version that wrote it")
+    Evaluation.check_version(path, "evaluate again with --overwrite")
 
 
 def _read_config(path: Path) -> tuple[str, dict[str, Any]]:
@@ -192,70 +119,53 @@ def _read_config(path: Path) -> tuple[str, dict[str, Any]]:
     return text, dict(chain.from_iterable(fields))
 
 
-def _read(path: Path, kind: type[_File]) -> _File | None:
-    """A JSON file; None if there is none, or it is not what it should be."""
-    try:
-        return kind.model_validate_json(path.read_bytes())
-    except (OSError, ValueError):
-        return None
-
-
-def _read_log(path: Path, missing: list[str], needle: bytes = b"") -> Iterator[dict[str, Any]]:
-    """Objects of a JSON Lines file; what is damaged is left out and counted.
+def _read_log(
+    path: Path, kind: type[_Record], missing: list[str], needle: bytes = b""
+) -> list[_Record]:
+    """Records of a log; damaged lines are left out and counted.
 
     Args:
-        path: The file; there need not be one.
+        path: The directory; there need not be a log in it.
+        kind: Model of the records.
         missing: Takes the count, in words.
-        needle: What a line of interest has in it; others are not even parsed.
+        needle: Only lines with these bytes are parsed: a log may have gigabytes.
     """
-    damaged = 0
-    with suppress(OSError), path.open("rb") as lines:
-        for line in lines:
-            if needle not in line:
-                continue
-            try:
-                record = from_json(line)
-            except ValueError:
-                record = None
-            if isinstance(record, dict):
-                yield record
-            else:
-                damaged += line.endswith(b"\n")  # Else it is being written now, or was cut off.
-    if damaged:
-        plural = "s are" if damaged > 1 else " is"
-        missing.append(f"{damaged} line{plural} damaged in {path.name}, and left out")
+    faults: list[str] = []
+
+    def parse(line: bytes) -> _Record | None:
+        return kind.model_validate_json(line) if needle in line else None
+
+    found = []
+    with suppress(OSError):
+        lines = read_jsonl(path / kind.FILE, parse, on_damage=faults.append, is_log=True)
+        found = [line.content for line in lines if line.content]
+    if faults:
+        plural = "s are" if len(faults) > 1 else " is"
+        missing.append(f"{len(faults)} line{plural} damaged in {kind.FILE}, and left out")
+    return found
 
 
-def _by_step(records: Iterable[Mapping[str, Any]]) -> list[Numbers]:
-    steps = {found["step"]: found for found in map(numbers, records) if found.get("step", -1) >= 0}
+def _by_step(records: Iterable[_AtStep]) -> list[_AtStep]:
+    """In the order of their steps; of a step that was done again, the last record."""
+    steps = {record.step: record for record in records}
     return [steps[step] for step in sorted(steps)]
 
 
 def _read_held_out(
-    path: Path, evaluations: list[Numbers], missing: list[str]
-) -> dict[int, list[Answer]]:
-    """Completions of the first and last measurement, out of a log that may have gigabytes."""
-    ends = {
-        int(record["step"]): record["problems"] for record in evaluations[:1] + evaluations[-1:]
-    }
-    answers: dict[int, list[Answer]] = {step: [] for step in ends}
-    for record in _read_log(path, missing, b'"held_out"'):
-        if record.get("kind") == "held_out" and (step := numbers(record).get("step")) in ends:
-            answers[int(step)].append(_answer(record))
+    path: Path, evaluations: Sequence[Measurement], missing: list[str]
+) -> dict[int, list[RunCompletion]]:
+    """Completions of the first and the last measurement."""
+    ends = {each.step: each.greedy.num_problems for each in (*evaluations[:1], *evaluations[-1:])}
+    answers: dict[int, list[RunCompletion]] = {step: [] for step in ends}
+    for record in _read_log(path, RunCompletion, missing, b'"held_out"'):
+        if record.kind == "held_out" and record.step in ends:
+            answers[record.step].append(record)
     # One that was begun, killed and begun again would have some twice.
     return {step: found for step, found in answers.items() if len(found) == ends[step]}
 
 
-def _read_evaluated(path: Path, missing: list[str]) -> dict[str, list[Answer]]:
-    answers: dict[str, list[Answer]] = {}
-    for record in _read_log(path, missing, b'"sample": null'):
-        if record.get("sample") is None:
-            answers.setdefault(str(record.get("system")), []).append(_answer(record))
-    return {
-        name: sorted(own, key=lambda a: a.scores.get("index", 0)) for name, own in answers.items()
-    }
-
-
-def _answer(record: Mapping[str, Any]) -> Answer:
-    texts = [str(record.get(name, "")) for name in ("question", "answer", "completion")]
-    return Answer(texts[0], texts[1], texts[2], numbers(record))
+def _read_evaluated(path: Path, missing: list[str]) -> dict[str, list[EvaluatedCompletion]]:
+    answers: dict[str, list[EvaluatedCompletion]] = {}
+    for record in _read_log(path, EvaluatedCompletion, missing, b'"sample":null'):
+        answers.setdefault(record.system, []).append(record)
+    return {name: sorted(own, key=lambda answer: answer.index) for name, own in answers.items()}

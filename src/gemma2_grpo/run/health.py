@@ -5,9 +5,12 @@ import statistics
 from collections import defaultdict, deque
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from functools import partial
+from operator import itemgetter
 from typing import Any, Literal
 
-from gemma2_grpo.run.files import numbers
+from gemma2_grpo.run.results import Measurement
+from gemma2_grpo.run.schema import numbers
 
 # Single steps are noisy: what is compared with a threshold is a mean over so many.
 WINDOW_STEPS = 5
@@ -59,7 +62,7 @@ KL = Signal(
     "The policy moves far from the model it started from: raise beta or lower learning_rate.",
 )
 UNIFORM_GROUPS = Signal(
-    "uniform_groups",
+    "uniform_groups_fraction",
     0.5,
     0.75,
     "{value:.0%} of the groups had rewards without variance (threshold {threshold:.0%})",
@@ -75,19 +78,19 @@ CLIP_FRACTION = Signal(
     "num_iterations.",
 )
 TRUNCATED = Signal(
-    "truncated",
+    "truncated_fraction",
     0.05,
     0.15,
     "{value:.0%} of the completions were cut off (threshold {threshold:.0%})",
     "Raise max_completion_tokens, or look whether the model still ends its answers.",
 )
 LENGTH = Signal(
-    "completion_tokens",
+    "mean_completion_tokens",
     1.5,
     math.inf,
     "Completions grew to {value:.1f} times their first length, and the reward follows their "
     "length (threshold {threshold:g} times)",
-    "Read some: are they better, or only longer? Lower length_weight, or mend the reward.",
+    "Read some: are they better, or only longer? Lower length_weight, or fix the reward.",
 )
 GRAD_NORM = Signal(
     "grad_norm",
@@ -106,11 +109,11 @@ OVERFITTING = Signal(
     "or for fewer steps.",
 )
 LEFT_OUT = Signal(
-    "updates_left_out",
+    "num_updates_left_out",
     1.0,
     math.inf,
     "{value:.0f} updates of one step had a gradient without a finite norm, and were left out",
-    'Lower learning_rate; if it goes on, set dtype = "float32".',
+    'Lower learning_rate; if it happens again, set dtype = "float32".',
 )
 
 
@@ -158,7 +161,7 @@ class Health:
         return [alarm for alarm in self.alarms if alarm.last_step == self._step]
 
     def add(self, record: Mapping[str, Any]) -> list[Alarm]:
-        """Takes the record of a step (see `step_record`); missing values are no cause for alarm.
+        """Takes the fields of a `StepRecord`; missing values are no cause for alarm.
 
         Returns:
             The alarms that are new with it, or have become critical.
@@ -169,31 +172,31 @@ class Health:
             self._recent[name].append(value)
             if len(self._first[name]) < WINDOW_STEPS:
                 self._first[name].append(value)
-        if "completion_tokens" in step and "reward" in step:
-            self._lengths_and_rewards.append((step["completion_tokens"], step["reward"]))
+        if LENGTH.name in step and "mean_reward" in step:
+            self._lengths_and_rewards.append((step[LENGTH.name], step["mean_reward"]))
         readings = {
-            UNIFORM_GROUPS: self._mean("uniform_groups"),
-            TRUNCATED: self._mean("truncated"),
+            UNIFORM_GROUPS: self._mean(UNIFORM_GROUPS.name),
+            TRUNCATED: self._mean(TRUNCATED.name),
             KL: self._mean("kl") if self._is_rising("kl") else None,
             # One update per batch cannot be clipped.
-            CLIP_FRACTION: self._mean("clip_fraction") if step.get("updates", 0) > 1 else None,
+            CLIP_FRACTION: self._mean("clip_fraction") if step.get("num_updates", 0) > 1 else None,
             ENTROPY: self._growth("entropy"),
-            LENGTH: self._growth("completion_tokens") if self._reward_follows_length() else None,
+            LENGTH: self._growth(LENGTH.name) if self._reward_follows_length() else None,
             GRAD_NORM: self._spike(step.get("grad_norm", 0.0)),
-            LEFT_OUT: step.get("updates_left_out"),
+            LEFT_OUT: step.get(LEFT_OUT.name),
         }
         return self._raise(readings)
 
-    def add_evaluation(self, record: Mapping[str, Any]) -> list[Alarm]:
+    def add_measurement(self, measured: Measurement) -> list[Alarm]:
         """Takes a measurement on held-out problems, after the steps before it.
 
         Returns:
             The alarms that are new with it, or have become critical.
         """
-        measured, train = numbers(record), self._mean("reward")
+        train = self._mean("mean_reward")
         # Sampled like the training reward, where that was measured.
-        held_out = measured.get("sampled.reward", measured.get("reward"))
-        if held_out is None or train is None or not measured.get("step"):
+        held_out = (measured.sampled or measured.greedy).mean_reward
+        if held_out is None or train is None or not measured.step:
             return []
         return self._raise({OVERFITTING: train - held_out})
 
@@ -246,18 +249,18 @@ class Health:
 
 
 def find_alarms(
-    records: Iterable[Mapping[str, Any]], evaluations: Iterable[Mapping[str, Any]] = ()
+    records: Iterable[Mapping[str, Any]], measurements: Iterable[Measurement] = ()
 ) -> list[Alarm]:
     """Alarms of a whole run: critical ones first, then in the order of their steps.
 
     Args:
-        records: Of metrics.jsonl, in order.
-        evaluations: Of evaluations.jsonl; each is taken after the step that it was made after.
+        records: Fields of metrics.jsonl, in order.
+        measurements: Those of the run; each is taken after the step that it follows.
     """
     health = Health()
     # A measurement after a step sorts behind it.
-    events = [(record.get("step", 0), health.add, record) for record in records]
-    events += [(record.get("step", 0), health.add_evaluation, record) for record in evaluations]
-    for _, take, record in sorted(events, key=lambda event: event[0]):
-        take(record)
+    events = [(record.get("step", 0), partial(health.add, record)) for record in records]
+    events += [(each.step, partial(health.add_measurement, each)) for each in measurements]
+    for _, take in sorted(events, key=itemgetter(0)):
+        take()
     return health.alarms

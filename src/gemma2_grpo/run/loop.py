@@ -3,26 +3,27 @@
 import math
 import signal
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
-
-import numpy as np
 
 from gemma2_grpo.run.console import Display
 from gemma2_grpo.run.directory import RunDirectory
 from gemma2_grpo.run.health import Health
 from gemma2_grpo.run.measure import measure
-from gemma2_grpo.run.records import find_rises, step_record
+from gemma2_grpo.run.records import completion_fields, find_rises, step_record
+from gemma2_grpo.run.results import Measurement, RunResult
+from gemma2_grpo.run.schema import RunCompletion, StepRecord
 from gemma2_grpo.run.session import Session
 from gemma2_grpo.run.source import ADAPTER
 from gemma2_grpo.run.trackers import Track
 from gemma2_grpo.runtime.memory import MemoryMonitor
-from gemma2_grpo.runtime.processes import from_first, gather, is_first
+from gemma2_grpo.runtime.processes import from_first, gather
 from gemma2_grpo.runtime.program_cache import ProgramCount
-from gemma2_grpo.task.examples import Example, batch_indices
+from gemma2_grpo.task.examples import batch_indices
 from gemma2_grpo.task.scoring import Scorer
+from gemma2_grpo.training.learner import StepResult
 
 REPORT = "report.html"
 _REPORT_EVERY_SECONDS = 60
@@ -61,29 +62,26 @@ class Run:
         self._display.plan(self._session.plan)
         first = self._session.finished_steps
         directory.forget_after(first)
-        for record in directory.records("metrics.jsonl"):
-            self._health.add(record)
+        for record in directory.records(StepRecord):
+            self._health.add(record.model_dump())
         before = self._measured(0, config.run.eval_samples)
         self._report()
         self._train(first, config.run.max_steps)
         after = self._measured(config.run.max_steps, config.run.eval_samples)
-        if not is_first():
+        if not directory.writes:
             return
         self._session.save_adapter(directory.path / ADAPTER)
-        result = {
-            "before": before,
-            "after": after,
-            "rises": find_rises(list(directory.records("metrics.jsonl"))),
-        }
-        directory.finish(result)
+        rises = find_rises(list(directory.records(StepRecord)))
+        result = RunResult(before=before, after=after, rises=tuple(rises))
+        directory.write(result)
         self._report()
         self._display.result(result)
         self._display.note(str(self._programs))
         self._display.note(f"report: {directory.path / REPORT}")
 
     def _report(self) -> None:
-        """Writes the report anew; a run is worth more than its report."""
-        if not is_first():
+        """Rewrites the report; a failure here must not stop training."""
+        if not self._directory.writes:
             return
         try:
             self._write_report(self._directory.path)
@@ -92,36 +90,40 @@ class Run:
             self._display.note(f"the report cannot be written: {type(error).__name__}: {line}")
         self._reported = time.monotonic()
 
-    def _measured(self, step: int, samples: int) -> dict[str, Any]:
+    def _measured(self, step: int, samples: int) -> Measurement:
         """The measurement after so many steps, which a resumed run may have already."""
-        records = self._directory.records("evaluations.jsonl")
-        earlier = (record for record in records if record["step"] == step)
-        record = from_first(next(earlier, None)) or self._measure(step, samples)
+        records = self._directory.records(Measurement)
+        earlier = next((record for record in records if record.step == step), None)
+        found = from_first(earlier and earlier.model_dump(mode="json"))
+        measurement = Measurement(**found) if found else self._measure(step, samples)
         # Two runs that measure the same have the same result, however long it took.
-        return {name: value for name, value in record.items() if name != "seconds"}
+        return Measurement(**measurement.model_dump(exclude={"seconds"}))
 
-    def _measure(self, step: int, samples: int) -> dict[str, Any]:
+    def _measure(self, step: int, samples: int) -> Measurement:
         held_out = self._session.held_out
         label = f"measuring {len(held_out)} held-out problems"
         started = time.perf_counter()
         with self._display.measuring(label, len(held_out) * (2 if samples else 1)) as on_batch:
-            measurement = measure(
+            measured = measure(
                 self._session.learner,
                 held_out,
                 self._scorer,
                 samples=samples,
                 on_batch=on_batch,
-                on_scored=lambda texts, cuts, scores: self._record_completions(
-                    step, "held_out", held_out, texts, cuts, scores
+                on_greedy=lambda records: self._directory.append(
+                    *(
+                        RunCompletion(step=step, kind="held_out", **record.model_dump())
+                        for record in records
+                    )
                 ),
             )
-        self._display.held_out(step, measurement)
+        self._display.held_out(step, measured)
         seconds = time.perf_counter() - started
-        record = {"step": step, **measurement.as_record(), "seconds": seconds}
-        self._directory.append("evaluations.jsonl", record)
-        self._track("held_out", record)
-        self._health.add_evaluation(record)
-        return record
+        measurement = Measurement(**measured.model_dump(), step=step, seconds=seconds)
+        self._directory.append(measurement)
+        self._track("held_out", measurement.model_dump())
+        self._health.add_measurement(measurement)
+        return measurement
 
     def _train(self, first: int, total: int) -> None:
         config = self._config
@@ -133,14 +135,19 @@ class Run:
             for step in range(first, total):
                 if step and every and step % every == 0:
                     self._measured(step, 0)
-                record = self._step(step)
-                record |= self._programs.as_record() | self._memory.as_record()
+                result = self._step(step)
                 done = step + 1
                 per_step = (time.perf_counter() - started) / (done - first)
-                record["seconds_left"] = per_step * (total - done)
-                self._directory.append("metrics.jsonl", record)
-                self._track("train", record)
-                new = self._health.add(record)
+                record = step_record(
+                    step,
+                    result,
+                    seconds_left=per_step * (total - done),
+                    **self._programs.as_record(),
+                    **self._memory.as_record(),
+                )
+                self._directory.append(record)
+                self._track("train", record.model_dump())
+                new = self._health.add(record.model_dump())
                 show(record, [a.what for a in new], [a.what for a in self._health.active])
                 if warning := self._memory.warning():
                     self._display.note(warning)
@@ -157,44 +164,20 @@ class Run:
                     self._display.note(f"stopped after step {done}; run again to resume")
                     raise SystemExit(128 + stop_signal)
 
-    def _step(self, step: int) -> dict[str, Any]:
-        """Runs one step and logs its completions; returns its record."""
+    def _step(self, step: int) -> StepResult:
+        """Runs one step and logs its completions."""
         config, session = self._config, self._session
         indices = batch_indices(
             len(session.train), config.rollout.prompts_per_step, config.data.data_seed, step
         )
         result = session.learner.step(step, [session.train[i] for i in indices], self._scorer)
-        texts = result.completions.texts
-        cuts = result.completions.is_truncated
-        self._record_completions(step + 1, "train", result.examples, texts, cuts, result.scores)
+        fields = completion_fields(result.examples, result.completions, result.scores)
+        records = [RunCompletion(step=step + 1, kind="train", **each) for each in fields]
+        self._directory.append(*records)
         every = config.run.sample_every_steps
         if every and (step + 1) % every == 0:
-            scores = {name: float(column[0]) for name, column in result.scores.items()}
-            self._display.sample(step + 1, result.examples[0].question, texts[0], scores)
-        return step_record(step, result)
-
-    def _record_completions(
-        self,
-        step: int,
-        kind: str,
-        examples: Sequence[Example],
-        texts: Sequence[str],
-        is_truncated: np.ndarray,
-        scores: Mapping[str, np.ndarray],
-    ) -> None:
-        records = [
-            {
-                "step": step,
-                "kind": kind,
-                "question": example.question,
-                "answer": example.answer,
-                "completion": text,
-                "truncated": bool(is_truncated[i]),
-                **{name: float(column[i]) for name, column in scores.items()},
-            }
-            for i, (example, text) in enumerate(zip(examples, texts, strict=True))
-        ]
-        self._directory.append("completions.jsonl", *records)
+            self._display.sample(step + 1, records[0])
+        return result
 
     @contextmanager
     def _finishing_steps(self) -> Iterator[None]:

@@ -1,73 +1,110 @@
-"""Measuring a model on held-out problems, greedy and sampled."""
+"""Measuring models on held-out problems, for train and evaluate: batches, completions, scores."""
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from itertools import cycle, islice
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
-from gemma2_grpo.runtime.processes import gather_rows, has_turn
+from gemma2_grpo.run.console import Display
+from gemma2_grpo.run.directory import EvaluationFolder
+from gemma2_grpo.run.panel import EvaluationProgress
+from gemma2_grpo.run.records import compare_systems, completion_fields, summarize
+from gemma2_grpo.run.results import ADAPTER, BASE, EvaluatedCompletion, Evaluation, System
+from gemma2_grpo.run.source import Opened
+from gemma2_grpo.runtime.processes import gather, has_turn
 from gemma2_grpo.sampling.rollout import Completions, Sample
 from gemma2_grpo.task.examples import Example
 from gemma2_grpo.task.prompts import render_prompt
-from gemma2_grpo.task.statistics import pass_at_k, wilson_interval
+from gemma2_grpo.task.scoring import Scorer
 from gemma2_grpo.training.learner import Learner, Scores, Stream, fold_key
 
-OnScored = Callable[[Sequence[str], np.ndarray, Mapping[str, np.ndarray]], None]
-"""Takes completions, whether each was cut off, and columns of their scores, aligned with the
-examples."""
+# --- Batches ---
 
 
 @dataclass(frozen=True)
-class Sampled:
-    """Of several sampled completions per problem."""
+class Batch:
+    """Completions that are made together."""
 
-    samples: int
-    pass_at_1: float
-    pass_at_k: float
-    """With k = samples."""
-    format: float
-    """Share in perfect format."""
-    reward: float | None
-    """Mean total reward; None if none could be given."""
-    true_equations: float
-    """Share of the written equations that hold."""
-
-
-@dataclass(frozen=True)
-class Measurement:
-    """Of one model on one set of problems."""
-
+    system: str
+    index: int
+    """Number among the batches of its system and kind."""
+    size: int
+    """Prompts; the last batch may have fewer problems."""
+    first: int
+    """Index of the first problem."""
     problems: int
-    correct: int
-    """Right greedy answers."""
-    official_correct: int
-    """The same by GSM8K's own extraction."""
-    format: float
-    """Share of greedy completions in perfect format."""
-    true_equations: float
-    mean_tokens: float
-    truncated: float
-    """Share of greedy completions that ran into the limit."""
-    reward: float | None
-    """Mean total reward of the greedy completions."""
-    sampled: Sampled | None = None
+    samples: int
+    """Samples of each problem; 0 for the greedy completion."""
 
     @property
-    def accuracy(self) -> float:
-        """Greedy pass@1."""
-        return self.correct / self.problems
+    def group(self) -> int:
+        """Completions of each problem."""
+        return max(self.samples, 1)
 
     @property
-    def interval(self) -> tuple[float, float]:
-        """95 % Wilson interval of the accuracy."""
-        return wilson_interval(self.correct, self.problems)
+    def completions(self) -> int:
+        """Completions of the batch."""
+        return self.problems * self.group
 
-    def as_record(self) -> dict[str, Any]:
-        """All values by name, for a log."""
-        low, high = self.interval
-        return {**asdict(self), "accuracy": self.accuracy, "interval": [low, high]}
+
+def plan_batches(
+    systems: Sequence[str], problems: int, samples: int, batch_prompts: int
+) -> Iterator[Batch]:
+    """All batches: greedy ones first, the systems in turn on the same problems.
+
+    A batch of samples has about as many completions as one of greedy ones.
+    """
+    for each in (0, samples) if samples else (0,):
+        size = max(1, batch_prompts // max(each, 1))
+        for index, first in enumerate(range(0, problems, size)):
+            for system in systems:
+                yield Batch(system, index, size, first, min(size, problems - first), each)
+
+
+def complete_batch(
+    sample: Sample, examples: Sequence[Example], batch: Batch, seed: int
+) -> Completions:
+    """Completes a batch, the same whichever batches came before."""
+    # A last, short batch is filled up with others, so that one program serves all.
+    chosen = islice(cycle(examples), batch.first, batch.first + batch.size)
+    prompts = [render_prompt(example.question) for example in chosen]
+    # Greedy decoding draws nothing; sampling draws from a stream that training never sees.
+    key = fold_key(seed, Stream.EVAL, batch.group, batch.index)
+    done = sample(prompts, batch.group, key, greedy=not batch.samples)
+    return done.first(batch.completions)
+
+
+def score_batches(
+    done: Sequence[tuple[Batch, Completions]], examples: Sequence[Example], score: Scores
+) -> list[EvaluatedCompletion]:
+    """Scores completed batches, all at one time, and makes their records."""
+    if not done:  # A user's reward need not cope with no completions at all.
+        return []
+    places = [
+        {
+            "system": batch.system,
+            "index": batch.first + i // batch.group,
+            "sample": i % batch.group if batch.samples else None,
+        }
+        for batch, _ in done
+        for i in range(batch.completions)
+    ]
+    completions = Completions(
+        [text for _, part in done for text in part.texts],
+        [row for _, part in done for row in part.tokens],
+        np.concatenate([part.is_truncated for _, part in done]),
+    )
+    asked = [examples[place["index"]] for place in places]
+    scores = score(asked, completions.texts, completions.is_truncated)
+    fields = completion_fields(asked, completions, scores)
+    return [
+        EvaluatedCompletion(**place, **each) for place, each in zip(places, fields, strict=True)
+    ]
+
+
+# --- In training ---
 
 
 def measure(
@@ -77,9 +114,11 @@ def measure(
     *,
     samples: int = 0,
     on_batch: Callable[[int], None] = lambda done: None,
-    on_scored: OnScored = lambda texts, cuts, scores: None,
-) -> Measurement:
+    on_greedy: Callable[[Sequence[EvaluatedCompletion]], None] = lambda records: None,
+) -> System:
     """Measures the policy on examples; the same examples and seed give the same result.
+
+    The processes complete batches in turn, and each scores its own.
 
     Args:
         learner: The policy.
@@ -87,133 +126,83 @@ def measure(
         score: Scores the completions.
         samples: Completions sampled per problem besides the greedy one.
         on_batch: Called with the number of problems that are done.
-        on_scored: Called with the greedy completions and their scores.
+        on_greedy: Called with the greedy completions of all processes.
     """
-    done = _complete(learner, examples, 1, score, on_batch, greedy=True)
-    table = done.scores
-    on_scored(done.texts, done.is_truncated, table)
-    return Measurement(
-        problems=len(examples),
-        correct=int(table["correct"].sum()),
-        official_correct=int(table["official_correct"].sum()),
-        format=float((table["format"] == 1).mean()),
-        true_equations=_share(table["true_equations"], table["equations"]),
-        mean_tokens=float(done.tokens.mean()),
-        truncated=float(done.is_truncated.mean()),
-        reward=_mean(table["total"]),
-        sampled=_sampled(learner, examples, score, samples, on_batch) if samples else None,
-    )
+    run = learner.config.run
+    batches = list(plan_batches((ADAPTER,), len(examples), samples, run.eval_batch_prompts))
+    records: list[EvaluatedCompletion] = []
+    for kind in (0, samples) if samples else (0,):
+        done = []
+        for batch in (batch for batch in batches if batch.samples == kind):
+            if has_turn(batch.index):
+                done.append((batch, complete_batch(learner.sample, examples, batch, run.seed)))
+            on_batch(batch.problems)
+        own = [record.model_dump() for record in score_batches(done, examples, score)]
+        everyones = [EvaluatedCompletion(**each) for part in gather(own) for each in part]
+        records += sorted(everyones, key=lambda record: (record.index, record.sample or 0))
+        if not kind:
+            on_greedy(records)
+    return summarize(records, examples)[ADAPTER]
 
 
-def _sampled(
-    learner: Learner,
-    examples: Sequence[Example],
-    score: Scores,
-    samples: int,
-    on_batch: Callable[[int], None],
-) -> Sampled:
-    table = _complete(learner, examples, samples, score, on_batch, greedy=False).scores
-    correct = table["correct"].reshape(-1, samples).sum(axis=1).astype(int).tolist()
-    return Sampled(
-        samples=samples,
-        pass_at_1=pass_at_k(correct, samples, 1),
-        pass_at_k=pass_at_k(correct, samples, samples),
-        format=float((table["format"] == 1).mean()),
-        reward=_mean(table["total"]),
-        true_equations=_share(table["true_equations"], table["equations"]),
-    )
+# --- `gemma2-grpo evaluate` ---
 
 
-class _Scored(NamedTuple):
-    """Completions in the order of their examples, from all processes."""
+class Evaluator:
+    """A resumable evaluation: base and adapter in turn on the same problems, batch by batch."""
 
-    texts: list[str]
-    tokens: np.ndarray
-    is_truncated: np.ndarray
-    scores: Mapping[str, np.ndarray]
+    def __init__(
+        self,
+        opened: Opened,
+        examples: Sequence[Example],
+        samples: int,
+        folder: EvaluationFolder,
+        display: Display,
+    ) -> None:
+        """Takes models and problems, and the folder that the evaluation is written to."""
+        self._config = opened.config
+        self._examples = examples
+        self._folder = folder
+        self._display = display
+        # A user's own reward is not run: it may have gone, and nothing here is trained on it.
+        self._scorer = Scorer(opened.config.rewards)
+        systems = (BASE, ADAPTER) if opened.policy is not None else (BASE,)
+        self._samplers = {name: opened.sampler(adapted=name == ADAPTER) for name in systems}
+        batch_prompts = opened.config.run.eval_batch_prompts
+        self._batches = list(plan_batches(systems, len(examples), samples, batch_prompts))
 
+    def go(self, facts: Mapping[str, Any]) -> Evaluation:
+        """Completes what is left, and writes the statistics of everything."""
+        records = self._folder.begin(facts, [batch.completions for batch in self._batches])
+        self._show_plan(facts, len(records))
+        total = sum(batch.completions for batch in self._batches)
+        done = 0
+        with EvaluationProgress(self._display.console, total, records) as progress:
+            for batch in self._batches:
+                done += batch.completions
+                if done > len(records):
+                    sample, seed = self._samplers[batch.system], self._config.run.seed
+                    completions = complete_batch(sample, self._examples, batch, seed)
+                    made = score_batches([(batch, completions)], self._examples, self._scorer)
+                    self._folder.add(made)
+                    records += made
+                    progress.add(made)
+        systems = summarize(records, self._examples)
+        comparison = compare_systems(records)
+        return self._folder.finish({"systems": systems, "comparison": comparison})
 
-def _complete(
-    learner: Learner,
-    examples: Sequence[Example],
-    group: int,
-    score: Scores,
-    on_batch: Callable[[int], None],
-    *,
-    greedy: bool,
-) -> _Scored:
-    """Completes each example `group` times; the processes take batches in turn and score them."""
-    rows: list[int] = []
-    texts: list[str] = []
-    tokens: list[int] = []
-    is_truncated: list[bool] = []
-    size = _batch_prompts(learner, group)
-    for index, start in enumerate(range(0, len(examples), size)):
-        kept = min(size, len(examples) - start)
-        if has_turn(index):
-            seed = learner.config.run.seed
-            completions = complete_batch(
-                learner.sample, examples, index, size, group, seed, greedy=greedy
-            )
-            rows += range(start * group, (start + kept) * group)
-            texts += completions.texts
-            tokens += completions.lengths.tolist()
-            is_truncated += completions.is_truncated.tolist()
-        on_batch(kept)
-    # A user's reward need not cope with no completions at all.
-    asked = [examples[row // group] for row in rows]
-    scores = score(asked, texts, np.array(is_truncated)) if rows else {}
-    done = gather_rows({"row": rows, "text": texts, "tokens": tokens, "cut": is_truncated})
-    columns = gather_rows({name: column.tolist() for name, column in scores.items()})
-    order = np.argsort(done["row"])
-    return _Scored(
-        [done["text"][i] for i in order],
-        np.array(done["tokens"])[order],
-        np.array(done["cut"])[order],
-        {name: np.array(column)[order] for name, column in columns.items()},
-    )
-
-
-def complete_batch(
-    sample: Sample,
-    examples: Sequence[Example],
-    index: int,
-    size: int,
-    group: int,
-    seed: int,
-    *,
-    greedy: bool,
-) -> Completions:
-    """Completes one batch of examples, the same whichever batches came before.
-
-    Args:
-        sample: Completes prompts.
-        examples: Of all batches.
-        index: Of the batch.
-        size: Prompts of a batch; the last one may have fewer examples.
-        group: Completions per prompt.
-        seed: Seed of sampling.
-        greedy: Take the likeliest token.
-    """
-    start = index * size
-    kept = min(size, len(examples) - start) * group
-    # A last, short batch is filled up with others, so that one program serves all.
-    batch = islice(cycle(examples), start, start + size)
-    prompts = [render_prompt(example.question) for example in batch]
-    # Greedy decoding draws nothing; sampling draws from a stream that training never sees.
-    key = fold_key(seed, Stream.EVAL, group, index)
-    return sample(prompts, group, key, greedy=greedy).first(kept)
-
-
-def _batch_prompts(learner: Learner, group: int) -> int:
-    """Prompts at one time: as many completions whether they are greedy or sampled."""
-    return max(1, learner.config.run.eval_batch_prompts // group)
-
-
-def _mean(rewards: np.ndarray) -> float | None:
-    """Of those that were given; None if none was."""
-    return float(np.nanmean(rewards)) if np.isfinite(rewards).any() else None
-
-
-def _share(part: np.ndarray, whole: np.ndarray) -> float:
-    return float(part.sum() / max(whole.sum(), 1))
+    def _show_plan(self, facts: Mapping[str, Any], done: int) -> None:
+        data, step = facts["data"], facts["step"]
+        adapter = f"adapter of {step} steps" if step else f"adapter {self._config.model.adapter}"
+        each = "1 greedy completion"
+        if samples := self._batches[-1].samples:
+            each += f", {samples} sampled at temperature {self._config.rollout.temperature:g}"
+        self._display.plan(
+            {
+                "model": facts["model"] + (f", {adapter}" if len(self._samplers) > 1 else ""),
+                "problems": f"{data['num_problems']} of {data['source']}, {data['split']}; "
+                f"{data['num_dropped']} too long, dropped",
+                "each": each,
+                **({"resuming": f"{done} completions are there"} if done else {}),
+            }
+        )

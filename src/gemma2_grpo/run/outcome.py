@@ -1,76 +1,94 @@
 """Whether a run made the model better: before and after on the same questions."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from itertools import zip_longest
-from typing import Any
+from operator import attrgetter
+from typing import Any, NamedTuple
 
-from gemma2_grpo.run.files import Answer, Numbers, RunFiles, System, is_counted, numbers
-from gemma2_grpo.task.statistics import Paired, compare_paired, wilson_interval
+from gemma2_grpo.run.files import RunFiles
+from gemma2_grpo.run.results import ADAPTER, BASE, StepsMeasures, System
+from gemma2_grpo.run.schema import ScoredCompletion
+from gemma2_grpo.task.statistics import Paired, compare_paired
 
 # What is called a difference is less likely than this without one.
 SIGNIFICANCE = 0.05
 
 _NO_BREAK = "\u00a0"
 
-# Name, label, and whether it is a share.
+
+class Measure(NamedTuple):
+    """A row of every table of measures: in a report, on a terminal and in a model card."""
+
+    name: str
+    """Field of a `System`."""
+    label: str
+    """May say `{k}`, for a measure that there is for several k."""
+    is_fraction: bool = True
+
+
 MEASURES = (
-    ("accuracy", "Right, greedy", True),
-    ("official_accuracy", "Right by GSM8K's own extraction", True),
-    ("format", "Perfect format", True),
-    ("true_equations", "True equations", True),
-    ("truncated", "Cut off", True),
-    ("mean_tokens", "Tokens per completion", False),
-    ("sampled.pass_at_1", "Right, sampled", True),
-    ("sampled.pass_at_k", "Right in at least one of {k} samples", True),
-    ("sampled.maj_at_k", "Right by vote of {k} samples", True),
-    ("sampled.format", "Perfect format, sampled", True),
-    ("sampled.true_equations", "True equations, sampled", True),
-    ("sampled.reward", "Mean reward, sampled", False),
+    Measure("greedy.correct_fraction", "Right, greedy"),
+    Measure("greedy.correct_fraction_interval", "  95 % interval"),
+    Measure("greedy.official_correct_fraction", "Right by GSM8K's own extraction"),
+    Measure("greedy.perfect_format_fraction", "Perfect format"),
+    Measure("greedy.true_equations_fraction", "True equations"),
+    Measure("greedy.truncated_fraction", "Cut off"),
+    Measure("greedy.mean_completion_tokens", "Tokens per completion", is_fraction=False),
+    Measure("sampled.correct_fraction", "Right, sampled"),
+    Measure("sampled.correct_fraction_interval", "  95 % interval, sampled"),
+    Measure("sampled.pass_at_k", "Right in at least one of {k} samples"),
+    Measure("sampled.maj_at_k", "Right by vote of {k} samples"),
+    Measure("sampled.perfect_format_fraction", "Perfect format, sampled"),
+    Measure("sampled.true_equations_fraction", "True equations, sampled"),
+    Measure("sampled.truncated_fraction", "Cut off, sampled"),
+    Measure("sampled.mean_completion_tokens", "Tokens per completion, sampled", is_fraction=False),
+    Measure("sampled.mean_reward", "Mean reward, sampled", is_fraction=False),
 )
 
 
 @dataclass(frozen=True)
 class Result:
-    """Of one model on one set of problems."""
+    """The measures of one model on one set of problems."""
 
     label: str
-    values: Numbers
-    """Those of MEASURES that were measured, `problems`, `correct` and `sampled.samples`."""
-    by_steps: "Mapping[int, Result]" = field(default_factory=dict)
-    """Those of problems whose solution takes so many steps."""
+    system: System
 
     @property
     def problems(self) -> int:
-        """How many were asked."""
-        return int(self.values["problems"])
+        """Problems that were asked."""
+        return self.system.greedy.num_problems
 
     @property
     def accuracy(self) -> float:
         """Greedy pass@1."""
-        return self.values["accuracy"]
+        return self.system.greedy.correct_fraction
 
     @property
     def interval(self) -> tuple[float, float]:
         """95 % Wilson interval of the accuracy."""
-        return wilson_interval(int(self.values["correct"]), self.problems)
+        return self.system.greedy.correct_fraction_interval
 
     @property
     def interval_text(self) -> str:
-        """The same for people, in per cent."""
-        low, high = self.interval
-        return f"{100 * low:.0f} to {100 * high:.0f}"
+        """The interval for people, in per cent."""
+        return _interval_text(self.interval)
+
+    @property
+    def by_steps(self) -> Mapping[int, StepsMeasures]:
+        """Measures of the problems whose solution takes so many steps."""
+        return {row.solution_steps: row for row in self.system.greedy.by_solution_steps}
 
 
 @dataclass(frozen=True)
 class Pair:
-    """What the model said before and after to one question; None where that is not known."""
+    """The answers of the model before and after to one question; None where not known."""
 
-    before: Answer | None
-    after: Answer | None
+    before: ScoredCompletion | None
+    after: ScoredCompletion | None
 
     @property
-    def question(self) -> Answer:
+    def question(self) -> ScoredCompletion:
         """Either, for what both have."""
         answer = self.after or self.before
         assert answer is not None
@@ -80,9 +98,9 @@ class Pair:
     def kind(self) -> str:
         """`fixed`, `broken`, `wrong` (still) or `right` (still)."""
         before, after = self.before or self.question, self.after or self.question
-        if before.is_correct == after.is_correct:
-            return "right" if after.is_correct else "wrong"
-        return "fixed" if after.is_correct else "broken"
+        if before.correct == after.correct:
+            return "right" if after.correct else "wrong"
+        return "fixed" if after.correct else "broken"
 
 
 @dataclass(frozen=True)
@@ -124,9 +142,9 @@ def during_run(run: RunFiles) -> Outcome | None:
     if not run.evaluations:
         return None
     first, last = run.evaluations[0], run.evaluations[-1]
-    before = result_of("Before", first) if first["step"] == 0 else None
-    after = result_of(f"After {last['step']:.0f} steps", last) if last["step"] else None
-    old, new = (run.held_out.get(int(record["step"]), []) for record in (first, last))
+    before = Result("Before", first) if first.step == 0 else None
+    after = Result(f"After {last.step} steps", last) if last.step else None
+    old, new = (run.held_out.get(record.step, []) for record in (first, last))
     pairs = pair_up(old if before else [], new if after else [])
     return Outcome("held-out problems", before, after, count_flips(pairs), pairs)
 
@@ -137,18 +155,18 @@ def by_evaluation(run: RunFiles) -> Outcome | None:
     if evaluation is None:
         return None
     base, adapter = (
-        _system_result(label, evaluation.systems.get(name))
-        for name, label in (("base", "Base model"), ("adapter", "With adapter"))
+        Result(label, evaluation.systems[name]) if name in evaluation.systems else None
+        for name, label in ((BASE, "Base model"), (ADAPTER, "With adapter"))
     )
     if base is None and adapter is None:
         return None
-    pairs = pair_up(*(run.evaluated.get(name, []) for name in ("base", "adapter")))
-    words = (evaluation.data.get("source"), evaluation.data.get("split"), "problems")
-    problems = " ".join(str(word) for word in words if word)
+    pairs = pair_up(*(run.evaluated.get(name, []) for name in (BASE, ADAPTER)))
+    words = (evaluation.data.source, evaluation.data.split, "problems")
+    problems = " ".join(word for word in words if word)
     return Outcome(problems, base, adapter, evaluation.comparison or count_flips(pairs), pairs)
 
 
-def pair_up(before: Sequence[Answer], after: Sequence[Answer]) -> list[Pair]:
+def pair_up(before: Sequence[ScoredCompletion], after: Sequence[ScoredCompletion]) -> list[Pair]:
     """Answers to the same questions side by side; none if the questions differ.
 
     Args:
@@ -163,41 +181,10 @@ def pair_up(before: Sequence[Answer], after: Sequence[Answer]) -> list[Pair]:
 
 def count_flips(pairs: Sequence[Pair]) -> Paired | None:
     """Counts how answers differ; None if there are none, or any is missing."""
-    whole = [(p.before.is_correct, p.after.is_correct) for p in pairs if p.before and p.after]
+    whole = [(p.before.correct, p.after.correct) for p in pairs if p.before and p.after]
     if not whole or len(whole) < len(pairs):
         return None
     return compare_paired(*zip(*whole, strict=True))
-
-
-def _system_result(label: str, system: System | None) -> Result | None:
-    if system is None:
-        return None
-    record = {**system.greedy.model_dump(), "sampled": system.sampled or {}}
-    return result_of(label, record, system.greedy.by_solution_steps)
-
-
-def result_of(
-    label: str, record: Mapping[str, Any], by_steps: Sequence[Mapping[str, Any]] = ()
-) -> Result | None:
-    """Puts a result together; None if the record does not say how many were right of how many.
-
-    Args:
-        label: What to call it.
-        record: A line of evaluations.jsonl, or measures by the same names.
-        by_steps: Such records by `steps` of the solution.
-    """
-    values = numbers(record)
-    if not is_counted(values):
-        return None
-    for name in ("sampled.pass_at_k", "sampled.maj_at_k"):
-        of_all = f"{name}.{values.get('sampled.samples', 0):.0f}"
-        if of_all in values:
-            values[name] = values[of_all]
-    values["accuracy"] = values["correct"] / values["problems"]
-    if "official_correct" in values:
-        values["official_accuracy"] = values["official_correct"] / values["problems"]
-    results = {int(row.get("steps", 0)): result_of("", row) for row in map(numbers, by_steps)}
-    return Result(label, values, {steps: result for steps, result in results.items() if result})
 
 
 def headline(outcome: Outcome | None, *, is_control: bool) -> str:
@@ -220,7 +207,7 @@ def _what_changed(outcome: Outcome | None) -> str:
     change = f"from {percent(before.accuracy)} to {percent(after.accuracy)}"
     change += f" on {after.problems:,} {outcome.problems}"
     if outcome.paired:
-        change += f"; {outcome.paired.fixed:,} fixed, {outcome.paired.broken:,} broken"
+        change += f"; {outcome.paired.num_fixed:,} fixed, {outcome.paired.num_broken:,} broken"
     if not outcome.is_different:
         return f"No difference can be told apart from chance: accuracy went {change}."
     return f"Accuracy {'rose' if after.accuracy > before.accuracy else 'fell'} {change}."
@@ -231,47 +218,73 @@ def measure_rows(results: Sequence[Result], *, with_change: bool = False) -> lis
 
     Args:
         results: One for each column.
-        with_change: Add what the second has more than the first, if there are two.
+        with_change: Add the difference of the second from the first, if there are two.
     """
-    k = max((result.values.get("sampled.samples", 0) for result in results), default=0)
     rows = []
-    for name, label, is_share in MEASURES:
-        values = [result.values.get(name) for result in results]
-        if any(value is not None for value in values):
-            row = [label.format(k=f"{k:.0f}"), *(_cell(value, is_share) for value in values)]
+    for measure in MEASURES:
+        found = [_values(result.system, measure.name) for result in results]
+        for k in sorted(set().union(*found)):
+            values = [values.get(k) for values in found]
+            row = [measure.label.format(k=k), *(_cell(v, measure.is_fraction) for v in values)]
             if with_change and len(values) == 2:
-                row.append(_change(values[0], values[1], is_share))
+                row.append(_change(values[0], values[1], measure.is_fraction))
             rows.append(row)
     return rows
 
 
-def _cell(value: float | None, is_share: bool) -> str:
+def _values(system: System, name: str) -> Mapping[int, Any]:
+    """The values of a measure: one, or one for each k from 2 on; none if it was not measured."""
+    if name.startswith("sampled.") and system.sampled is None:
+        return {}
+    value = attrgetter(name)(system)
+    if isinstance(value, Mapping):
+        return {k: each for k, each in value.items() if k > 1}  # That of 1 is a measure of its own.
+    return {} if value is None else {1: value}
+
+
+def _cell(value: Any, is_fraction: bool) -> str:
     if value is None:
         return "–"
-    return percent(value) if is_share else f"{value:.2f}"
+    if isinstance(value, tuple):
+        return f"{_interval_text(value)}{_NO_BREAK}%"
+    return percent(value) if is_fraction else f"{value:.2f}"
 
 
-def _change(before: float | None, after: float | None, is_share: bool) -> str:
-    if before is None or after is None:
+def _interval_text(interval: tuple[float, float]) -> str:
+    low, high = interval
+    return f"{100 * low:.0f} to {100 * high:.0f}"
+
+
+def _change(before: Any, after: Any, is_fraction: bool) -> str:
+    if not isinstance(before, float) or not isinstance(after, float):
         return ""
-    decimals, factor, unit = (1, 100, "\u00a0pp") if is_share else (2, 1, "")
+    decimals, factor, unit = (1, 100, f"{_NO_BREAK}pp") if is_fraction else (2, 1, "")
     change = round(factor * (after - before), decimals)
     sign = "+" if change > 0 else "\u2212" if change < 0 else ""
     return f"{sign}{abs(change):.{decimals}f}{unit}"
 
 
-def step_rows(results: Sequence[Result]) -> list[list[str]]:
-    """Rows of text: accuracy by the number of steps of a solution, with its interval."""
+def step_rows(results: Sequence[Result], *, with_change: bool = False) -> list[list[str]]:
+    """Rows of text: number of steps of a solution, of problems with so many, and the accuracy.
+
+    Args:
+        results: One for each column of accuracies.
+        with_change: Add the difference of the second from the first, instead of intervals.
+    """
     rows = []
     for steps in sorted({steps for result in results for steps in result.by_steps}):
         found = [result.by_steps.get(steps) for result in results]
-        problems = max(result.problems for result in found if result)
-        cells = [
-            f"{percent(part.accuracy)}, {part.interval_text.replace(' ', _NO_BREAK)}"
-            if part
-            else "–"
-            for part in found
-        ]
+        shares = [part and part.correct_fraction for part in found]
+        cells = [_cell(share, is_fraction=True) for share in shares]
+        if with_change and len(cells) == 2:
+            cells.append(_change(*shares, is_fraction=True))
+        elif not with_change:
+            intervals = [part and _interval_text(part.correct_fraction_interval) for part in found]
+            cells = [
+                f"{cell}, {interval.replace(' ', _NO_BREAK)}" if interval else cell
+                for cell, interval in zip(cells, intervals, strict=True)
+            ]
+        problems = max(part.num_problems for part in found if part)
         rows.append([f"{steps} step{'s' if steps != 1 else ''}", f"{problems:,}", *cells])
     return rows
 

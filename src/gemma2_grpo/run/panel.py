@@ -1,23 +1,32 @@
-"""Where a training run stands: a panel on a terminal, a line a step elsewhere."""
+"""Progress of training and evaluation: a live panel on a terminal, plain lines elsewhere."""
 
 from collections import deque
-from collections.abc import Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterator, Sequence
+from typing import Any
 
 from rich import box
 from rich.console import Console
 from rich.panel import Panel
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 from rich.table import Table
 from rich.text import Text
 
+from gemma2_grpo.run.results import EvaluatedCompletion, System
+from gemma2_grpo.run.schema import StepRecord
 from gemma2_grpo.task.rewards import RISING
-
-if TYPE_CHECKING:  # Showing must not load JAX.
-    from gemma2_grpo.run.measure import Measurement
 
 _LEVELS = "▁▂▃▄▅▆▇█"
 _CURVE_STEPS = 16
+_PLAIN_LINES = 20
+
+# --- Training ---
 
 
 class TrainingPanel(Progress):
@@ -26,7 +35,7 @@ class TrainingPanel(Progress):
     def __init__(self, console: Console, first: int, total: int) -> None:
         """Starts at the steps that are done already."""
         # First, because rich draws at once.
-        self._record: Mapping[str, Any] = {}
+        self._record: StepRecord | None = None
         self._alarms: Sequence[str] = ()
         self._rewards: deque[float] = deque(maxlen=_CURVE_STEPS)
         self._held_out = ""
@@ -40,32 +49,30 @@ class TrainingPanel(Progress):
         )
         self._task = self.add_task("", total=total, completed=first, left="-:--:--")
 
-    def show(
-        self, record: Mapping[str, Any], new: Sequence[str] = (), active: Sequence[str] = ()
-    ) -> None:
+    def show(self, record: StepRecord, new: Sequence[str] = (), active: Sequence[str] = ()) -> None:
         """Moves on by one step; alarms are shown for as long as they are active."""
         del new
         self._record, self._alarms = record, active
-        if record["reward"] is not None:  # No completion may have got one.
-            self._rewards.append(record["reward"])
-        self.update(self._task, advance=1, left=duration(record["seconds_left"]))
+        if record.mean_reward is not None:  # No completion may have got one.
+            self._rewards.append(record.mean_reward)
+        self.update(self._task, advance=1, left=duration(record.seconds_left or 0.0))
 
-    def held_out(self, step: int, measurement: "Measurement") -> None:
+    def held_out(self, step: int, measured: System) -> None:
         """Shows a measurement until there is another."""
-        self._held_out = f"{in_words(measurement)} at step {step}"
+        self._held_out = f"{in_words(measured)} at step {step}"
 
     def get_renderables(self) -> Iterator[Any]:
-        """The panel, drawn anew several times a second."""
+        """The panel, drawn several times a second."""
         grid = Table.grid(expand=True)
         grid.add_row(self.make_tasks_table(self.tasks))
         if self._record:
-            grid.add_row(self._facts())
+            grid.add_row(self._facts(self._record))
         for alarm in self._alarms:
             grid.add_row(Text(f"! {alarm}", style="yellow", overflow="fold"))
         yield Panel(grid, box=box.ROUNDED, border_style="dim")
 
-    def _facts(self) -> Table:
-        facts = step_facts(self._record)
+    def _facts(self, record: StepRecord) -> Table:
+        facts = step_facts(record)
         facts["reward"] = f"{facts['reward']}  {curve(self._rewards)}"
         if self._held_out:
             facts["held-out"] = self._held_out
@@ -75,40 +82,46 @@ class TrainingPanel(Progress):
         return table
 
 
-def step_facts(record: Mapping[str, Any]) -> dict[str, str]:
-    """What a step gave, in lines of at most 64 columns; the same on a terminal and off one."""
-    parts = " ".join(f"{name} {record[name]:.2f}" for name in RISING)
-    reward = "none" if record["reward"] is None else f"{record['reward']:.3f}"
+def step_facts(record: StepRecord) -> dict[str, str]:
+    """Results of a step, in lines of at most 64 columns; the same on a terminal and off one."""
+    parts = " ".join(f"{name} {_text(record.mean_components[name], '.2f')}" for name in RISING)
     facts = {
-        "reward": f"{reward} ({parts})",
-        "right": f"{record['correct']:.1%} of sampled answers",
+        "reward": f"{_text(record.mean_reward, '.3f')} ({parts})",
+        "right": f"{_text(record.correct_fraction, '.1%')} of sampled answers",
         "policy": (
-            f"kl {record['kl']:.4f} entropy {record['entropy']:.3f} "
-            f"clipped {record['clip_fraction']:.1%} gradient {record['grad_norm']:.3g}"
+            f"kl {_text(record.kl, '.4f')} entropy {_text(record.entropy, '.3f')} "
+            f"clipped {_text(record.clip_fraction, '.1%')} "
+            f"gradient {_text(record.grad_norm, '.3g')}"
         ),
         "length": (
-            f"{record['completion_tokens']:.0f} tokens, {record['truncated']:.1%} cut off, "
-            f"{record['tokens_per_second']:.0f} tokens/s"
+            f"{_text(record.mean_completion_tokens, '.0f')} tokens, "
+            f"{_text(record.truncated_fraction, '.1%')} cut off, "
+            f"{_text(record.tokens_per_second, '.0f')} tokens/s"
         ),
     }
-    if "peak_memory_fraction" in record:
-        facts["memory"] = f"{record['peak_memory_fraction']:.0%} of the fullest device, at most"
+    if record.peak_memory_fraction is not None:
+        facts["memory"] = f"{record.peak_memory_fraction:.0%} of the fullest device, at most"
     return facts
 
 
-def step_line(record: Mapping[str, Any], total: int) -> str:
+def _text(value: float | None, spec: str) -> str:
+    """A number; there is none where it was not finite, or no completion had one."""
+    return "none" if value is None else format(value, spec)
+
+
+def step_line(record: StepRecord, total: int) -> str:
     """The same in one line, for a log."""
     facts = "; ".join(
         f"{'' if name in ('policy', 'length') else name + ' '}{value}"
         for name, value in step_facts(record).items()
     )
-    return f"step {record['step']}/{total}: {facts}; {duration(record['seconds_left'])} left"
+    return f"step {record.step}/{total}: {facts}; {duration(record.seconds_left or 0.0)} left"
 
 
-def in_words(measurement: "Measurement") -> str:
-    """Accuracy with its interval."""
-    low, high = measurement.interval
-    return f"{measurement.accuracy:.1%} ({low:.1%} to {high:.1%})"
+def in_words(measured: System) -> str:
+    """Greedy accuracy with its interval."""
+    low, high = measured.greedy.correct_fraction_interval
+    return f"{measured.greedy.correct_fraction:.1%} ({low:.1%} to {high:.1%})"
 
 
 def curve(values: Sequence[float] | deque[float]) -> str:
@@ -124,3 +137,78 @@ def duration(seconds: float) -> str:
     minutes, seconds = divmod(int(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02d}:{seconds:02d}"
+
+
+# --- Evaluation ---
+
+
+class EvaluationProgress(Progress):
+    """A bar with the accuracy so far and the time left; off a terminal, about twenty lines."""
+
+    def __init__(
+        self, console: Console, total: int, records: Sequence[EvaluatedCompletion] = ()
+    ) -> None:
+        """Starts at the records of earlier completions; `total` are those of the evaluation."""
+        # First, because rich draws at once.
+        self._counts: dict[tuple[bool, str], tuple[int, int]] = {}
+        self._is_sampled = False
+        self._count(records)
+        super().__init__(
+            BarColumn(bar_width=None),
+            MofNCompleteColumn(),
+            TextColumn("completions  elapsed"),
+            TimeElapsedColumn(),
+            TextColumn("left"),
+            TimeRemainingColumn(),
+            console=console,
+            expand=True,
+            speed_estimate_period=300,  # Batches are slow; the first one compiles.
+            disable=not console.is_terminal,
+        )
+        self._first, self._total = len(records), total
+        self._task = self.add_task("", total=total, completed=len(records))
+
+    def __exit__(self, kind: type[BaseException] | None, *error: Any) -> None:
+        """Says how far it came, if a person stops it."""
+        super().__exit__(kind, *error)
+        if kind is KeyboardInterrupt:
+            done = f"{self._done} of {self._total} completions"
+            self.console.print(f"stopped after {done}; run again to resume")
+
+    @property
+    def _done(self) -> int:
+        return int(self.tasks[0].completed)
+
+    def add(self, records: Sequence[EvaluatedCompletion]) -> None:
+        """Takes the records of one more batch."""
+        lines = self._done * _PLAIN_LINES // self._total
+        self._count(records)
+        self.update(self._task, advance=len(records), refresh=True)
+        if self.disable and self._done * _PLAIN_LINES // self._total > lines:
+            elapsed, made = self.tasks[0].elapsed or 0.0, self._done - self._first
+            left = duration(elapsed / made * (self._total - self._done))
+            line = f"{self._done}/{self._total} completions  {self.accuracies()}  left {left}"
+            self.console.print(line, soft_wrap=True)
+
+    def accuracies(self) -> str:
+        """Fractions of right completions so far, of the kind that is being made."""
+        kind = "sampled" if self._is_sampled else "greedy"
+        shares = "  ".join(
+            f"{system} {correct / count:.1%}"
+            for (is_sampled, system), (correct, count) in self._counts.items()
+            if is_sampled == self._is_sampled
+        )
+        return f"right, {kind}: {shares}" if shares else ""
+
+    def get_renderables(self) -> Iterator[Any]:
+        """The bar and the line under it."""
+        yield self.make_tasks_table(self.tasks)
+        if line := self.accuracies():
+            yield Text(line)
+
+    def _count(self, records: Sequence[EvaluatedCompletion]) -> None:
+        for record in records:
+            self._is_sampled = record.sample is not None
+            key = self._is_sampled, record.system
+            correct, count = self._counts.get(key, (0, 0))
+            self._counts[key] = correct + record.correct, count + 1

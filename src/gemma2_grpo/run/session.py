@@ -28,7 +28,6 @@ from gemma2_grpo.runtime.processes import (
     check_replicas,
     check_same,
     from_first,
-    is_first,
     total,
 )
 from gemma2_grpo.task.examples import Example, Splits, drop_long
@@ -48,27 +47,28 @@ class Session:
     held_out: tuple[Example, ...]
     finished_steps: int
     facts: Mapping[str, Any]
-    """What run.json records."""
+    """Fields of run.json."""
     plan: Mapping[str, str]
-    """What is shown before the run starts."""
-    checkpoints: Path
+    """Facts that are shown before the run starts."""
+    directory: RunDirectory
 
     def save(self, steps: int) -> None:
-        """Writes a checkpoint after so many finished steps, in process 0, for all are alike.
+        """Writes a checkpoint after so many finished steps; the policies of all processes agree.
 
         Raises:
             UserError: if it cannot be written; earlier ones are kept.
         """
         state = self.learner.state()
         check_replicas(state["lora"])
-        if not is_first():
+        if not self.directory.writes:
             return
+        keep = self.config.run.keep_checkpoints
         try:
-            save_checkpoint(self.checkpoints, steps, state, self.config.run.keep_checkpoints)
+            save_checkpoint(self.directory.checkpoints, steps, state, keep)
         except OSError as error:
             raise UserError(
-                f"run directory {self.checkpoints.parent}: {error}; the checkpoints before it are "
-                "kept: mend the cause and run again"
+                f"run directory {self.directory.path}: {error}; the checkpoints before it are "
+                "kept: fix the cause and run again"
             ) from None
 
     def save_adapter(self, folder: Path) -> None:
@@ -88,64 +88,66 @@ def open_session(config: Config, splits: Splits, directory: RunDirectory) -> Ses
     """Loads tokenizer and weights, adds adapters and restores the last checkpoint.
 
     Raises:
-        UserError: for anything that the user can mend, before the weights load.
+        UserError: for every mistake of the user, before the weights load.
     """
     files = open_files(config.model)
 
     def count_tokens(prompt: str) -> int:
         return len(files.tokenizer.encode(prompt))
 
-    limit = config.rollout.max_prompt_tokens
+    limit, split = config.rollout.max_prompt_tokens, config.data.eval_split
     train, dropped = drop_long(splits.train, count_tokens, limit, config.rollout.prompts_per_step)
-    held_out, dropped_held_out = drop_long(
-        getattr(splits, config.data.eval_split), count_tokens, limit
-    )
+    held_out, dropped_held_out = drop_long(getattr(splits, split), count_tokens, limit)
     directory.check_same("data_sha256", splits.sha256)
     directory.check_same("base_sha256", files.sha256)
     check_same({"base_sha256": files.sha256})
     adapter = Path(config.model.adapter) if config.model.adapter else None
     files.check_adapters(adapter)
+    _check_room(config, directory, adapter_parameters(files.architecture, config.model.lora_rank))
+    reference = files.load_base()
+    policy = files.make_policy(reference, config.run.seed, adapter)
+    size = adapter_size(policy)
+    learner = Learner(config, policy, reference, files.tokenizer, files.mesh)
+    finished = _restore(learner, directory)
+    facts = {
+        "devices": [str(device) for device in files.mesh.devices.ravel()],
+        "data": {"source": splits.source, "num_dropped": dropped},
+        "data_sha256": splits.sha256,
+        "base_sha256": files.sha256,
+        "num_adapted_matrices": size.matrices,
+        "num_adapted_parameters": size.parameters,
+    }
+    plan = {
+        "devices": _describe_devices(files.mesh),
+        "model": _describe_model(config, reference),
+        "adapters": _describe_adapters(config, size),
+        "data": f"{splits.source}: {len(train)} train, {len(held_out)} {split} problems; "
+        f"{dropped + dropped_held_out} too long, dropped",
+        "steps": _describe_steps(config, finished),
+        "sampling": _describe_sampling(config, learner, files.architecture.sliding_window_size),
+        "run": str(directory.path),
+    }
+    return Session(config, learner, train, held_out, finished, facts, plan, directory)
+
+
+def _check_room(config: Config, directory: RunDirectory, parameters: int) -> None:
+    """Refuses a run that is further than it should go, and a disk that cannot hold it."""
     done = latest_step(directory.checkpoints)
     if done > config.run.max_steps:
         raise UserError(
             f"max_steps = {config.run.max_steps} is less than the {done} steps that are done; "
             "raise it"
         )
-    parameters = adapter_parameters(files.architecture, config.model.lora_rank)
-    checkpoints = config.run.keep_checkpoints + 1
-    if is_first():
+    if directory.writes:
+        checkpoints = config.run.keep_checkpoints + 1
         check_free_space(directory.path, parameters * _STATE_BYTES_PER_PARAMETER * checkpoints)
-    reference = files.load_base()
-    policy = files.make_policy(reference, config.run.seed, adapter)
-    size = adapter_size(policy)
-    learner = Learner(config, policy, reference, files.tokenizer, files.mesh)
-    finished = _restore(learner, directory.checkpoints)
-    facts = {
-        "devices": [str(device) for device in files.mesh.devices.ravel()],
-        "data": {"source": splits.source, "dropped": dropped},
-        "data_sha256": splits.sha256,
-        "base_sha256": files.sha256,
-        "adapted_matrices": size.matrices,
-        "adapted_parameters": size.parameters,
-    }
-    plan = {
-        "devices": _describe_devices(files.mesh),
-        "model": _describe_model(config, reference),
-        "adapters": _describe_adapters(config, size),
-        "data": f"{splits.source}: {len(train)} train, {len(held_out)} {config.data.eval_split} "
-        f"problems; {dropped + dropped_held_out} too long, dropped",
-        "steps": _describe_steps(config, finished),
-        "sampling": _describe_sampling(config, learner, files.architecture.sliding_window_size),
-        "run": str(directory.path),
-    }
-    return Session(config, learner, train, held_out, finished, facts, plan, directory.checkpoints)
 
 
-def _restore(learner: Learner, checkpoints: Path) -> int:
-    """Puts the last good checkpoint back, which process 0 reads; returns its finished steps."""
-    state, restored = learner.state(), None
+def _restore(learner: Learner, directory: RunDirectory) -> int:
+    """Restores the last good checkpoint, which process 0 reads; returns its finished steps."""
+    state, restored, checkpoints = learner.state(), None, directory.checkpoints
     try:
-        if is_first():
+        if directory.writes:
             clean_temporaries(checkpoints)
             restored = restore_checkpoint(checkpoints, state)
     except OSError as error:
@@ -188,7 +190,7 @@ def _describe_adapters(config: Config, size: AdapterSize) -> str:
 def _describe_sampling(config: Config, learner: Learner, window: int | None) -> str:
     rollout = config.rollout
     if rollout.engine == "group":
-        how = "added into" if learner.is_merged else "run beside"
+        how = "added into" if learner.is_merged else "run next to"
         return f"adapters {how} the {config.model.dtype} weights"
     text = f"Tunix's engine {rollout.engine}"
     if window and rollout.max_prompt_tokens + rollout.max_completion_tokens > window:

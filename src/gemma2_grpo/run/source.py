@@ -1,24 +1,24 @@
 """Opening what was trained, or any Gemma 2, to measure, ask or export it."""
 
-from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from gemma2_grpo.config import Config, EvaluateConfig, replaced
 from gemma2_grpo.errors import UserError
-from gemma2_grpo.model.find import check_model
+from gemma2_grpo.model.find import EMBEDDED, check_model
 from gemma2_grpo.presets import load_config
-from gemma2_grpo.run.directory import read_config, read_json
+from gemma2_grpo.run.directory import read_config
 from gemma2_grpo.run.recorded_paths import with_absolute_paths
+from gemma2_grpo.run.results import RunResult
+from gemma2_grpo.run.schema import RunFacts
 
 if TYPE_CHECKING:  # A source is found without JAX.
     from gemma2_grpo.model.architecture import Model
     from gemma2_grpo.model.open import ModelFiles
     from gemma2_grpo.sampling.rollout import Sample
 
-EMBEDDED = "embedded"
 ADAPTER = "adapter"
 # No prompt of GSM8K is longer; what fits costs no more for a higher limit.
 _MAX_PROMPT_TOKENS = 512
@@ -33,8 +33,8 @@ class Source:
     """Of the run; for a model, what suits it."""
     run: Path | None
     """The run directory; None for a model."""
-    facts: Mapping[str, Any]
-    """What run.json records; empty for a model."""
+    facts: RunFacts
+    """Content of run.json; empty for a model."""
 
     @property
     def title(self) -> str:
@@ -66,7 +66,7 @@ def find_source(name: str, adapter: str | None = None) -> Source:
     # Every model but the embedded one is asked as the flagship is.
     config = load_config("tiny" if name == EMBEDDED else "gemma2-2b-v5e8")
     config = replaced(config, model=name)
-    return Source(name, with_absolute_paths(config), None, {})
+    return Source(name, with_absolute_paths(config), None, RunFacts())
 
 
 def _check_place(name: str, adapter: Path) -> None:
@@ -124,7 +124,7 @@ def _of_run(name: str, path: Path) -> Source:
             f"{config.run.checkpoint_every_steps} steps and when a run is stopped"
         )
     check_model(config.model.model)
-    return Source(name, config, path, read_json(path / "run.json") or {})
+    return Source(name, config, path, RunFacts.read(path) or RunFacts())
 
 
 @dataclass(frozen=True)
@@ -176,7 +176,7 @@ def open_source(source: Source, files: "ModelFiles | None" = None) -> Opened:
     adapter = finished_adapter(source)
     if adapter:
         files.check_adapters(adapter)
-    elif source.facts.get("base_sha256", files.sha256) != files.sha256:
+    elif source.facts.base_sha256 not in (None, files.sha256):
         raise UserError(
             f"run {source.run}: was trained on other weights than those of {files.config.model} "
             "now; put the ones it was trained on there"
@@ -189,7 +189,7 @@ def open_source(source: Source, files: "ModelFiles | None" = None) -> Opened:
         steps = _restore_adapters(policy, source.run)
     else:
         result = _result(source)
-        steps = result["after"]["step"] if result else 0
+        steps = result.after.step if result else 0
     return Opened(config, files, base, policy, steps)
 
 
@@ -206,19 +206,19 @@ def trained_steps(source: Source) -> int:
 
     result = _result(source)
     if source.run is None or result:
-        return result["after"]["step"] if result else 0
+        return result.after.step if result else 0
     return latest_step(source.run / "checkpoints")
 
 
-def _result(source: Source) -> dict[str, Any] | None:
+def _result(source: Source) -> RunResult | None:
     """What a finished run measured, unless it has gone on since."""
     from gemma2_grpo.model.adapter import ADAPTER_FILE
     from gemma2_grpo.runtime.checkpoint import latest_step
 
     if source.run is None:
         return None
-    result = read_json(source.run / "result.json")
-    is_last = result and result["after"]["step"] >= latest_step(source.run / "checkpoints")
+    result = RunResult.read(source.run)
+    is_last = result and result.after.step >= latest_step(source.run / "checkpoints")
     return result if is_last and (source.run / ADAPTER / ADAPTER_FILE).is_file() else None
 
 

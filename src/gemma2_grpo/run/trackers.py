@@ -1,7 +1,6 @@
 """Where metrics go besides metrics.jsonl: TensorBoard, Weights & Biases, trackio."""
 
 import importlib.util
-import json
 import secrets
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
@@ -11,13 +10,13 @@ from typing import Any
 
 from gemma2_grpo.config import Config, RunConfig
 from gemma2_grpo.errors import UserError
-from gemma2_grpo.run.directory import read_json
+from gemma2_grpo.run.schema import Identity, numbers
+from gemma2_grpo.runtime.atomic import write_whole
 
 Track = Callable[[str, Mapping[str, Any]], None]
 """Takes a kind (`train`, `held_out`) and a record with its `step`."""
 
 _HOSTED = ("wandb", "trackio")
-_IDENTITY = "trackers.json"
 
 
 def check_trackers(run: RunConfig) -> None:
@@ -36,7 +35,7 @@ def check_trackers(run: RunConfig) -> None:
 
 @contextmanager
 def tracking(config: Config, path: Path) -> Iterator[Track]:
-    """Opens all trackers of a run; a resumed run goes on where it was.
+    """Opens all trackers of a run; a resumed run is continued there.
 
     Raises:
         UserError: if one of them cannot be opened.
@@ -59,12 +58,9 @@ def tracking(config: Config, path: Path) -> Iterator[Track]:
 
 
 def _numbers(kind: str, record: Mapping[str, Any]) -> dict[str, float]:
-    """The plain numbers of a record under their full names."""
-    return {
-        f"{kind}/{name}": value
-        for name, value in record.items()
-        if isinstance(value, int | float) and name != "step"
-    }
+    """The numbers of a record under their full names, such as `train/mean_components/format`."""
+    found = numbers({name: value for name, value in record.items() if name != "step"}, f"{kind}.")
+    return {name.replace(".", "/"): value for name, value in found.items()}
 
 
 @contextmanager
@@ -115,7 +111,7 @@ def _trackio(project: str, config: Config, path: Path) -> Iterator[Track]:
     try:
         run = trackio.init(
             project=project,
-            # trackio knows a run by its name alone, and would go on with another one of that name.
+            # trackio knows a run by its name alone, and would continue another one of that name.
             name=f"{path.resolve().name}-{_identity(path)}",
             config=asdict(config),
             resume="allow",
@@ -138,18 +134,18 @@ def _identity(path: Path) -> str:
     Raises:
         UserError: if it cannot be kept.
     """
-    file, here = path / _IDENTITY, path.resolve()
-    kept = read_json(file) or {}
-    before = Path(str(kept.get("path", here)))
-    is_copy = before != here and (read_json(before / _IDENTITY) or {}).get("id") == kept.get("id")
-    identity = secrets.token_hex(4) if is_copy else kept.get("id") or secrets.token_hex(4)
-    if kept != (new := {"id": identity, "path": str(here)}):
+    here, kept = path.resolve(), Identity.read(path) or Identity()
+    before = Path(kept.path or here)
+    original = Identity.read(before) if before != here else None
+    is_copy = original is not None and original.id == kept.id
+    identity = secrets.token_hex(4) if is_copy else kept.id or secrets.token_hex(4)
+    if kept != (new := Identity(id=identity, path=str(here))):
         try:
             path.mkdir(parents=True, exist_ok=True)
-            file.write_text(json.dumps(new), encoding="utf-8")
+            write_whole(path / Identity.FILE, new.as_json())
         except OSError as error:
             raise UserError(
-                f"run directory {path}: {_IDENTITY} cannot be written ({error.strerror}); "
+                f"run directory {path}: {Identity.FILE} cannot be written ({error.strerror}); "
                 "make room or choose another --run"
             ) from None
     return identity

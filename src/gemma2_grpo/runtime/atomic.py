@@ -1,10 +1,10 @@
-"""Directories that are written whole or not at all."""
+"""Files and directories that are written whole or not at all."""
 
 import errno
 import os
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from safetensors import SafetensorError
@@ -12,6 +12,53 @@ from safetensors import SafetensorError
 from gemma2_grpo.errors import UserError
 
 _PARTIAL = ".partial"
+
+
+@contextmanager
+def whole_file(path: Path) -> Iterator[Path]:
+    """Yields a path to write to; once that is written, it replaces the file.
+
+    A reader, and a process that was killed, find the old file or the new one. What fails leaves
+    nothing behind.
+    """
+    # Of this process, since several may write the report of one run.
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        yield temporary
+        temporary.replace(path)
+    except BaseException:
+        with suppress(OSError):  # There may be no folder to remove it from.
+            temporary.unlink(missing_ok=True)
+        raise
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Replaces a file by a text in UTF-8, as a whole."""
+    with whole_file(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
+@contextmanager
+def whole_directory(target: Path, partial: Path | None = None) -> Iterator[Path]:
+    """Yields a directory to write into; its files are in `target` once all are written.
+
+    What fails leaves nothing behind. Where `target` exists, weights are moved last, so that their
+    presence means that the model is complete.
+
+    Args:
+        target: The directory.
+        partial: The directory to write into; by default `.NAME.tmp` next to the target.
+    """
+    partial = partial or target.with_name(f".{target.name}.tmp")
+    made = [path for path in partial.parents if not path.exists()]
+    try:
+        shutil.rmtree(partial, ignore_errors=True)  # Of a process that was killed.
+        partial.mkdir(parents=True)
+        yield partial
+        _move(partial, target)
+    except BaseException:
+        _remove(partial, made)
+        raise
 
 
 def check_empty(to: Path) -> None:
@@ -54,31 +101,20 @@ def check_target(to: Path, needed_bytes: int = 0) -> None:
 
 @contextmanager
 def staged(to: Path) -> Iterator[Path]:
-    """Yields a directory to write into; its files are in `to` once all are written.
-
-    What fails leaves nothing behind. Where `to` exists, weights are moved last, so that they stand
-    for a whole model.
+    """Yields a directory to write into for a user, who gets all of it in `to` or none.
 
     Raises:
         UserError: if anything cannot be written.
     """
     target = to.resolve()
-    # Both are on the file system of `to`, which may be mounted by itself.
-    beside = target.with_name(f".{target.name}{_PARTIAL}")
-    partial = target / _PARTIAL if target.is_dir() else beside
-    made = [path for path in partial.parents if not path.exists()]
+    # On the file system of `to`, which may be mounted by itself.
+    partial = target / _PARTIAL if target.is_dir() else None
     try:
-        shutil.rmtree(partial, ignore_errors=True)  # Of a process that was killed.
-        partial.mkdir(parents=True)
-        yield partial
-        _move(partial, target)
+        with whole_directory(target, partial) as folder:
+            yield folder
     except (OSError, SafetensorError) as error:
-        _remove(partial, made)
         why = getattr(error, "strerror", None) or str(error)
         raise UserError(f"{to}: could not be written ({why}); nothing is left of it") from None
-    except BaseException:
-        _remove(partial, made)
-        raise
 
 
 def _move(partial: Path, target: Path) -> None:

@@ -11,6 +11,8 @@ from typing import Any
 import jax
 import orbax.checkpoint as ocp
 
+from gemma2_grpo.runtime.atomic import whole_directory
+
 _MANIFEST = "manifest.json"
 _STATE = "state"
 _PREFIX = "step_"
@@ -26,24 +28,19 @@ def save_checkpoint(folder: Path, step: int, state: Any, keep: int) -> Path:
     Raises:
         OSError: if it could not be written; earlier checkpoints are left as they were.
     """
-    folder.mkdir(parents=True, exist_ok=True)
     final = folder / f"{_PREFIX}{step:06d}"
-    temporary = folder / f".{final.name}.tmp"
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir()
     try:
-        with _checkpointer() as checkpointer:
-            if jax.process_count() > 1:  # Orbax takes arrays of one process for a mistake.
-                state = jax.device_get(state)
-            checkpointer.save((temporary / _STATE).absolute(), state)
-            # Without this, Orbax reports a full disk only when it is closed, if at all.
-            checkpointer.wait_until_finished()
-        manifest = {"step": step, "sha256": _hashes(temporary)}
-        (temporary / _MANIFEST).write_text(json.dumps(manifest, indent=1), encoding="utf-8")
-        shutil.rmtree(final, ignore_errors=True)
-        temporary.rename(final)
+        with whole_directory(final) as temporary:
+            with _checkpointer() as checkpointer:
+                if jax.process_count() > 1:  # Orbax takes arrays of one process for a mistake.
+                    state = jax.device_get(state)
+                checkpointer.save((temporary / _STATE).absolute(), state)
+                # Without this, Orbax reports a full disk only when it is closed, if at all.
+                checkpointer.wait_until_finished()
+            manifest = {"step": step, "sha256": _hashes(temporary)}
+            (temporary / _MANIFEST).write_text(json.dumps(manifest, indent=1), encoding="utf-8")
+            shutil.rmtree(final, ignore_errors=True)  # A resumed run may have passed over it.
     except Exception as error:
-        shutil.rmtree(temporary, ignore_errors=True)
         raise OSError(f"checkpoint of step {step} could not be written: {error}") from error
     _prune(folder, step, keep)
     return final
@@ -73,19 +70,12 @@ def restore_checkpoint(folder: Path, like: Any) -> tuple[int, Any] | None:
     Raises:
         OSError: if there are checkpoints but none of them can be trusted.
     """
-    steps = _steps(folder)
-    for step in steps:
-        path = folder / f"{_PREFIX}{step:06d}"
-        problem = _problem(path, step)
-        if problem:
-            _log.warning("checkpoint %s is damaged (%s); falling back", path, problem)
-            continue
-        target = jax.tree.map(ocp.utils.to_shape_dtype_struct, like)
-        with _checkpointer() as checkpointer:
-            return step, checkpointer.restore((path / _STATE).absolute(), target)
-    if steps:
-        raise OSError(f"{folder}: none of the checkpoints verifies; start a new run directory")
-    return None
+    if not _steps(folder):
+        return None
+    step, path = _newest_verified(folder)
+    target = jax.tree.map(ocp.utils.to_shape_dtype_struct, like)
+    with _checkpointer() as checkpointer:
+        return step, checkpointer.restore(path, target)
 
 
 def restore_part(folder: Path, like: Mapping[str, Any]) -> tuple[int, Any]:
@@ -96,19 +86,28 @@ def restore_part(folder: Path, like: Mapping[str, Any]) -> tuple[int, Any]:
     Raises:
         OSError: if there is none that can be trusted.
     """
+    step, path = _newest_verified(folder)
+    wanted = ocp.args.PyTreeRestore(
+        item=like,
+        restore_args=ocp.checkpoint_utils.construct_restore_args(like),
+        partial_restore=True,
+    )
+    with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
+        return step, checkpointer.restore(path, args=wanted)
+
+
+def _newest_verified(folder: Path) -> tuple[int, Path]:
+    """Steps and state of the newest checkpoint that verifies; others cause a warning.
+
+    Raises:
+        OSError: if there is none that can be trusted.
+    """
     for step in _steps(folder):
         path = folder / f"{_PREFIX}{step:06d}"
         problem = _problem(path, step)
-        if problem:
-            _log.warning("checkpoint %s is damaged (%s); falling back", path, problem)
-            continue
-        wanted = ocp.args.PyTreeRestore(
-            item=like,
-            restore_args=ocp.checkpoint_utils.construct_restore_args(like),
-            partial_restore=True,
-        )
-        with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
-            return step, checkpointer.restore((path / _STATE).absolute(), args=wanted)
+        if not problem:
+            return step, (path / _STATE).absolute()
+        _log.warning("checkpoint %s is damaged (%s); falling back", path, problem)
     raise OSError(f"{folder}: none of the checkpoints verifies; start a new run directory")
 
 

@@ -154,8 +154,8 @@ class ProgramCount:
     def as_record(self) -> dict[str, int | float]:
         """All counts by name, for metrics.jsonl."""
         return {
-            "compiled_programs": self.compiled,
-            "cached_programs": self.cached,
+            "num_compiled_programs": self.compiled,
+            "num_cached_programs": self.cached,
             "compile_seconds": self.seconds,
         }
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from gemma2_grpo.errors import UserError, first_line
 from gemma2_grpo.task.answers import extract_number, gold_answer, printable
-from gemma2_grpo.task.jsonl import read_jsonl
+from gemma2_grpo.task.jsonl import json_object, read_jsonl
 from gemma2_grpo.task.procedural import Split
 from gemma2_grpo.task.prompts import render_solution
 
@@ -103,7 +103,8 @@ def read_files(paths: list[Path]) -> list[Row]:
 
 
 def _jsonl_rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    return read_jsonl(path, "question and answer")
+    for line in read_jsonl(path, json_object("question and answer")):
+        yield line.place, line.content
 
 
 def _parquet_rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:

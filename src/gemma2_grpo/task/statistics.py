@@ -3,10 +3,10 @@
 import math
 from collections import Counter
 from collections.abc import Hashable, Sequence
-from dataclasses import dataclass
 from functools import cache
 
 import numpy as np
+from pydantic import BaseModel, ConfigDict, computed_field
 
 # Two-sided 95 % of the normal distribution.
 _Z = 1.959963984540054
@@ -130,25 +130,29 @@ def _with_rival(ways: np.ndarray, rival: int, votes: int) -> np.ndarray:
     return summed
 
 
-@dataclass(frozen=True)
-class Paired:
-    """Two systems on the same problems."""
+class Paired(BaseModel):
+    """How the answers of two systems to the same problems compare."""
 
-    both_right: int
-    both_wrong: int
-    fixed: int
-    """Wrong by the first and right by the second."""
-    broken: int
-    """Right by the first and wrong by the second."""
+    model_config = ConfigDict(frozen=True, use_attribute_docstrings=True)
 
+    num_both_right: int
+    """Problems that both solve."""
+    num_both_wrong: int
+    """Problems that neither solves."""
+    num_fixed: int
+    """Problems that only the second solves."""
+    num_broken: int
+    """Problems that only the first solves."""
+
+    @computed_field
     @property
     def p_value(self) -> float:
-        """Two-sided exact test of whether the flips fall either way alike.
+        """Two-sided exact p-value for fixed and broken being equally likely.
 
         Source: McNemar (1947), Psychometrika 12, 153-157, with the binomial distribution instead
         of its approximation.
         """
-        flips, rarer = self.fixed + self.broken, min(self.fixed, self.broken)
+        flips, rarer = self.num_fixed + self.num_broken, min(self.num_fixed, self.num_broken)
         tail = sum(math.comb(flips, i) for i in range(rarer + 1))
         return min(1.0, tail / 2 ** (flips - 1)) if flips else 1.0
 
@@ -161,8 +165,8 @@ def compare_paired(before: Sequence[bool], after: Sequence[bool]) -> Paired:
     """
     kinds = Counter(zip(map(bool, before), map(bool, after), strict=True))
     return Paired(
-        both_right=kinds[True, True],
-        both_wrong=kinds[False, False],
-        fixed=kinds[False, True],
-        broken=kinds[True, False],
+        num_both_right=kinds[True, True],
+        num_both_wrong=kinds[False, False],
+        num_fixed=kinds[False, True],
+        num_broken=kinds[True, False],
     )

@@ -1,6 +1,7 @@
-"""Statistics of an evaluation, against what plain counting says of the same completions."""
+"""Statistics of a measurement, against what plain counting says of the same completions."""
 
 import itertools
+import json
 from collections import Counter
 from fractions import Fraction
 from typing import Any
@@ -9,7 +10,9 @@ import numpy as np
 import pytest
 
 from gemma2_grpo.config import RewardConfig
-from gemma2_grpo.run.summary import summarize, summarize_greedy
+from gemma2_grpo.run.records import compare_systems, completion_fields, summarize
+from gemma2_grpo.run.results import EvaluatedCompletion
+from gemma2_grpo.sampling.rollout import Completions
 from gemma2_grpo.task.examples import Example, load_held_out
 from gemma2_grpo.task.prompts import render_solution
 from gemma2_grpo.task.scoring import Scorer
@@ -54,21 +57,20 @@ DRAWN = {
 }  # fmt: skip
 
 
-def record(system: str, index: int, sample: int | None, kind: str) -> dict[str, Any]:
-    text, example = say("", index, kind), EXAMPLES[index]
+def record(system: str, index: int, sample: int | None, kind: str) -> EvaluatedCompletion:
+    place = {"system": system, "index": index, "sample": sample}
+    return scored(EXAMPLES[index], say("", index, kind), truncated=kind == "cut", **place)
+
+
+def scored(example: Example, text: str, *, truncated: bool, **place: Any) -> EvaluatedCompletion:
+    """The record of a completion with a token for each of its characters."""
     scores = Scorer(RewardConfig())([example], [text])
-    return {
-        "system": system,
-        "index": index,
-        "sample": sample,
-        "completion": text,
-        "tokens": len(text),
-        "truncated": kind == "cut",
-        **{name: float(column[0]) for name, column in scores.items()},
-    }
+    completions = Completions([text], [np.zeros(len(text))], np.array([truncated]))
+    [fields] = completion_fields([example], completions, scores)
+    return EvaluatedCompletion(**place, **fields)
 
 
-def all_records(*systems: str) -> list[dict[str, Any]]:
+def all_records(*systems: str) -> list[EvaluatedCompletion]:
     """As they are written: the systems in turn, greedy ones first."""
     greedy = [record(s, i, None, GREEDY[s][i]) for i in range(6) for s in systems]
     sampled = [
@@ -98,29 +100,32 @@ def mean(values: list[Any]) -> float:
 
 @pytest.mark.parametrize("system", ["base", "adapter"])
 def test_greedy_statistics_by_counting(system: str) -> None:
-    found = summarize(all_records("base", "adapter"), EXAMPLES)["systems"][system]["greedy"]
+    system_measures = summarize(all_records("base", "adapter"), EXAMPLES)[system]
+    found = json.loads(system_measures.model_dump_json())["greedy"]
     kinds = GREEDY[system]
     right = [is_right(kind) for kind in kinds]
-    assert (found["problems"], found["correct"]) == (6, sum(right))
-    assert found["accuracy"] == sum(right) / 6
-    assert found["interval"] == list(wilson_interval(sum(right), 6))
+    assert (found["num_problems"], found["num_correct"]) == (6, sum(right))
+    assert found["correct_fraction"] == sum(right) / 6
+    assert found["correct_fraction_interval"] == list(wilson_interval(sum(right), 6))
     # The official extraction refuses "$30.00" and takes the first number of "30 or 7".
     official = kinds.count("right") + kinds.count("two")
-    assert found["official_correct"] == official
-    assert found["official_accuracy"] == official / 6
-    assert found["format"] == mean([kind != "cut" for kind in kinds])
-    assert found["truncated"] == kinds.count("cut") / 6
-    assert found["mean_tokens"] == mean([len(say("", i, kind)) for i, kind in enumerate(kinds)])
+    assert found["num_official_correct"] == official
+    assert found["official_correct_fraction"] == official / 6
+    assert found["perfect_format_fraction"] == mean([kind != "cut" for kind in kinds])
+    assert found["truncated_fraction"] == kinds.count("cut") / 6
+    assert found["mean_completion_tokens"] == mean(
+        [len(say("", i, kind)) for i, kind in enumerate(kinds)]
+    )
     written = sum((1 + i % 3) if k == "right" else k in ("alike", "wrong", "other")
                   for i, k in enumerate(kinds))  # fmt: skip
-    assert found["true_equations"] == (written - kinds.count("wrong")) / written
+    assert found["true_equations_fraction"] == (written - kinds.count("wrong")) / written
     assert found["by_solution_steps"] == [
         {
-            "steps": steps,
-            "problems": 2,
-            "correct": sum(right[steps - 1 :: 3]),
-            "accuracy": sum(right[steps - 1 :: 3]) / 2,
-            "interval": list(wilson_interval(sum(right[steps - 1 :: 3]), 2)),
+            "solution_steps": steps,
+            "num_problems": 2,
+            "num_correct": sum(right[steps - 1 :: 3]),
+            "correct_fraction": sum(right[steps - 1 :: 3]) / 2,
+            "correct_fraction_interval": list(wilson_interval(sum(right[steps - 1 :: 3]), 2)),
         }
         for steps in (1, 2, 3)
     ]
@@ -128,9 +133,10 @@ def test_greedy_statistics_by_counting(system: str) -> None:
 
 @pytest.mark.parametrize("system", ["base", "adapter"])
 def test_sampled_statistics_over_all_subsets(system: str) -> None:
-    found = summarize(all_records("base", "adapter"), EXAMPLES)["systems"][system]["sampled"]
+    system_measures = summarize(all_records("base", "adapter"), EXAMPLES)[system]
+    found = json.loads(system_measures.model_dump_json())["sampled"]
     drawn = [tuple(kinds.split()) for kinds in DRAWN[system]]
-    assert found["samples"] == SAMPLES
+    assert found["num_samples"] == SAMPLES
     assert list(found["pass_at_k"]) == list(found["maj_at_k"]) == ["1", "2", "4"]
     for k in (1, 2, 4):
         subsets = [list(itertools.combinations(kinds, k)) for kinds in drawn]
@@ -139,40 +145,45 @@ def test_sampled_statistics_over_all_subsets(system: str) -> None:
         assert found["pass_at_k"][str(k)] == pytest.approx(passed)
         assert found["maj_at_k"][str(k)] == pytest.approx(voted)
     right = mean([is_right(kind) for kinds in drawn for kind in kinds])
-    assert found["pass_at_1"] == pytest.approx(right)
-    low, high = found["interval"]
+    assert found["correct_fraction"] == pytest.approx(right)
+    low, high = found["correct_fraction_interval"]
     assert low < right < high
     # Problems are the unit: with 24 independent trials it would be narrower.
     assert high - low > np.subtract(*wilson_interval(round(24 * right), 24)[::-1])
-    assert found["format"] == mean([kind != "cut" for kinds in drawn for kind in kinds])
-    assert found["truncated"] == mean([kind == "cut" for kinds in drawn for kind in kinds])
-    records = [r for r in all_records(system) if r["sample"] is not None]
-    assert found["reward"] == pytest.approx(mean([r["total"] for r in records]))
-    assert found["mean_tokens"] == pytest.approx(mean([r["tokens"] for r in records]))
+    assert found["perfect_format_fraction"] == mean(
+        [kind != "cut" for kinds in drawn for kind in kinds]
+    )
+    assert found["truncated_fraction"] == mean([kind == "cut" for kinds in drawn for kind in kinds])
+    records = [r for r in all_records(system) if r.sample is not None]
+    assert found["mean_reward"] == pytest.approx(mean([r.reward for r in records]))
+    tokens = [record.completion_tokens for record in records]
+    assert found["mean_completion_tokens"] == pytest.approx(mean(tokens))
 
 
 def test_the_comparison_is_of_greedy_answers() -> None:
-    assert summarize(all_records("base", "adapter"), EXAMPLES)["comparison"] == {
-        "both_right": 1,
-        "both_wrong": 0,
-        "fixed": 4,
-        "broken": 1,
+    compared = compare_systems(all_records("base", "adapter"))
+    assert compared is not None
+    assert compared.model_dump() == {
+        "num_both_right": 1,
+        "num_both_wrong": 0,
+        "num_fixed": 4,
+        "num_broken": 1,
         "p_value": 12 / 32,
     }
 
 
 def test_a_model_alone_is_compared_with_nothing() -> None:
-    greedy = [r for r in all_records("base") if r["sample"] is None]
+    greedy = [r for r in all_records("base") if r.sample is None]
+    assert compare_systems(greedy) is None
     found = summarize(greedy, EXAMPLES)
-    assert found["comparison"] is None
-    assert list(found["systems"]) == ["base"]
-    assert found["systems"]["base"]["sampled"] is None
+    assert list(found) == ["base"]
+    assert found["base"].sampled is None
 
 
 def test_problems_without_a_solution_have_no_steps() -> None:
     bare = [Example(example.question, example.answer) for example in EXAMPLES]
-    greedy = [r for r in all_records("base") if r["sample"] is None]
-    assert summarize_greedy(greedy, bare)["by_solution_steps"] == []
+    greedy = [r for r in all_records("base") if r.sample is None]
+    assert summarize(greedy, bare)["base"].greedy.by_solution_steps == ()
 
 
 def test_gold_solutions_are_all_right() -> None:
@@ -180,12 +191,12 @@ def test_gold_solutions_are_all_right() -> None:
     from gemma2_grpo.presets import load_config
 
     examples = load_held_out(load_config("tiny").data, 20)
-    scores = Scorer(RewardConfig())(examples, [example.solution for example in examples])
     records = [
-        {"index": i, "tokens": 1, "truncated": False, **{n: c[i] for n, c in scores.items()}}
-        for i in range(20)
+        scored(each, each.solution, truncated=False, system="base", index=i, sample=None)
+        for i, each in enumerate(examples)
     ]
-    found = summarize_greedy(records, examples)
-    assert (found["accuracy"], found["format"], found["true_equations"]) == (1, 1, 1)
-    assert sum(row["problems"] for row in found["by_solution_steps"]) == 20
-    assert {row["steps"] for row in found["by_solution_steps"]} == {2, 3}
+    found = summarize(records, examples)["base"].greedy
+    assert found.correct_fraction == found.perfect_format_fraction == 1
+    assert found.true_equations_fraction == 1
+    assert sum(row.num_problems for row in found.by_solution_steps) == 20
+    assert {row.solution_steps for row in found.by_solution_steps} == {2, 3}
