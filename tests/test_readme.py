@@ -62,7 +62,7 @@ def test_a_newcomer_types_all_of_them(tmp_path: Path) -> None:
         assert done.returncode == 0, f"{command}\n{done.stdout}\n{done.stderr}"
         shown[" ".join(command.split()[1:4])] = done.stdout
     assert "held-out accuracy 98" in shown["train"]
-    base, _, trained = shown["ask runs/tiny --with-base"].partition("after 40 steps")
+    base, _, trained = shown["ask runs/tiny --compare"].partition("after 40 steps")
     assert "✗" in base and "15 + 11 = 26 ✓" in trained
     assert "pass@8" in shown["evaluate runs/tiny --eval-samples"]
     assert "McNemar's exact test: p = " in shown["evaluate runs/tiny --eval-samples"]

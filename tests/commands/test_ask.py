@@ -50,9 +50,19 @@ def test_the_answer_is_that_of_the_policy(finished: Finished) -> None:
 
 def test_the_base_is_shown_beside_it(finished: Finished) -> None:
     question, before = next(iter(said(finished, 0).items()))
-    shown = asked(finished, question, with_base=True)
-    base, _, after = shown.partition("after 5 steps")
+    shown = asked(finished, question, compare="base")
+    base, _, after = shown.partition(f"{finished.path.name}, after 5 steps")
     assert before in base and said(finished, 5)[question] in after
+
+
+def test_another_run_or_model_is_shown_first(finished: Finished) -> None:
+    question, after = next(iter(said(finished, 5).items()))
+    model = str(finished.config.model.model)
+    shown = asked(finished, question, compare=model)
+    other, _, own = shown.partition(f"{finished.path.name}, after 5 steps")
+    assert said(finished, 0)[question] in other and after in own
+    twice = asked(finished, question, compare=str(finished.path))
+    assert twice.count(after) == twice.count("after 5 steps") == 2
 
 
 def test_questions_are_read_until_an_empty_line(
@@ -112,7 +122,8 @@ def test_what_cannot_be_asked_is_one_line(
     for words, message in (
         ([str(tmp_path), "Why?"], "neither a run"),
         ([str(finished.path), " "], "the question is blank"),
-        (["embedded", "Why?", "--with-base"], "is a base model"),
+        (["embedded", "Why?", "--compare", "base"], "embedded is no run"),
+        ([str(finished.path), "Why?", "--compare", str(tmp_path)], "neither a run"),
         ([str(finished.path), "Why?", "--samples", "0"], "samples = 0 must be at least 1"),
         ([str(finished.path), "Why?", "--temperature", "0"], "temperature = 0.0 must be greater"),
         ([str(finished.path), "Why?", "--seed", "-1"], "seed = -1 must be at least 0"),

@@ -19,7 +19,8 @@ from gemma2_grpo.checks import check_sft
 from gemma2_grpo.commands.sft import Sft
 from gemma2_grpo.config import SftConfig
 from gemma2_grpo.errors import UserError
-from gemma2_grpo.model import load, save
+from gemma2_grpo.model import open as opening
+from gemma2_grpo.model import save
 from gemma2_grpo.model.gemma import run_from_start, split_model
 from gemma2_grpo.model.load import load_weights
 from gemma2_grpo.model.logprobs import output_logits
@@ -252,7 +253,7 @@ def refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[..., st
             raise AssertionError("weights are made")
 
         for name in ("load_weights", "random_weights"):
-            monkeypatch.setattr(load, name, fail)
+            monkeypatch.setattr(opening, name, fail)
         before = sorted(tmp_path.rglob("*"))
         with pytest.raises(UserError) as refusal:
             Sft("test", to or tmp_path / "to", config)(Losses())

@@ -22,6 +22,7 @@ from safetensors.numpy import load_file
 
 from gemma2_grpo import cli
 from gemma2_grpo.errors import UserError
+from gemma2_grpo.model import open as opening
 from gemma2_grpo.presets import load_config
 from gemma2_grpo.run import session as session_module
 from gemma2_grpo.run.directory import RunDirectory
@@ -335,7 +336,7 @@ def test_a_run_does_not_go_on_with_other_weights_data_or_code(
     path = rewind(run_straight(1).path, 2, tmp_path / "run")
     run = json.loads((path / "run.json").read_text())
     (path / "run.json").write_text(json.dumps(run | {name: "other"}))
-    monkeypatch.setattr(session_module, "load_weights", None)
+    monkeypatch.setattr(opening, "load_weights", None)
     with pytest.raises(UserError) as refusal:
         quiet_train(run_straight(1).config, path)
     assert str(refusal.value) == (
@@ -529,7 +530,7 @@ def refused(
         def fail(*_: Any) -> None:
             raise AssertionError("weights are loaded")
 
-        monkeypatch.setattr(session_module, "load_weights", fail)
+        monkeypatch.setattr(opening, "load_weights", fail)
         monkeypatch.chdir(tmp_path)
         before = sorted(tmp_path.rglob("*"))
         command = ["train", "tiny", "--model", str(tiny_model_dir), "--run", str(tmp_path / "run")]

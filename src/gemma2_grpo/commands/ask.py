@@ -4,12 +4,11 @@ import sys
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, NamedTuple
 
 from tyro.conf import Positional, arg
 
 from gemma2_grpo.checks import check_fields
-from gemma2_grpo.commands.options import Flag
 from gemma2_grpo.commands.options import Source as SourceName
 from gemma2_grpo.config import EvaluateConfig
 from gemma2_grpo.errors import UserError
@@ -22,6 +21,7 @@ if TYPE_CHECKING:
     from gemma2_grpo.sampling.rollout import Sample
 
 _QUESTION = "question> "
+_BASE = "base"
 
 
 @dataclass(frozen=True)
@@ -34,8 +34,8 @@ class Ask:
     """The question, in quotes. Without one, questions are asked for until an empty line."""
     samples: int = 1
     """1 gives the greedy answer; more are sampled, and vote."""
-    with_base: Flag = False
-    """Show the answer of the base model too."""
+    compare: Annotated[str | None, arg(metavar="base|RUN|MODEL")] = None
+    """Show the answer of another run or model first; `base` is the one that the run began with."""
     temperature: float | None = None
     """Temperature of the samples. Default: that of the run."""
     max_completion_tokens: int | None = None
@@ -66,30 +66,51 @@ class Ask:
             max_completion_tokens=self.max_completion_tokens,
             seed=self.seed,
         )
-        source = as_asked(find_source(self.source), check_fields(asked_for))
-        if self.with_base and source.run is None and not source.config.model.adapter:
-            raise UserError(
-                f"{self.source} is a base model; --with-base needs a run, whose base it shows"
-            )
-        self._answer_all(_open(source, console), console)
+        check_fields(asked_for)
+        source = as_asked(find_source(self.source), asked_for)
+        if self.compare == _BASE and source.run is None:
+            raise UserError(f"{self.source} is no run; --compare base shows the base of a run")
+        is_other = self.compare not in (None, _BASE)
+        other = as_asked(find_source(str(self.compare)), asked_for) if is_other else None
+        opened = _open(source, console)
+        systems = [_System(_title(source, opened), opened, opened.sampler(adapted=True))]
+        if other:
+            opened = _open(other, console)
+            systems.insert(0, _System(_title(other, opened), opened, opened.sampler(adapted=True)))
+        elif self.compare:
+            systems.insert(0, _System(_BASE, opened, opened.sampler(adapted=False)))
+        self._answer_all(systems, console)
 
-    def _answer_all(self, opened: "Opened", console: "Console") -> None:
+    def _answer_all(self, systems: "Sequence[_System]", console: "Console") -> None:
         from rich.rule import Rule
+
+        from gemma2_grpo.run.console import inert
 
         for asked in _questions(console) if self.question is None else [self.question]:
             try:
-                _check_question(opened, asked)
+                for system in systems:
+                    _check_question(system.opened, asked)
             except UserError as error:
                 if self.question is not None or not sys.stdin.isatty():
                     raise
                 console.print(f"{error}\n", markup=False)  # The next one may be shorter.
                 continue
-            if self.with_base:
-                console.print(Rule("base", align="left", style="dim"))
-                base = opened.sampler(adapted=False)
-                _answer(base, asked, self.samples, self.seed, console)
-                console.print(Rule(f"after {opened.steps} steps", align="left", style="dim"))
-            _answer(opened.sampler(adapted=True), asked, self.samples, self.seed, console)
+            for system in systems:
+                if len(systems) > 1:
+                    console.print(Rule(inert(system.title), align="left", style="dim"))
+                _answer(system.sample, asked, self.samples, self.seed, console)
+
+
+class _System(NamedTuple):
+    """A model that answers."""
+
+    title: str
+    opened: "Opened"
+    sample: "Sample"
+
+
+def _title(source: "Source", opened: "Opened") -> str:
+    return f"{source.title}, after {opened.steps} steps" if opened.steps else source.title
 
 
 def _open(source: "Source", console: "Console") -> "Opened":
@@ -164,7 +185,7 @@ class _Stream:
 
     def show(self, text: str) -> None:
         """Takes the completion as far as it has come."""
-        from gemma2_grpo.run.completion_view import render_completion
+        from gemma2_grpo.run.console import render_completion
 
         *whole, self._last = render_completion(text)
         for line in whole[self._printed :]:
