@@ -21,11 +21,12 @@ from gemma2_grpo.config import SftConfig
 from gemma2_grpo.errors import UserError
 from gemma2_grpo.model import open as opening
 from gemma2_grpo.model import save
-from gemma2_grpo.model.gemma import run_from_start, split_model
+from gemma2_grpo.model.gemma import run_from_start
 from gemma2_grpo.model.load import load_weights
 from gemma2_grpo.model.logprobs import output_logits
 from gemma2_grpo.model.mesh import make_mesh
 from gemma2_grpo.model.tokenizer import load_tokenizer
+from gemma2_grpo.model.weights import split_model
 from gemma2_grpo.presets import from_mapping
 from gemma2_grpo.run.console import Display
 from gemma2_grpo.task.prompts import render_prompt
@@ -129,9 +130,9 @@ def trained(request: pytest.FixtureRequest) -> tuple[SftConfig, Path, dict[str, 
 
 def our_logits(folder: Path, ids: list[int]) -> np.ndarray:
     """Float32 logits [L, V] of our loader."""
-    network, weights = split_model(load_weights(folder, "float32", make_mesh((1, 1))))
-    hidden, _ = run_from_start(network, weights, np.array([ids]))
-    return np.asarray(output_logits(network, weights, hidden)[0])
+    forward, weights = split_model(load_weights(folder, "float32", make_mesh((1, 1))))
+    hidden, _ = run_from_start(forward, weights, np.array([ids]))
+    return np.asarray(output_logits(forward, weights, hidden)[0])
 
 
 def test_a_whole_model_is_written(trained, tiny_model_dir):

@@ -16,25 +16,26 @@ from jax.sharding import Mesh
 from scipy.special import log_softmax
 from tunix.models.gemma import model as gemma
 
-from gemma2_grpo.model.gemma import Network, Weights, run_from_start, split_model
+from gemma2_grpo.model.gemma import run_from_start
 from gemma2_grpo.model.load import load_weights
 from gemma2_grpo.model.logprobs import TokenLogps, map_chunks, token_logps
+from gemma2_grpo.model.weights import Forward, Weights, split_model
 from gemma2_grpo.training.packing import MicroBatch, Shapes, prompt_batches
 from gemma2_grpo.training.programs import completion_logps
 
 
-@jax.jit(static_argnames=("network", "chunk_tokens"))
+@jax.jit(static_argnames=("forward", "chunk_tokens"))
 def packed_logps(
-    network: Network,
+    forward: Forward,
     weights: Weights,
     prompts: jax.Array,
     lengths: jax.Array,
     micro: MicroBatch,
     chunk_tokens: int = 7,
 ) -> TokenLogps:
-    _, prefix = run_from_start(network, weights, prompts)
+    _, prefix = run_from_start(forward, weights, prompts)
     return completion_logps(
-        network, weights, prefix, lengths, micro, temperature=1.0, chunk_tokens=chunk_tokens
+        forward, weights, prefix, lengths, micro, temperature=1.0, chunk_tokens=chunk_tokens
     )
 
 
@@ -50,7 +51,7 @@ def test_packed_completions_are_those_of_transformers(
     with np.load(goldens.GOLDEN / f"{name}.npz") as golden:
         seed, tokens, logits = int(golden["seed"]), golden["tokens"], golden["logits"]
     directory = goldens.write_model(tmp_path, goldens.MODELS[name], seed)
-    network, weights = split_model(load_weights(directory, "float32", mesh))
+    forward, weights = split_model(load_weights(directory, "float32", mesh))
     shapes = Shapes(prompts=2, prompt_tokens=15, rows=2, row_tokens=48, least_rows=2)
     for starts in [(9, 4), (1, 12), (15, 1)]:
         sequences = [row[:length] for row, length in zip(tokens, goldens.LENGTHS, strict=True)]
@@ -60,7 +61,7 @@ def test_packed_completions_are_those_of_transformers(
         completions = [each for end in ends for each in (end, noise, end)]
         (batch,) = prompt_batches(prompts, completions, [True, True], shapes, 0)
         (micro,) = batch.micro
-        found = packed_logps(network, weights, batch.prompts, batch.lengths, micro)
+        found = packed_logps(forward, weights, batch.prompts, batch.lengths, micro)
         for i, end in enumerate(ends):
             predicted = log_softmax(logits[i, starts[i] - 1 : starts[i] - 1 + len(end)], axis=-1)
             expected = np.take_along_axis(predicted, end[:, None], axis=-1)[:, 0]
@@ -74,22 +75,36 @@ def test_packed_completions_are_those_of_transformers(
 
 def test_adapters_do_not_widen_a_bfloat16_model(make_policy: Callable[..., gemma.Gemma]) -> None:
     """They are float32, and would promote what they are added to."""
-    network, weights = split_model(make_policy())
+    forward, weights = split_model(make_policy())
     base = jax.tree.map(lambda x: x.astype(jnp.bfloat16), weights.base)
     weights = Weights(weights.lora, base)
     tokens = jnp.zeros((1, 4), jnp.int32)
-    hidden, prefix = jax.eval_shape(partial(run_from_start, network), weights, tokens)
+    hidden, prefix = jax.eval_shape(partial(run_from_start, forward), weights, tokens)
     assert {leaf.dtype for leaf in jax.tree.leaves((hidden, prefix))} == {jnp.dtype("bfloat16")}
+
+
+def test_models_of_one_kind_share_programs(
+    base: gemma.Gemma, make_policy: Callable[..., gemma.Gemma]
+) -> None:
+    one, other, reference = (split_model(m)[0] for m in (make_policy(), make_policy(), base))
+    assert one == other != reference
+    assert hash(one) == hash(other)
+
+
+def test_tunix_forward_pass_is_refused(make_policy: Callable[..., gemma.Gemma]) -> None:
+    """It would leave out the adapters, in silence."""
+    with pytest.raises(TypeError, match="hidden_states"):
+        make_policy()(**make_policy().get_model_input())
 
 
 class TestTokenLogps:
     """With the gradient written by hand."""
 
     @staticmethod
-    def network(base: gemma.Gemma, softcap: float | None) -> Network:
-        network, _ = split_model(base)
-        architecture = dataclasses.replace(network.architecture, final_logit_softcap=softcap)
-        return dataclasses.replace(network, architecture=architecture)
+    def forward(base: gemma.Gemma, softcap: float | None) -> Forward:
+        forward, _ = split_model(base)
+        architecture = dataclasses.replace(forward.architecture, final_logit_softcap=softcap)
+        return dataclasses.replace(forward, architecture=architecture)
 
     @staticmethod
     def plain(hidden: Any, embedding: Any, targets: Any, softcap: Any, temperature: float) -> Any:
@@ -119,7 +134,7 @@ class TestTokenLogps:
     ) -> None:
         hidden, targets, slopes = given
         _, weights = split_model(base)
-        network = self.network(base, softcap)
+        forward = self.forward(base, softcap)
 
         def with_gradient(function: Any) -> Any:
             def of(hidden: jax.Array) -> tuple[jax.Array, TokenLogps]:
@@ -136,7 +151,7 @@ class TestTokenLogps:
         for chunk in (4, 50):
             found, gradient = with_gradient(
                 lambda h, chunk=chunk: token_logps(
-                    *(network, weights, h, targets), temperature=temperature, chunk_tokens=chunk
+                    *(forward, weights, h, targets), temperature=temperature, chunk_tokens=chunk
                 )
             )
             np.testing.assert_allclose(found.logps, expected.logps, rtol=1e-5, atol=1e-5)
@@ -147,13 +162,13 @@ class TestTokenLogps:
         """Values and slopes differ by the rounding of the inputs: 8 bits, of logits near 10."""
         hidden, targets, slopes = given
         _, weights = split_model(base)
-        network = self.network(base, 30.0)
+        forward = self.forward(base, 30.0)
         narrow = jax.tree.map(lambda x: x.astype(jnp.bfloat16), weights)
 
         def gradient(hidden: jax.Array, weights: Weights) -> Any:
             def of(hidden: jax.Array) -> Any:
                 found = token_logps(
-                    *(network, weights, hidden, targets), temperature=0.7, chunk_tokens=4
+                    *(forward, weights, hidden, targets), temperature=0.7, chunk_tokens=4
                 )
                 return jnp.sum(slopes * found.logps), found.logps
 
@@ -169,10 +184,10 @@ class TestTokenLogps:
     def test_entropy_carries_no_gradient(self, base: gemma.Gemma, given: Any) -> None:
         hidden, targets, _ = given
         _, weights = split_model(base)
-        network = self.network(base, 30.0)
+        forward = self.forward(base, 30.0)
 
         def entropy(hidden: jax.Array) -> jax.Array:
-            given = (network, weights, hidden, targets)
+            given = (forward, weights, hidden, targets)
             return token_logps(*given, temperature=1.0, chunk_tokens=4).entropy.sum()
 
         assert not jax.jit(jax.grad(entropy))(hidden).any()
@@ -180,7 +195,7 @@ class TestTokenLogps:
     def test_memory_is_bounded_by_the_chunk(self, base: gemma.Gemma) -> None:
         """What the gradient keeps of a vocabulary is a few chunks of logits, never all of them."""
         rows, width, dim, chunk = 4, 64, 8, 8
-        network = self.network(base, 30.0)
+        forward = self.forward(base, 30.0)
         hidden = jax.ShapeDtypeStruct((rows, width, dim), jnp.float32)
         targets = jax.ShapeDtypeStruct((rows, width), jnp.int32)
 
@@ -188,7 +203,7 @@ class TestTokenLogps:
             def loss(hidden: jax.Array, embedding: jax.Array, targets: jax.Array) -> jax.Array:
                 base = nnx.State({"embedder": {"input_embedding": nnx.Param(embedding)}})
                 found = token_logps(
-                    *(network, Weights(nnx.State({}), base), hidden, targets),
+                    *(forward, Weights(nnx.State({}), base), hidden, targets),
                     temperature=0.7,
                     chunk_tokens=chunk,
                 )

@@ -21,17 +21,19 @@ from tunix.models.gemma import model as gemma
 from gemma2_grpo.config import Config, ModelConfig
 from gemma2_grpo.errors import UserError
 from gemma2_grpo.model.adapter import check_adapter, load_adapter, save_adapter
-from gemma2_grpo.model.gemma import Network, Weights, run_from_start, split_model, weights_of
+from gemma2_grpo.model.gemma import run_from_start
 from gemma2_grpo.model.load import load_weights
 from gemma2_grpo.model.logprobs import token_logps
 from gemma2_grpo.model.lora import adapter_size, add_lora, merge_adapters
 from gemma2_grpo.model.mesh import make_mesh
+from gemma2_grpo.model.weights import Forward, Weights, split_model, weights_of
 from gemma2_grpo.sampling.rollout import Completions
 from gemma2_grpo.sampling.tunix import TunixEngine
 from gemma2_grpo.task.examples import Example
 from gemma2_grpo.task.prompts import render_prompt
 from gemma2_grpo.training.learner import Learner
 
+AsTunix = Callable[[gemma.Gemma], gemma.Gemma]
 KINDS = ("q_einsum", "kv_einsum", "attn_vec_einsum", "gate_proj", "up_proj", "down_proj")
 
 
@@ -160,12 +162,14 @@ class TestSeeds:
                 assert name.endswith("_b") and not value.any()
 
     @pytest.mark.filterwarnings("ignore:rngs must be provided")
-    def test_stock_qwix_has_one_seed_unless_told(self, base: gemma.Gemma) -> None:
+    def test_stock_qwix_has_one_seed_unless_told(
+        self, base: gemma.Gemma, as_tunix: AsTunix
+    ) -> None:
         """Without `rngs=`, Qwix draws from one fixed seed, with a warning at most."""
         provider = qwix.LoraProvider(module_path=".*attn_vec_einsum", rank=4, alpha=8.0)
         drawn = []
         for _ in range(2):
-            policy = qwix.apply_lora_to_model(base, provider, **base.get_model_input())
+            policy = qwix.apply_lora_to_model(as_tunix(base), provider, **base.get_model_input())
             drawn.append(jax.tree.leaves(nnx.state(policy, nnx.LoRAParam))[0])
         np.testing.assert_array_equal(drawn[0], drawn[1])
 
@@ -260,7 +264,7 @@ class TestInitialisation:
 
     @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
     def test_qwix_as_qwix_itself(
-        self, dtype: str, base: gemma.Gemma, mesh: Mesh, wide: ModelConfig
+        self, dtype: str, base: gemma.Gemma, mesh: Mesh, wide: ModelConfig, as_tunix: AsTunix
     ) -> None:
         """To the last bit, and 2.45 times as wide."""
         model = base if dtype == "float32" else in_bfloat16(base)
@@ -269,7 +273,7 @@ class TestInitialisation:
             module_path=".*(" + "|".join(wide.lora_modules) + ")", rank=64, alpha=64.0
         )
         stock = qwix.apply_lora_to_model(
-            model, provider, **model.get_model_input(), rngs=nnx.Rngs(0)
+            as_tunix(model), provider, **model.get_model_input(), rngs=nnx.Rngs(0)
         )
         for path, variable in nnx.to_flat_state(nnx.state(stock, nnx.LoRAParam)):
             if str(path[-1]).endswith("_a"):
@@ -304,7 +308,12 @@ def in_bfloat16(model: gemma.Gemma) -> gemma.Gemma:
 
 class TestPatterns:
     def test_one_that_matches_nothing_is_refused(
-        self, base: gemma.Gemma, mesh: Mesh, config: Config, refusal: Callable[..., str]
+        self,
+        base: gemma.Gemma,
+        mesh: Mesh,
+        config: Config,
+        refusal: Callable[..., str],
+        as_tunix: AsTunix,
     ) -> None:
         """Qwix passes over such a pattern in silence; Tunix has no o_proj."""
         modules = dataclasses.replace(config.model, lora_modules=("mlp/up_proj", "attn/o_proj"))
@@ -316,7 +325,9 @@ class TestPatterns:
         )
 
         provider = qwix.LoraProvider(module_path=".*attn/o_proj", rank=4, alpha=8.0)
-        stock = qwix.apply_lora_to_model(base, provider, **base.get_model_input(), rngs=nnx.Rngs(0))
+        stock = qwix.apply_lora_to_model(
+            as_tunix(base), provider, **base.get_model_input(), rngs=nnx.Rngs(0)
+        )
         assert not jax.tree.leaves(nnx.state(stock, nnx.LoRAParam))
 
     @pytest.mark.parametrize("pattern", ["attn", "mlp", "embedder", "final_norm"])
@@ -354,8 +365,8 @@ class TestGradients:
 
     @staticmethod
     def of(policy: gemma.Gemma, tokens: np.ndarray) -> dict[str, np.ndarray]:
-        network, weights = split_model(policy)
-        flat = nnx.to_flat_state(_gradient(network, weights, jnp.asarray(tokens)))
+        forward, weights = split_model(policy)
+        flat = nnx.to_flat_state(_gradient(forward, weights, jnp.asarray(tokens)))
         return {"/".join(map(str, path)): np.asarray(v.get_value()) for path, v in flat}
 
     def test_at_the_start_and_after_an_update(
@@ -387,21 +398,21 @@ class TestGradients:
             assert abs(gradient).max() > 1e-5, name
 
     def test_stock_submodule_calls_run_without_adapters(
-        self, make_policy: Callable[..., gemma.Gemma], base: gemma.Gemma
+        self, make_policy: Callable[..., gemma.Gemma], base: gemma.Gemma, as_tunix: AsTunix
     ) -> None:
         """Qwix wraps `__call__` of the whole model; its parts alone run the base, in silence."""
-        policy = make_policy(filled=0)
+        policy = as_tunix(make_policy(filled=0))
         x = jnp.asarray(np.random.default_rng(0).standard_normal((1, 3, 32)), jnp.float32)
         np.testing.assert_array_equal(policy.layers[0].mlp(x), base.layers[0].mlp(x))
 
 
-@jax.jit(static_argnames="network")
-def _gradient(network: Network, weights: Weights, tokens: jax.Array) -> nnx.State:
+@jax.jit(static_argnames="forward")
+def _gradient(forward: Forward, weights: Weights, tokens: jax.Array) -> nnx.State:
     def loss(lora: nnx.State) -> jax.Array:
         policy = Weights(lora, weights.base)
-        hidden, _ = run_from_start(network, policy, tokens[:, :-1])
+        hidden, _ = run_from_start(forward, policy, tokens[:, :-1])
         found = token_logps(
-            *(network, policy, hidden, tokens[:, 1:]), temperature=1.0, chunk_tokens=10
+            *(forward, policy, hidden, tokens[:, 1:]), temperature=1.0, chunk_tokens=10
         )
         return found.logps.mean()
 

@@ -19,12 +19,13 @@ from tunix.models.gemma import model as gemma
 from gemma2_grpo.config import ModelConfig
 from gemma2_grpo.errors import UserError
 from gemma2_grpo.model.architecture import query_scale
-from gemma2_grpo.model.gemma import run_from_start, split_model
+from gemma2_grpo.model.gemma import run_from_start
 from gemma2_grpo.model.layout import tensor_shapes
 from gemma2_grpo.model.load import load_weights
 from gemma2_grpo.model.logprobs import output_logits
 from gemma2_grpo.model.lora import add_lora
 from gemma2_grpo.model.save import check_written, save_model, save_peft
+from gemma2_grpo.model.weights import split_model
 
 # A query scale other than that of head_dim, as Gemma 2 27B has.
 SCALED = {"query_pre_attn_scalar": 12}
@@ -75,9 +76,9 @@ def merge(case: Case, folder: Path, dtype: str = "float32", **options: Any) -> f
     return save_model(case.policy, folder, dtype, **scales, **options)
 
 
-@jax.jit(static_argnames="network")
-def _logits(network: Any, weights: Any, tokens: jax.Array) -> jax.Array:
-    return output_logits(network, weights, run_from_start(network, weights, tokens)[0])
+@jax.jit(static_argnames="forward")
+def _logits(forward: Any, weights: Any, tokens: jax.Array) -> jax.Array:
+    return output_logits(forward, weights, run_from_start(forward, weights, tokens)[0])
 
 
 def policy_logits(case: Case, tokens: np.ndarray) -> np.ndarray:

@@ -11,8 +11,8 @@ from jax.sharding import Mesh
 from tunix.models.gemma import model as gemma
 
 from gemma2_grpo.config import Config
-from gemma2_grpo.model.layers import constrained
 from gemma2_grpo.model.lora import add_lora
+from gemma2_grpo.model.mesh import constrained
 from gemma2_grpo.plan.costs import estimate_memory, model_sizes
 from gemma2_grpo.plan.footprint import Footprint, Resident, resident
 from gemma2_grpo.plan.programs import Programs, abstract_policy

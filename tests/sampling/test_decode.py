@@ -14,11 +14,11 @@ from scipy.special import log_softmax
 from tunix.models.gemma import model as gemma
 
 from gemma2_grpo.config import Config
-from gemma2_grpo.model.gemma import Network, split_model
 from gemma2_grpo.model.load import load_weights
 from gemma2_grpo.model.lora import add_lora
-from gemma2_grpo.model.mesh import batch_sharding, on_mesh
+from gemma2_grpo.model.mesh import batch_sharding
 from gemma2_grpo.model.tokenizer import pad_right
+from gemma2_grpo.model.weights import Forward, split_model
 from gemma2_grpo.sampling import decode, decoding_batch
 from gemma2_grpo.sampling.decode import Completed, complete
 from gemma2_grpo.sampling.draw import Sampling
@@ -42,8 +42,8 @@ def prompts() -> list[list[int]]:
 
 
 @cache
-def network_of(model: gemma.Gemma) -> Network:
-    """Programs are compiled per network."""
+def forward_of(model: gemma.Gemma) -> Forward:
+    """Programs are compiled per forward."""
     return split_model(model)[0]
 
 
@@ -63,7 +63,7 @@ def draw(
     sharding = batch_sharding(mesh, len(prompts))
     lengths = np.array([len(row) for row in prompts], np.int32)
     done = complete(
-        network_of(model),
+        forward_of(model),
         split_model(model)[1],
         jax.device_put(pad_right(prompts, width, sampling.pad_id), sharding),
         jax.device_put(lengths, sharding),
@@ -274,8 +274,7 @@ class TestSampled:
         wide = add_lora(wide_base, config.model, wide_mesh, 0)
         fill_adapters(wide, 3)
         for count in (4, 3):  # Three prompts do not divide over fsdp, but their rows do.
-            with on_mesh(wide_mesh):
-                actual = draw(wide, prompts[:count], WARM, wide_mesh, group=2)
+            actual = draw(wide, prompts[:count], WARM, wide_mesh, group=2)
             check_same(actual, Completed(*(x[: 2 * count] for x in pairs)), atol=1e-4)
 
 

@@ -16,9 +16,9 @@ from tunix.rl.rollout.base_rollout import RolloutConfig as StockConfig
 from tunix.rl.rollout.vanilla_rollout import VanillaRollout
 
 from gemma2_grpo.config import Config, RolloutConfig
-from gemma2_grpo.model.gemma import split_model
 from gemma2_grpo.model.load import load_weights
 from gemma2_grpo.model.tokenizer import Tokenizer
+from gemma2_grpo.model.weights import split_model
 from gemma2_grpo.sampling.rollout import Completions, Policy, sample
 from gemma2_grpo.task.examples import Example
 from gemma2_grpo.task.prompts import render_prompt
@@ -69,7 +69,10 @@ def stock_config(**changes: Any) -> StockConfig:
 STOCK_GREEDY = stock_config(top_p=None, eos_tokens=[-1])
 
 
-def make_vanilla(model: gemma.Gemma, tokenizer: Tokenizer) -> VanillaRollout:
+AsTunix = Callable[[gemma.Gemma], gemma.Gemma]
+
+
+def make_vanilla(model: gemma.Gemma, tokenizer: Tokenizer, as_tunix: AsTunix) -> VanillaRollout:
     architecture = model.config
     size = CacheConfig(
         cache_size=48,
@@ -77,12 +80,12 @@ def make_vanilla(model: gemma.Gemma, tokenizer: Tokenizer) -> VanillaRollout:
         num_kv_heads=architecture.num_kv_heads,
         head_dim=architecture.head_dim,
     )
-    return VanillaRollout(model, tokenizer, size)
+    return VanillaRollout(as_tunix(model), tokenizer, size)
 
 
 @pytest.fixture(scope="module")
-def vanilla(no_window: gemma.Gemma, tokenizer: Tokenizer) -> VanillaRollout:
-    return make_vanilla(no_window, tokenizer)
+def vanilla(no_window: gemma.Gemma, tokenizer: Tokenizer, as_tunix: AsTunix) -> VanillaRollout:
+    return make_vanilla(no_window, tokenizer, as_tunix)
 
 
 @pytest.fixture(scope="module")
@@ -116,10 +119,15 @@ class TestStockEngine:
         assert {len(row) for row in ours} == {LIMIT} and len({*map(tuple, ours)}) == 4
 
     def test_is_wrong_where_the_window_binds(
-        self, base: gemma.Gemma, tokenizer: Tokenizer, texts: list[str], mesh: Mesh
+        self,
+        base: gemma.Gemma,
+        tokenizer: Tokenizer,
+        texts: list[str],
+        mesh: Mesh,
+        as_tunix: AsTunix,
     ) -> None:
         """It pads on the left, and its window mask compares positions with slots."""
-        stock = ids(make_vanilla(base, tokenizer).generate(texts, STOCK_GREEDY))
+        stock = ids(make_vanilla(base, tokenizer, as_tunix).generate(texts, STOCK_GREEDY))
         ours = ids(greedy(Policy(base, tokenizer, mesh), texts))
         assert sum(a != b for a, b in zip(stock, ours, strict=True)) >= 3
 

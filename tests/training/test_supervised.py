@@ -14,11 +14,12 @@ from flax import nnx
 from jax.sharding import Mesh
 from tunix.models.gemma import model as gemma
 
-from gemma2_grpo.model.gemma import Network, Weights, network_of, weights_of
 from gemma2_grpo.model.load import load_weights
+from gemma2_grpo.model.weights import Forward, Weights, forward_of, weights_of
 from gemma2_grpo.training.supervised import Row, next_token_loss, pack, train_supervised
 
 WIDTH = 16
+AsTunix = Callable[[gemma.Gemma], gemma.Gemma]
 
 
 @pytest.fixture(scope="module")
@@ -32,19 +33,19 @@ def rows() -> list[Row]:
     return made
 
 
-@jax.jit(static_argnames=("network", "chunk_tokens"))
+@jax.jit(static_argnames=("forward", "chunk_tokens"))
 def loss_of(
-    network: Network, weights: Weights, tokens: jax.Array, targets: jax.Array, chunk_tokens: int
+    forward: Forward, weights: Weights, tokens: jax.Array, targets: jax.Array, chunk_tokens: int
 ) -> jax.Array:
-    return next_token_loss(network, weights, tokens, targets, chunk_tokens)
+    return next_token_loss(forward, weights, tokens, targets, chunk_tokens)
 
 
-def stock_loss(model: gemma.Gemma, weights: Weights, tokens: Any, targets: Any) -> jax.Array:
-    """The same loss by way of Tunix's own layers and all logits."""
+def stock_loss(stock: gemma.Gemma, weights: Weights, tokens: Any, targets: Any) -> jax.Array:
+    """The same loss by way of all logits of a model of Tunix's own layers."""
     rows, length = tokens.shape
     mask = jnp.broadcast_to(jnp.tri(length, dtype=bool), (rows, length, length))
     lora = jax.tree.map(lambda x: x.astype(weights.embedding.dtype), weights.lora)
-    stock = nnx.merge(nnx.split(model)[0], lora, weights.base)
+    stock = nnx.merge(nnx.split(stock)[0], lora, weights.base)
     positions = jnp.broadcast_to(jnp.arange(length), tokens.shape)
     logits, _ = stock(tokens, positions, None, mask)
     wide = logits[:, :-1].astype(jnp.float32)
@@ -55,10 +56,10 @@ def stock_loss(model: gemma.Gemma, weights: Weights, tokens: Any, targets: Any) 
 def all_gradients(model: gemma.Gemma, rows: list[Row]) -> dict[str, np.ndarray]:
     """Of the loss in all weights, by path."""
     tokens, targets = pack(rows, WIDTH, 0)
-    network, weights = network_of(model), weights_of(model)
+    forward, weights = forward_of(model), weights_of(model)
 
     def loss(base: nnx.State) -> jax.Array:
-        return next_token_loss(network, Weights(weights.lora, base), tokens, targets, 7)
+        return next_token_loss(forward, Weights(weights.lora, base), tokens, targets, 7)
 
     return by_path(jax.jit(jax.grad(loss))(weights.base))
 
@@ -102,18 +103,18 @@ class TestLoss:
             if t < len(row.tokens) and row.is_target[t]
         ]
         assert len(losses) == 8 + 4 + 6 + 10
-        network, weights = network_of(base), weights_of(base)
-        loss = loss_of(network, weights, tokens, targets, chunk_tokens)
+        forward, weights = forward_of(base), weights_of(base)
+        loss = loss_of(forward, weights, tokens, targets, chunk_tokens)
         assert float(loss) == pytest.approx(np.mean(losses), rel=1e-6)
 
     def test_prompts_and_padding_carry_none(self, base: gemma.Gemma, rows: list[Row]) -> None:
         tokens, targets = pack(rows[:1], WIDTH, 0)
-        network, weights = network_of(base), weights_of(base)
+        forward, weights = forward_of(base), weights_of(base)
 
         def of(embedding: jax.Array, tokens: np.ndarray) -> jax.Array:
             base = jax.tree.map(lambda x: x, weights.base)
             base["embedder"]["input_embedding"].set_value(embedding)
-            return next_token_loss(network, Weights(weights.lora, base), tokens, targets, 7)
+            return next_token_loss(forward, Weights(weights.lora, base), tokens, targets, 7)
 
         # What follows the last target is not seen by it.
         other = tokens.copy()
@@ -121,12 +122,12 @@ class TestLoss:
         losses = [float(of(weights.embedding, t)) for t in (tokens, other)]
         assert losses[0] == losses[1]
         only = np.zeros_like(targets)
-        assert float(loss_of(network, weights, tokens, only, 7)) == 0  # Not 0 / 0.
+        assert float(loss_of(forward, weights, tokens, only, 7)) == 0  # Not 0 / 0.
         only[0, 3] = True
-        first = float(loss_of(network, weights, tokens, only, 7))
+        first = float(loss_of(forward, weights, tokens, only, 7))
         only[0, :3] = True
         only[0, 3] = False
-        prompt = float(loss_of(network, weights, tokens, only, 7))
+        prompt = float(loss_of(forward, weights, tokens, only, 7))
         assert first > 0 and prompt > 0 and first != pytest.approx(prompt)
 
 
@@ -134,13 +135,13 @@ class TestGradients:
     """Completions of 8 and more tokens after prompts of up to 6: a window of 10 binds."""
 
     def test_in_float32_they_are_those_of_tunix_layers(
-        self, base: gemma.Gemma, rows: list[Row]
+        self, base: gemma.Gemma, rows: list[Row], as_tunix: AsTunix
     ) -> None:
         tokens, targets = pack(rows, WIDTH, 0)
-        weights = weights_of(base)
+        weights, tunix = weights_of(base), as_tunix(base)
 
         def loss(trained: nnx.State) -> jax.Array:
-            return stock_loss(base, Weights(weights.lora, trained), tokens, targets)
+            return stock_loss(tunix, Weights(weights.lora, trained), tokens, targets)
 
         expected = by_path(jax.jit(jax.grad(loss))(weights.base))
         found = all_gradients(base, rows)
@@ -178,22 +179,26 @@ class TestGradients:
             assert distance(found, theirs[name]) < 2e-5, name
 
     def test_in_bfloat16_attention_is_that_of_grpo(
-        self, make_policy: Callable[..., gemma.Gemma], mesh: Mesh, rows: list[Row]
+        self,
+        make_policy: Callable[..., gemma.Gemma],
+        mesh: Mesh,
+        rows: list[Row],
+        as_tunix: AsTunix,
     ) -> None:
         """Tunix's layers, whose softmax would run in bfloat16, give another gradient."""
         model = in_bfloat16(make_policy(filled=3, scale=0.05))
         tokens, targets = pack(rows, WIDTH, 0)
-        network, weights = network_of(model), weights_of(model)
+        forward, weights, tunix = forward_of(model), weights_of(model), as_tunix(model)
 
         @jax.jit
         @jax.grad
         def ours(lora: nnx.State) -> jax.Array:
-            return next_token_loss(network, Weights(lora, weights.base), tokens, targets, 7)
+            return next_token_loss(forward, Weights(lora, weights.base), tokens, targets, 7)
 
         @jax.jit
         @jax.grad
         def stock(lora: nnx.State) -> jax.Array:
-            return stock_loss(model, Weights(lora, weights.base), tokens, targets)
+            return stock_loss(tunix, Weights(lora, weights.base), tokens, targets)
 
         expected, other = by_path(ours(weights.lora)), by_path(stock(weights.lora))
         before = by_path(weights.lora)
@@ -213,15 +218,16 @@ class TestGradients:
             assert found < 1e-4 < 3e-3 < distance(other[name], gradient), name
 
     def test_in_bfloat16_every_exponential_is_in_float32(
-        self, make_policy: Callable[..., gemma.Gemma], rows: list[Row]
+        self, make_policy: Callable[..., gemma.Gemma], rows: list[Row], as_tunix: AsTunix
     ) -> None:
         model = in_bfloat16(make_policy())
         tokens, targets = pack(rows, WIDTH, 0)
-        network, weights = network_of(model), weights_of(model)
+        forward, weights = forward_of(model), weights_of(model)
         text = str(
-            jax.make_jaxpr(lambda w: next_token_loss(network, w, tokens, targets, 7))(weights)
+            jax.make_jaxpr(lambda w: next_token_loss(forward, w, tokens, targets, 7))(weights)
         )
-        stock = str(jax.make_jaxpr(lambda w: stock_loss(model, w, tokens, targets))(weights))
+        tunix = as_tunix(model)
+        stock = str(jax.make_jaxpr(lambda w: stock_loss(tunix, w, tokens, targets))(weights))
         exponential = re.compile(r"(\w+)\[[^]]*\] = exp ")
         assert set(exponential.findall(text)) == {"f32"}
         assert "bf16" in exponential.findall(stock)

@@ -1,5 +1,6 @@
 """Updates are those of the textbook, however the batch is cut and packed and wherever it lies."""
 
+import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -18,8 +19,6 @@ from tunix.rl.rollout.base_rollout import CacheConfig as RolloutCacheConfig
 from tunix.rl.rollout.vanilla_rollout import VanillaRollout
 
 from gemma2_grpo.config import Config
-from gemma2_grpo.model.gemma import Network
-from gemma2_grpo.model.layers import with_remat
 from gemma2_grpo.model.lora import add_lora
 from gemma2_grpo.model.tokenizer import Tokenizer
 from gemma2_grpo.sampling.rollout import Completions
@@ -30,6 +29,7 @@ from gemma2_grpo.training.loss import Advantages, group_advantages
 
 GROUP, LIMIT, LENGTH = 4, 12, 40
 Adapters = Callable[[gemma.Gemma], dict[str, np.ndarray]]
+AsTunix = Callable[[gemma.Gemma], gemma.Gemma]
 Metrics = dict[str, float]
 Learn = Callable[..., list[Metrics]]
 
@@ -62,11 +62,18 @@ def rollouts(examples: list[Example], random_completions: Callable[..., Completi
     )
 
 
-def plain_logps(network: Network, lora: Any, base: Any, row: Any, temperature: Any) -> Any:
+@dataclass(frozen=True, eq=False)
+class Stock:
+    """Tunix's own layers, whose adapters Qwix applies; programs are compiled per object."""
+
+    graphdef: nnx.GraphDef
+
+
+def plain_logps(stock: Stock, lora: Any, base: Any, row: Any, temperature: Any) -> Any:
     """Log-probabilities and entropy of one completion by way of all logits of its sequence."""
     tokens, start, completion = row
     length = len(tokens)
-    model = nnx.merge(network.graphdef, lora, base)
+    model = nnx.merge(stock.graphdef, lora, base)
     mask = jnp.tri(length, dtype=bool)[None]
     logits, _ = model(tokens[None], jnp.arange(length)[None], None, mask)
     everything = jax.nn.log_softmax(logits[0] / temperature)
@@ -76,11 +83,11 @@ def plain_logps(network: Network, lora: Any, base: Any, row: Any, temperature: A
 
 
 def plain_loss(
-    lora: Any, network: Network, base: Any, row: Any, temperature: Any, given: Any, loss_type: str
+    lora: Any, stock: Stock, base: Any, row: Any, temperature: Any, given: Any, loss_type: str
 ) -> jax.Array:
     """The objective of one completion as the papers write it."""
     old, ref, advantage, is_token, scale, beta, low, high = given
-    now, _ = plain_logps(network, lora, base, row, temperature)
+    now, _ = plain_logps(stock, lora, base, row, temperature)
     count = is_token.sum()
     ratio = jnp.exp(now - old)
     if loss_type == "gspo":
@@ -93,19 +100,21 @@ def plain_loss(
 
 compiled_logps = jax.jit(plain_logps, static_argnums=0)
 compiled_loss = jax.jit(jax.grad(plain_loss), static_argnums=1, static_argnames="loss_type")
-# Policies on one base have the same static half; programs are compiled per object.
-networks: dict[str, Network] = {}
 
 
 class Textbook:
     """GRPO completion by completion, with plain gradient descent and Tunix's own layers."""
 
     def __init__(
-        self, policy: gemma.Gemma, tokenizer: Tokenizer, rollouts: Rollouts, config: Config
+        self,
+        policy: gemma.Gemma,
+        tokenizer: Tokenizer,
+        rollouts: Rollouts,
+        config: Config,
+        stock: Stock,
     ) -> None:
-        self.config = config
-        graphdef, lora, self.base = nnx.split(policy, nnx.LoRAParam, ...)
-        self.network = networks.setdefault("policy", Network(graphdef, policy.config))
+        self.config, self.stock = config, stock
+        _, lora, self.base = nnx.split(policy, nnx.LoRAParam, ...)
         self.lora = jax.tree.map(jnp.copy, lora)
         self.rows, self.is_token, self.advantages = [], [], []
         for i, completion in enumerate(rollouts.completions.tokens):
@@ -126,7 +135,7 @@ class Textbook:
 
     def now(self, row: Any, lora: Any = None) -> tuple[jax.Array, jax.Array]:
         lora = self.lora if lora is None else lora
-        return compiled_logps(self.network, lora, self.base, row, self.config.rollout.temperature)
+        return compiled_logps(self.stock, lora, self.base, row, self.config.rollout.temperature)
 
     def scale(self, index: int) -> float:
         """What the sum over the tokens of a completion is multiplied by."""
@@ -149,7 +158,7 @@ class Textbook:
                 given = (old[i], self.ref[i], self.advantages[i], self.is_token[i])
                 constants = (self.scale(i), grpo.beta, grpo.epsilon, high)
                 gradient = compiled_loss(
-                    *(self.lora, self.network, self.base, row, self.config.rollout.temperature),
+                    *(self.lora, self.stock, self.base, row, self.config.rollout.temperature),
                     (*given, *constants),
                     loss_type="gspo" if grpo.loss_type == "gspo" else "grpo",
                 )
@@ -255,6 +264,11 @@ CASES: dict[str, tuple[float, dict[str, Any]]] = {
 }
 
 
+@pytest.fixture(scope="module")
+def stock(make_policy: Callable[..., gemma.Gemma], as_tunix: AsTunix) -> Stock:
+    return Stock(nnx.split(as_tunix(make_policy()))[0])
+
+
 class TestTextbook:
     @pytest.mark.parametrize("case", CASES)
     def test_gradient(
@@ -266,12 +280,13 @@ class TestTextbook:
         tokenizer: Tokenizer,
         rollouts: Rollouts,
         learn: Learn,
+        stock: Stock,
     ) -> None:
         learning_rate, changes = CASES[case]
         config = changed(config, **changes)
         chosen = rollouts.first(3)
         learner = descending(config, learning_rate)
-        textbook = Textbook(learner.policy, tokenizer, chosen, config)
+        textbook = Textbook(learner.policy, tokenizer, chosen, config, stock)
         metrics = learn(learner, *chosen.given)
         assert len(metrics) == config.grpo.num_iterations
         assert metrics[0]["clip_fraction"] == 0 and metrics[0]["max_ratio"] == 1
@@ -316,11 +331,12 @@ class TestRatio:
     """Ours is exactly 1 before the first update, as the test of the gradient shows."""
 
     def test_is_not_in_stock_tunix_at_other_temperatures(
-        self, base: gemma.Gemma, tokenizer: Tokenizer, rollouts: Rollouts
+        self, base: gemma.Gemma, tokenizer: Tokenizer, rollouts: Rollouts, as_tunix: AsTunix
     ) -> None:
         """Tunix takes old log-probabilities at temperature 1 and the loss at that of sampling."""
         size = RolloutCacheConfig(cache_size=48, num_layers=2, num_kv_heads=4, head_dim=8)
-        engine = VanillaRollout(base, tokenizer, size)
+        stock = as_tunix(base)
+        engine = VanillaRollout(stock, tokenizer, size)
         chosen = rollouts.first(2)
         ids = [tokenizer.encode(prompt) for prompt in chosen.prompts for _ in range(GROUP)]
         prompts = jnp.asarray([[0] * (28 - len(row)) + row for row in ids])
@@ -330,7 +346,7 @@ class TestRatio:
         ratios = {}
         for temperature in (1.0, 0.7):
             now = common.compute_per_token_logps(
-                *nnx.split(base),
+                *nnx.split(stock),
                 prompt_tokens=prompts,
                 completion_tokens=jnp.asarray(completions),
                 pad_id=0,
@@ -482,11 +498,11 @@ class TestWhatIsLearned:
 
 
 def test_stock_sampling_breaks_under_remat(base: gemma.Gemma, tokenizer: Tokenizer) -> None:
-    """Tunix's remat cannot be traced in its sampler, so that training and sampling need two
-    graphs over the same weights.
-    """
+    """Tunix's remat cannot be traced in its sampler, so that a model of its layers has none."""
+    config = dataclasses.replace(base.config, remat_config=gemma.RematConfig.DECODER)
+    graphdef, _ = nnx.split(nnx.eval_shape(lambda: gemma.Gemma(config, rngs=nnx.Rngs(0))))
     sampler = Sampler(
-        with_remat(base, "decoder"),
+        nnx.merge(graphdef, nnx.state(base)),
         tokenizer,
         CacheConfig(cache_size=48, num_layers=2, num_kv_heads=4, head_dim=8),
     )

@@ -192,27 +192,27 @@ def compare_with_transformers(
     import jax
     import jax.numpy as jnp
 
-    from gemma2_grpo.model.gemma import Network, Weights, run_from_start, split_model
+    from gemma2_grpo.model.gemma import run_from_start
     from gemma2_grpo.model.logprobs import output_logits
-    from gemma2_grpo.model.mesh import on_mesh
+    from gemma2_grpo.model.weights import Forward, Weights, split_model
 
-    @partial(jax.jit, static_argnames="network")
-    def logits(network: Network, weights: Weights, tokens: jax.Array) -> jax.Array:
-        hidden, _ = run_from_start(network, weights, tokens)
-        return output_logits(network, weights, hidden)
+    @partial(jax.jit, static_argnames="forward")
+    def logits(forward: Forward, weights: Weights, tokens: jax.Array) -> jax.Array:
+        hidden, _ = run_from_start(forward, weights, tokens)
+        return output_logits(forward, weights, hidden)
 
     model = _load_with_transformers(folder, base)
     rows = [files.tokenizer.encode(text) for text in texts]
     _check_tokens(folder, texts, rows)
-    network, weights = split_model(policy)
+    forward, weights = split_model(policy)
     longest = max(map(len, rows))
     largest, total, same = 0.0, 0.0, 0
     for row in rows:
         # Padding comes last, where no real token sees it; so one program serves all rows.
         padded = np.pad(row, (0, longest - len(row)), constant_values=files.tokenizer.pad)[None]
         # TPUs and GPUs multiply float32 in fewer bits unless they are asked not to.
-        with on_mesh(files.mesh), jax.default_matmul_precision("highest"):
-            ours = np.asarray(logits(network, weights, jnp.asarray(padded)))[0, : len(row)]
+        with jax.default_matmul_precision("highest"):
+            ours = np.asarray(logits(forward, weights, jnp.asarray(padded)))[0, : len(row)]
         theirs = _transformers_logits(model, row)
         difference = abs(ours - theirs)
         largest = max(largest, float(difference.max()))

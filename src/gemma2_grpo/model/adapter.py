@@ -10,10 +10,10 @@ import numpy as np
 from flax import nnx
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
-from tunix.models.gemma import model as gemma
 
 from gemma2_grpo.config import ModelConfig
 from gemma2_grpo.errors import UserError
+from gemma2_grpo.model.architecture import Model
 from gemma2_grpo.runtime.atomic import whole_file
 
 ADAPTER_FILE = "adapter.safetensors"
@@ -37,7 +37,7 @@ def fingerprint(directory: Path) -> str:
     return digest.hexdigest()
 
 
-def save_adapter(policy: gemma.Gemma, folder: Path, config: ModelConfig, base_sha256: str) -> Path:
+def save_adapter(policy: Model, folder: Path, config: ModelConfig, base_sha256: str) -> Path:
     """Writes the adapters in float32, with what they belong to in the file's metadata."""
     folder.mkdir(parents=True, exist_ok=True)
     tensors = {
@@ -119,7 +119,7 @@ def _description(path: Path) -> dict[str, Any]:
         ) from None
 
 
-def load_adapter(policy: gemma.Gemma, folder: Path) -> None:
+def load_adapter(policy: Model, folder: Path) -> None:
     """Puts a saved adapter, which `check_adapter` let pass, into a policy."""
     with safe_open(folder / ADAPTER_FILE, framework="numpy") as file:
         placed = [

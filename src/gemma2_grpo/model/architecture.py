@@ -2,6 +2,7 @@
 
 import json
 import reprlib
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -10,9 +11,31 @@ from tunix.models.gemma import model as gemma
 
 from gemma2_grpo.errors import UserError
 
-Architecture = gemma.ModelConfig
-Model = gemma.Gemma
-"""Tunix's Gemma: its variables, with or without adapters."""
+
+@dataclass(unsafe_hash=True)
+class Architecture(gemma.ModelConfig):
+    """Sizes of a model, as Tunix names them; hashable, so that `jit` takes it as static."""
+
+    @property
+    def is_sliding(self) -> tuple[bool, ...]:
+        """For each layer, whether its tokens attend only within the sliding window."""
+        return tuple(kind == gemma.AttentionType.LOCAL_SLIDING for kind in self.attention_types)
+
+
+class Model(gemma.Gemma):
+    """Container of a model's variables under Tunix's paths, with or without adapters.
+
+    It is run by `model.gemma.hidden_states`, never by Tunix's layers.
+    """
+
+    config: Architecture
+    lora_scale: float = 1.0
+    """Factor of the adapters."""
+
+    def __call__(self, *_: Any, **__: Any) -> Any:
+        """Refuses Tunix's forward pass, which would leave the adapters out in silence."""
+        raise TypeError("a Model only holds variables: run gemma2_grpo.model.gemma.hidden_states")
+
 
 _SIZES = (
     "num_hidden_layers vocab_size hidden_size intermediate_size num_attention_heads head_dim "
@@ -150,10 +173,8 @@ def known_architecture(name: str) -> Architecture | None:
     sizes = {"2b": Architecture.gemma2_2b, "9b": Architecture.gemma2_9b}
     for size, make in sizes.items():
         if f"gemma-2-{size}" in name:
-            architecture = make()
             # Tunix counts some entries of the vocabulary that the published weights lack.
-            architecture.num_embed = 256_000
-            return architecture
+            return replace(make(), num_embed=256_000)
     return None
 
 

@@ -6,55 +6,59 @@ normaliser, so that nothing of the size T x S is kept between the passes (as in 
 arXiv:2205.14135, section 3.1).
 """
 
-from functools import partial
-from typing import Any, NamedTuple, cast
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
 
 
 class KeyValues(NamedTuple):
     """Keys and values of one layer."""
 
-    keys: jax.Array
-    """[R, S, K, H], rotated."""
-    values: jax.Array
-    """[R, S, K, H]."""
+    keys: Float[Array, "R S K H"]
+    """Rotated keys."""
+    values: Float[Array, "R S K H"]
 
 
 class LayerCache(NamedTuple):
     """What a layer may attend to besides the tokens that are being run."""
 
     prefix: KeyValues | None = None
-    """Of prompts [B, P, K, H]; B divides the rows, and neighbouring rows share a prompt."""
+    """KV cache of prompts, [B, P, K, H]; B divides R, and neighbouring rows share a prompt."""
     own: KeyValues | None = None
-    """Of each row, [R, S, K, H], written at `Visible.slot`. Without it there is only what is
-    being run."""
+    """KV cache of each row, [R, S, K, H], written at `Visible.slot`. Without it a row has only the
+    tokens that are being run."""
+
+
+Masks = tuple[Bool[Array, "..."], Bool[Array, "..."]]
+"""Masks of global and of sliding layers: True where a query may attend to a key."""
 
 
 class Visible(NamedTuple):
-    """Which keys each query may attend to, in the place of Tunix's mask.
+    """Where the tokens that are being run are, and which keys each may attend to."""
 
-    Each mask is a pair, of global and of sliding layers.
-    """
-
-    own: tuple[jax.Array, jax.Array]
-    """True where a query may attend to a key of its row, [R, T, S]."""
-    prefix: tuple[jax.Array, jax.Array] | None = None
-    """True where a query may attend to a key of its prompt, [R, T, P]."""
-    slot: jax.Array | int = 0
+    positions: Int[Array, "R T"]
+    own: Masks
+    """Keys of its row, [R, T, S]."""
+    prefix: Masks | None = None
+    """Keys of its prompt, [R, T, P]."""
+    slot: Int[Array, ""] | int = 0
     """Where in the cache of its row the first token that is being run goes."""
 
 
 def visible(
-    seen: jax.Array, queries: jax.Array, keys: jax.Array, window: int | None
-) -> tuple[jax.Array, jax.Array]:
+    seen: Bool[Array, "... T S"],
+    queries: Int[Array, "... T"],
+    keys: Int[Array, "... S"],
+    window: int | None,
+) -> Masks:
     """Narrows a mask to what a sliding window leaves of it.
 
     Args:
-        seen: True where a query may attend to a key of a global layer, [..., T, S].
-        queries: Positions [..., T].
-        keys: Positions [..., S].
+        seen: True where a query may attend to a key of a global layer.
+        queries: Positions of the queries.
+        keys: Positions of the keys.
         window: Positions that a query of a sliding layer sees, its own included.
 
     Returns:
@@ -65,34 +69,47 @@ def visible(
     return seen, seen & (queries[..., :, None] - keys[..., None, :] < window)
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(3,))
-def attend(
-    queries: jax.Array,
+def _attention(
+    queries: Float[Array, "R T N H"],
     parts: tuple[KeyValues, ...],
-    masks: tuple[jax.Array, ...],
+    masks: tuple[Bool[Array, "R T S"], ...],
     softcap: float | None,
-) -> jax.Array:
+) -> Float[Array, "R T N H"]:
     """Attention over several parts of keys as over one, softmax in float32.
 
     Args:
-        queries: [R, T, N, H], scaled.
+        queries: Scaled queries.
         parts: Keys and values [B, S, K, H], where B divides R and K divides N.
-        masks: True where a query may attend to a key of a part, [R, T, S]. Every query must see
-            at least one key.
+        masks: True where a query may attend to a key of a part. Every query must see at least one
+            key.
         softcap: Logits are bounded to this by a tanh.
 
     Returns:
-        [R, T, N, H] in the type of the queries.
+        Values of the keys, averaged for each query, in the type of the queries.
     """
     return _attend(queries, parts, masks, softcap)[0]
 
 
+attend = jax.custom_vjp(_attention, nondiff_argnums=(3,))
+
+
+class _Kept(NamedTuple):
+    """What the backward pass needs of the forward pass."""
+
+    queries: Float[Array, "R T N H"]
+    parts: tuple[KeyValues, ...]
+    masks: tuple[Bool[Array, "R T S"], ...]
+    output: Float[Array, "R T N H"]
+    normaliser: Float[Array, "R T N 1"]
+    """Logarithm of the sum of exponentials over all parts."""
+
+
 def _attend(
-    queries: jax.Array,
+    queries: Float[Array, "R T N H"],
     parts: tuple[KeyValues, ...],
-    masks: tuple[jax.Array, ...],
+    masks: tuple[Bool[Array, "R T S"], ...],
     softcap: float | None,
-) -> tuple[jax.Array, Any]:
+) -> tuple[Float[Array, "R T N H"], _Kept]:
     shapes = [part.keys.shape for part in parts]
     logits = [
         jnp.where(
@@ -102,63 +119,72 @@ def _attend(
         )
         for part, mask, shape in zip(parts, masks, shapes, strict=True)
     ]
+    # One maximum over all parts keeps every exponential at 1 or below.
     tops = [_unfold(each.max(axis=-1, keepdims=True), queries.shape) for each in logits]
     top = jnp.stack(tops).max(axis=0)
-    total, summed = 0.0, 0.0
+    # Sums of exponentials, and of values weighted by them; divided once, at the end.
+    total, summed = jnp.zeros_like(top), jnp.zeros(queries.shape, jnp.float32)
     for each, part in zip(logits, parts, strict=True):
         weights = jnp.exp(each - _fold(top, part.keys.shape))
         total += _unfold(weights.sum(axis=-1, keepdims=True), queries.shape)
         summed += _unfold(_times(weights, part.values), queries.shape)
-    output = cast(jax.Array, summed / total).astype(queries.dtype)
-    normaliser = top + jnp.log(cast(jax.Array, total))
-    return output, (queries, parts, masks, output, normaliser)
+    output = (summed / total).astype(queries.dtype)
+    return output, _Kept(queries, parts, masks, output, top + jnp.log(total))
 
 
-def _attend_backward(softcap: float | None, kept: Any, slope: jax.Array) -> Any:
+def _attend_backward(
+    softcap: float | None, kept: _Kept, cotangent: Float[Array, "R T N H"]
+) -> tuple[Float[Array, "R T N H"], tuple[KeyValues, ...], None]:
     queries, parts, masks, output, normaliser = kept
-    wide = slope.astype(jnp.float32)
-    inner = jnp.sum(wide * output, axis=-1, keepdims=True)
-    query_slope, part_slopes = 0.0, []
+    # The gradient of a softmax is p * (dp - sum(p * dp)), and the sum over all keys is that of
+    # cotangent * output over the size of a head, which no part has to be known for.
+    inner = jnp.sum(cotangent.astype(jnp.float32) * output, axis=-1, keepdims=True)
+    query_cotangent, part_cotangents = jnp.zeros(queries.shape, jnp.float32), []
     for part, mask in zip(parts, masks, strict=True):
         shape = part.keys.shape
+        # The attention weights of this part, computed again. Logits that the mask hides may exceed
+        # the normaliser, so they are set to 0 after the exponential.
         capped, bend = _logits(queries, part.keys, softcap)
         weights = jnp.exp(capped - _fold(normaliser, shape))
         weights = jnp.where(_spread(mask, queries.shape[2], shape), weights, 0.0)
-        folded = _fold(slope, shape)
+        folded = _fold(cotangent, shape)
         along = jnp.einsum("bkmh,bskh->bkms", folded, part.values, preferred_element_type=_F32)
-        logit_slope = weights * (along - _fold(inner, shape)) * bend
-        query_slope += _unfold(_times(logit_slope, part.keys), queries.shape)
-        part_slopes.append(
+        logit_cotangent = weights * (along - _fold(inner, shape)) * bend
+        query_cotangent += _unfold(_times(logit_cotangent, part.keys), queries.shape)
+        # Summed over the queries that share a key: those of a group, and heads of one KV head.
+        part_cotangents.append(
             KeyValues(
-                _gathered(_fold(queries, shape), logit_slope).astype(part.keys.dtype),
+                _gathered(_fold(queries, shape), logit_cotangent).astype(part.keys.dtype),
                 _gathered(folded, weights).astype(part.values.dtype),
             )
         )
-    return cast(jax.Array, query_slope).astype(queries.dtype), tuple(part_slopes), None
+    return query_cotangent.astype(queries.dtype), tuple(part_cotangents), None
 
 
 attend.defvjp(_attend, _attend_backward)
 _F32 = jnp.float32
 
 
-def _fold(x: jax.Array, shape: tuple[int, ...]) -> jax.Array:
-    """Brings [R, T, N, ...] to [B, K, M, ...]: M queries share the keys [B, S, K, H] of a head."""
+def _fold(x: Float[Array, "R T N X"], shape: tuple[int, ...]) -> Float[Array, "B K M X"]:
+    """Brings queries next to each other that share the keys [B, S, K, H] of a head: M of them."""
     prompts, _, kv_heads, _ = shape
     rows, length, heads, size = x.shape
     x = x.reshape(prompts, rows // prompts, length, kv_heads, heads // kv_heads, size)
     return x.transpose(0, 3, 1, 4, 2, 5).reshape(prompts, kv_heads, -1, size)
 
 
-def _unfold(x: jax.Array, shape: tuple[int, ...]) -> jax.Array:
-    """Brings [B, K, M, X] back to [R, T, N, X]."""
+def _unfold(x: Float[Array, "B K M X"], shape: tuple[int, ...]) -> Float[Array, "R T N X"]:
+    """Undoes `_fold`, for queries of this shape [R, T, N, H]."""
     prompts, kv_heads, _, size = x.shape
     rows, length, heads, _ = shape
     x = x.reshape(prompts, kv_heads, rows // prompts, heads // kv_heads, length, size)
     return x.transpose(0, 2, 4, 1, 3, 5).reshape(rows, length, heads, size)
 
 
-def _spread(mask: jax.Array, heads: int, shape: tuple[int, ...]) -> jax.Array:
-    """Brings a mask [R, T, S] to [B, K, M, S]."""
+def _spread(
+    mask: Bool[Array, "R T S"], heads: int, shape: tuple[int, ...]
+) -> Bool[Array, "B K M S"]:
+    """Brings a mask to folded queries, the same for all heads."""
     rows, length, width = mask.shape
     prompts, _, kv_heads, _ = shape
     mask = mask.reshape(prompts, 1, rows // prompts, 1, length, width)
@@ -167,9 +193,9 @@ def _spread(mask: jax.Array, heads: int, shape: tuple[int, ...]) -> jax.Array:
 
 
 def _logits(
-    queries: jax.Array, keys: jax.Array, softcap: float | None
-) -> tuple[jax.Array, jax.Array | float]:
-    """Float32 logits [B, K, M, S], and their slope in what the cap bounds."""
+    queries: Float[Array, "R T N H"], keys: Float[Array, "B S K H"], softcap: float | None
+) -> tuple[Float[Array, "B K M S"], Float[Array, "B K M S"] | float]:
+    """Float32 logits, and the derivative of the soft cap."""
     logits = jnp.einsum(
         "bkmh,bskh->bkms", _fold(queries, keys.shape), keys, preferred_element_type=_F32
     )
@@ -179,15 +205,19 @@ def _logits(
     return softcap * bent, 1 - jnp.square(bent)
 
 
-def _times(weights: jax.Array, values: jax.Array) -> jax.Array:
-    """Sums values [B, S, K, H] with weights [B, K, M, S] to float32 [B, K, M, H]."""
+def _times(
+    weights: Float[Array, "B K M S"], values: Float[Array, "B S K H"]
+) -> Float[Array, "B K M H"]:
+    """Sums values with weights, in float32."""
     return jnp.einsum(
         "bkms,bskh->bkmh", weights.astype(values.dtype), values, preferred_element_type=_F32
     )
 
 
-def _gathered(folded: jax.Array, weights: jax.Array) -> jax.Array:
-    """What queries [B, K, M, H] give to keys with weights [B, K, M, S]: float32 [B, S, K, H].
+def _gathered(
+    folded: Float[Array, "B K M H"], weights: Float[Array, "B K M S"]
+) -> Float[Array, "B S K H"]:
+    """Sums over queries what they give to keys with these weights, in float32.
 
     The large operand is the right one, which is then not copied to be transposed.
     """

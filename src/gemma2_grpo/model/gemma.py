@@ -1,175 +1,242 @@
-"""The one way to run Gemma: hidden states through the model's own call, and its output head.
+"""Gemma's forward pass, from tokens to hidden states; the output head is in `logprobs`.
 
-Qwix applies adapters by wrapping the model's `__call__`. Calling the embedder, the layers or
-the final norm one by one would run the base without them, in silence and with zero gradients,
-so hidden states are always taken from a whole call, and only the head, which carries no
-adapter, is computed here.
+There is one, for sampling, updates, the reference, prefill and supervised training. Tunix's model
+only holds the variables: its attention knows one key per row and slot, so that a prompt has to be
+copied, or computed again, for each of its completions, and its sliding window compares positions
+with slots.
 """
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from typing import Any, NamedTuple, cast
+from typing import ParamSpec, TypeVar
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jax.sharding import Mesh, PartitionSpec
-from tunix.models.gemma import model as gemma
+from jaxtyping import Array, Float, Int
 
-from gemma2_grpo.model.attention import KeyValues, LayerCache, Visible, visible
-from gemma2_grpo.model.layers import Remat, constrained, faster
+from gemma2_grpo.model.architecture import Architecture
+from gemma2_grpo.model.attention import KeyValues, LayerCache, Visible, attend, visible
+from gemma2_grpo.model.lora import Adapter, adapted
+from gemma2_grpo.model.mesh import constrained
+from gemma2_grpo.model.weights import Forward, Remat, Weights
 
-Prefix = Mapping[str, KeyValues]
-"""Keys and values of prompts, [B, P, K, H], by the name that Tunix gives a layer's cache."""
+Stream = Float[Array, "R T D"]
+"""The residual stream, or what a layer reads of it and adds to it."""
 
+Prefix = tuple[KeyValues, ...]
+"""KV cache of prompts, one [B, P, K, H] per layer."""
 
-class Weights(NamedTuple):
-    """Variables of a model, adapters apart; `lora` is empty for the reference."""
+Variables = Mapping[str, Array]
+"""Variables by the names that they have in `layout`, such as "attn/q_einsum/w", next to those of
+their adapters, "attn/q_einsum/w_lora_a" and "..._b"."""
 
-    lora: nnx.State
-    base: nnx.State
-
-    @property
-    def embedding(self) -> jax.Array:
-        """Embedding matrix, which is also the output head: [V, D]."""
-        return cast(Any, self.base)["embedder"]["input_embedding"].get_value()
-
-
-@dataclass(frozen=True, eq=False)
-class Network:
-    """The static half of a model. Programs are compiled per instance, so make one and keep it."""
-
-    graphdef: nnx.GraphDef
-    architecture: gemma.ModelConfig
-    mesh: Mesh | None = None
-    """Over which activations are laid."""
-
-    def merge(self, weights: Weights) -> gemma.Gemma:
-        """Puts the model together for one call."""
-        return cast(gemma.Gemma, nnx.merge(self.graphdef, *weights))
-
-    @property
-    def layers(self) -> list[str]:
-        """Names under which the layers keep their caches."""
-        return [f"layer_{i}" for i in range(self.architecture.num_layers)]
-
-    @property
-    def window(self) -> int | None:
-        """Positions that a token sees in a sliding layer."""
-        return self.architecture.sliding_window_size
-
-
-def network_of(
-    model: gemma.Gemma,
-    remat: Remat = "none",
-    *,
-    are_merged: bool = False,
-    is_sampling: bool = False,
-    mesh: Mesh | None = None,
-) -> Network:
-    """The static half of a model; the arguments are those of `layers.faster`.
-
-    Activations are laid over the mesh on which the weights lie, unless another one is given.
-    """
-    mesh = mesh or _mesh_of(model)
-    faster_model = faster(model, remat, are_merged=are_merged, is_sampling=is_sampling, mesh=mesh)
-    return Network(nnx.split(faster_model)[0], model.config, mesh)
-
-
-def _mesh_of(model: gemma.Gemma) -> Mesh | None:
-    sharding = getattr(model.embedder.input_embedding.get_value(), "sharding", None)
-    mesh = getattr(sharding, "mesh", None)
-    return mesh if isinstance(mesh, Mesh) else None
-
-
-def weights_of(model: gemma.Gemma) -> Weights:
-    """The variables of a model as they are now."""
-    _, lora, base = nnx.split(model, nnx.LoRAParam, ...)
-    return Weights(lora, base)
-
-
-def split_model(model: gemma.Gemma) -> tuple[Network, Weights]:
-    """Splits a model into its static half and its weights."""
-    return network_of(model), weights_of(model)
-
-
-def gathered_weights(network: Network, weights: Weights) -> Weights:
-    """Weights brought together over fsdp, for a loop that runs one token a row in each turn.
-
-    What lies over fsdp is brought together whenever it is used. Of a few rows that takes ten times
-    longer than to use it, so a loop does it once, before. The barrier keeps the compiler from
-    moving it back into the loop.
-    """
-    mesh = network.mesh
-    if mesh is None or mesh.shape["fsdp"] == 1:
-        return weights
-
-    def gather(x: jax.Array, spec: PartitionSpec) -> jax.Array:
-        if "fsdp" not in spec:
-            return x
-        return constrained(x, tuple(None if axis == "fsdp" else axis for axis in spec), mesh)
-
-    lora = jax.tree.map(lambda x: x.astype(weights.embedding.dtype), weights.lora)
-    narrow = Weights(lora, weights.base)
-    return jax.lax.optimization_barrier(
-        jax.tree.map(gather, narrow, nnx.get_partition_spec(narrow))
-    )
-
-
-# The inner jit is needed as well as harmless: Tunix's remat cannot be traced where the model was
-# merged outside of the gradient's own trace.
-@partial(jax.jit, static_argnames="network")
-def hidden_states(
-    network: Network,
-    weights: Weights,
-    tokens: jax.Array,
-    positions: jax.Array,
-    seen: Visible,
-    cache: Mapping[str, LayerCache],
-) -> tuple[jax.Array, Prefix]:
-    """Runs the model up to its final norm.
-
-    Adapters are kept in float32 and cast to the type of the base where they are used; else they
-    would promote the whole residual stream to float32.
-
-    Args:
-        network: Static half of the model.
-        weights: Its variables.
-        tokens: Token ids [R, T].
-        positions: Position of each token [R, T].
-        seen: What each token may attend to.
-        cache: Keys and values from before, by layer.
-
-    Returns:
-        Hidden states [R, T, D] after the final norm, and each layer's keys and values of the rows.
-    """
-    dtype = weights.embedding.dtype
-    lora = jax.tree.map(lambda x: x.astype(dtype), weights.lora)
-    model = network.merge(Weights(lora, weights.base))
-    # The logits of this call are never used, so the compiler drops them.
-    given: Any = (cache, seen)
-    _, kept = model(tokens, positions, *given, output_hidden_states=True)
-    sown = cast(Any, nnx.pop(model, nnx.Intermediate))["all_hidden_states"]
-    return sown.get_value()[-1], cast(Any, kept)
+_P = ParamSpec("_P")
+_T = TypeVar("_T")
 
 
 def run_from_start(
-    network: Network, weights: Weights, tokens: jax.Array
-) -> tuple[jax.Array, Prefix]:
-    """Hidden states, keys and values of right-padded rows [R, T] that begin at position 0.
+    forward: Forward, weights: Weights, tokens: Int[Array, "R T"]
+) -> tuple[Stream, Prefix]:
+    """Hidden states and KV cache of right-padded rows that begin at position 0.
 
     Padding comes last, so that no real token ever sees it.
     """
     rows, length = tokens.shape
-    positions = jnp.arange(length)
-    seen = visible(jnp.tri(length, dtype=bool), positions, positions, network.window)
-    wide = tuple(jnp.broadcast_to(mask, (rows, length, length)) for mask in seen)
-    return hidden_states(
-        network,
-        weights,
-        tokens,
-        jnp.broadcast_to(positions, tokens.shape),
-        Visible(own=cast(Any, wide)),
-        dict.fromkeys(network.layers, LayerCache()),
+    positions = jnp.broadcast_to(jnp.arange(length), tokens.shape)
+    causal = jnp.broadcast_to(jnp.tri(length, dtype=bool), (rows, length, length))
+    window = forward.architecture.sliding_window_size
+    seen = Visible(positions, own=visible(causal, positions, positions, window))
+    nothing = [LayerCache()] * forward.architecture.num_layers
+    return hidden_states(forward, weights, tokens, seen, nothing)
+
+
+def hidden_states(
+    forward: Forward,
+    weights: Weights,
+    tokens: Int[Array, "R T"],
+    seen: Visible,
+    caches: Sequence[LayerCache],
+) -> tuple[Stream, Prefix]:
+    """Runs the model up to its final norm.
+
+    Args:
+        forward: How it is run.
+        weights: Its variables.
+        tokens: Token ids.
+        seen: Position of each token, and what it may attend to.
+        caches: Keys and values from before, by layer.
+
+    Returns:
+        Hidden states after the final norm, and each layer's keys and values of the rows.
+    """
+    outside, layers = _named_variables(forward.architecture, weights)
+    embedding = outside["embedder/input_embedding"]
+    # Gemma scales embeddings, which are also the output head, by a sqrt(D) that is rounded to
+    # their type.
+    x = embedding[tokens] * jnp.sqrt(embedding.shape[-1]).astype(embedding.dtype)
+    x = _stream(forward, x)
+    kept = []
+    kinds = forward.architecture.is_sliding
+    for layer, is_sliding, cache in zip(layers, kinds, caches, strict=True):
+        run = _recomputed(forward, "decoder", partial(_decoder_layer, forward, is_sliding))
+        x, own = run(layer, x, seen, cache)
+        kept.append(own)
+    return rms_norm(x, outside["final_norm/scale"]), tuple(kept)
+
+
+def _named_variables(
+    architecture: Architecture, weights: Weights
+) -> tuple[dict[str, Array], list[dict[str, Array]]]:
+    """Variables outside of the layers, and those of each layer, by name."""
+    outside: dict[str, Array] = {}
+    layers: list[dict[str, Array]] = [{} for _ in range(architecture.num_layers)]
+    # Adapters are kept in float32. In that type they would promote the whole residual stream of a
+    # bfloat16 model, so they are cast where they are used.
+    lora = jax.tree.map(lambda x: x.astype(weights.embedding.dtype), weights.lora)
+    for state in (weights.base, lora):
+        for path, variable in nnx.to_flat_state(state):
+            name, into = "/".join(map(str, path)), outside
+            if name.startswith("layers/"):
+                _, i, name = name.split("/", 2)
+                into = layers[int(i)]
+            into[name] = variable.get_value()
+    return outside, layers
+
+
+def _recomputed(forward: Forward, remat: Remat, function: Callable[_P, _T]) -> Callable[_P, _T]:
+    """The function, recomputed in the backward pass if that is what is asked for."""
+    return jax.checkpoint(function) if forward.remat == remat else function
+
+
+def _decoder_layer(
+    forward: Forward,
+    is_sliding: bool,
+    layer: Variables,
+    x: Stream,
+    seen: Visible,
+    cache: LayerCache,
+) -> tuple[Stream, KeyValues]:
+    """Attention and MLP, each between two norms and added to the residual stream."""
+    attention = _recomputed(forward, "block", partial(_attention, forward, is_sliding))
+    mlp = _recomputed(forward, "block", partial(_mlp, forward))
+    y = rms_norm(x, layer["pre_attention_norm/scale"])
+    y, own = attention(layer, y, seen, cache)
+    x = rms_norm(y, layer["post_attn_norm/scale"]) + x
+    y = mlp(layer, rms_norm(x, layer["pre_ffw_norm/scale"]))
+    return rms_norm(y, layer["post_ffw_norm/scale"]) + x, own
+
+
+def _attention(
+    forward: Forward,
+    is_sliding: bool,
+    layer: Variables,
+    x: Stream,
+    seen: Visible,
+    cache: LayerCache,
+) -> tuple[Stream, KeyValues]:
+    """Attention to the rows' own tokens and to the prompts that they share."""
+    queries, own = _project(forward, layer, x, seen.positions)
+    if cache.own is not None:
+        start = (0, seen.slot, 0, 0)
+        own = KeyValues(
+            jax.lax.dynamic_update_slice(cache.own.keys, own.keys, start),
+            jax.lax.dynamic_update_slice(cache.own.values, own.values, start),
+        )
+    parts, masks = (own,), (seen.own[is_sliding],)
+    if cache.prefix is not None and seen.prefix is not None:
+        parts, masks = (*parts, cache.prefix), (*masks, seen.prefix[is_sliding])
+    encoded = attend(queries, parts, masks, forward.architecture.attn_logits_soft_cap)
+    output = _product(forward, layer, "attn/attn_vec_einsum/w", encoded.reshape(*x.shape[:2], -1))
+    return _stream(forward, output), own
+
+
+def _project(
+    forward: Forward, layer: Variables, x: Stream, positions: Int[Array, "R T"]
+) -> tuple[Float[Array, "R T N H"], KeyValues]:
+    """Rotated and scaled queries, rotated keys, and values."""
+    if "attn/qkv_einsum/w" in layer:
+        queries, keys, values = _heads(forward, layer, "attn/qkv_einsum/w", x)
+    else:
+        [queries] = _heads(forward, layer, "attn/q_einsum/w", x)
+        keys, values = _heads(forward, layer, "attn/kv_einsum/w", x)
+    queries, keys, values = (
+        constrained(each, ("fsdp", None, "tp", None), forward.mesh)
+        for each in (queries, keys, values)
     )
+    queries, keys = rotated(queries, positions), rotated(keys, positions)
+    return queries * forward.architecture.head_dim**-0.5, KeyValues(keys, values)
+
+
+def _heads(
+    forward: Forward, layer: Variables, name: str, x: Stream
+) -> list[Float[Array, "R T N H"]]:
+    """Projections by one weight [N, D, H], or by several that are stacked along a first axis.
+
+    Heads come first among the columns: they lie over tp, and columns in another order would
+    have to be gathered on every device.
+    """
+    weight, adapter = layer[name], _adapter(forward, layer, name)
+    heads, width, size = weight.shape[-3:]
+    parts = weight.reshape(-1, heads, width, size)
+    if adapter is not None:
+        a, b = adapter
+        b = b.reshape(len(b), len(parts), heads, size).swapaxes(1, 2).reshape(len(b), -1)
+        adapter = a, b
+    columns = parts.transpose(2, 1, 0, 3).reshape(width, -1)
+    output = adapted(x, columns, adapter, forward.are_merged)
+    output = output.reshape(*x.shape[:2], heads, len(parts), size)
+    return [output[:, :, :, i] for i in range(len(parts))]
+
+
+def _mlp(forward: Forward, layer: Variables, x: Stream) -> Stream:
+    """Gated MLP (GeGLU, arXiv:2002.05202), with the tanh approximation of GELU."""
+    gate = _product(forward, layer, "mlp/gate_proj/kernel", x)
+    up = _product(forward, layer, "mlp/up_proj/kernel", x)
+    activations = constrained(jax.nn.gelu(gate) * up, ("fsdp", None, "tp"), forward.mesh)
+    return _stream(forward, _product(forward, layer, "mlp/down_proj/kernel", activations))
+
+
+def _product(
+    forward: Forward, layer: Variables, name: str, x: Float[Array, "R T I"]
+) -> Float[Array, "R T O"]:
+    """Multiplies by a weight [..., O], whose other axes are the inputs, with its adapter."""
+    weight = layer[name].reshape(-1, layer[name].shape[-1])
+    return adapted(x, weight, _adapter(forward, layer, name), forward.are_merged)
+
+
+def _adapter(forward: Forward, layer: Variables, name: str) -> Adapter | None:
+    """The adapter of a weight, if it has one."""
+    if f"{name}_lora_a" not in layer:
+        return None
+    a, b = layer[f"{name}_lora_a"], layer[f"{name}_lora_b"]
+    return a.reshape(-1, a.shape[-1]), b.reshape(b.shape[0], -1) * forward.lora_scale
+
+
+def _stream(forward: Forward, x: Stream) -> Stream:
+    """Shards what is added to the residual stream."""
+    return constrained(x, ("fsdp", None, None if forward.is_sampling else "tp"), forward.mesh)
+
+
+def rms_norm(x: Float[Array, "... D"], scale: Float[Array, " D"]) -> Float[Array, "... D"]:
+    """RMSNorm computed in float32, as Gemma was trained.
+
+    Source: Gemma2RMSNorm in transformers, which casts to float32, adds 1 to the scale there, and
+    casts back. In bfloat16, as in Tunix's layers, the norm would lose what it is for.
+    """
+    wide = x.astype(jnp.float32)
+    inverse = jax.lax.rsqrt(jnp.mean(jnp.square(wide), axis=-1, keepdims=True) + 1e-6)
+    return (wide * inverse * (1 + scale.astype(jnp.float32))).astype(x.dtype)
+
+
+def rotated(
+    x: Float[Array, "R T N H"], positions: Int[Array, "R T"], theta: float = 10_000
+) -> Float[Array, "R T N H"]:
+    """Rotary position embedding (RoPE, arXiv:2104.09864), on halves instead of neighbours."""
+    size = x.shape[-1]
+    wavelengths = theta ** (2 * jnp.arange(size // 2) / size)
+    angles = positions[:, :, None, None] / wavelengths
+    sin, cos = jnp.sin(angles), jnp.cos(angles)
+    first, second = jnp.split(x, 2, axis=-1)
+    turned = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
+    return turned.astype(x.dtype)

@@ -70,13 +70,25 @@ class Weight:
 
     @property
     def change(self) -> str:
-        """Einsum that makes the change of the variable out of the A and B of its adapter.
+        """Einsum that makes the change of the variable out of the A and B of its adapter."""
+        return f"{','.join(self.adapter_axes)}->{self.stacked_axes}"
 
-        Qwix keeps the rank last in A, [inputs, r], and first in B, [r, outputs]. Stacked matrices
-        share one A, and their B is [r, c, outputs].
+    @property
+    def adapter_axes(self) -> tuple[str, str]:
+        """Axes of A, [inputs, r], and of B, [r, outputs], as Qwix has them.
+
+        Stacked matrices share one A, and their B is [r, c, outputs].
         """
-        stack = "c" if len(self.tensors) > 1 else ""
-        return f"{self.inputs}r,r{stack}{self.outputs}->{stack}{self.axes}"
+        return f"{self.inputs}r", f"r{self._stack}{self.outputs}"
+
+    @property
+    def stacked_axes(self) -> str:
+        """Axes of the variable, with the stacking one as c."""
+        return self._stack + self.axes
+
+    @property
+    def _stack(self) -> str:
+        return "c" if len(self.tensors) > 1 else ""
 
     @property
     def _sides(self) -> tuple[str, ...]:

@@ -3,7 +3,7 @@
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from functools import cache, partial
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +18,6 @@ from safetensors import SafetensorError, safe_open
 from gemma2_grpo.errors import UserError
 from gemma2_grpo.model.architecture import Architecture, Model, query_scale, read_architecture
 from gemma2_grpo.model.find import read_index
-from gemma2_grpo.model.gemma import Network, network_of
-from gemma2_grpo.model.layers import with_float32_norms
 from gemma2_grpo.model.layout import (
     Index,
     Sizes,
@@ -67,7 +65,7 @@ def load_weights(directory: Path, dtype: str, mesh: Mesh) -> Model:
             return placed.block_until_ready()
 
         flat = [(path, like.replace(place(path, like.get_value()))) for path, like in variables]
-    return with_float32_norms(nnx.merge(graphdef, nnx.from_flat_state(flat)))
+    return nnx.merge(graphdef, nnx.from_flat_state(flat))
 
 
 def _read(
@@ -121,7 +119,7 @@ def random_weights(architecture: Architecture, dtype: str, mesh: Mesh, seed: int
         return variable.replace(program(jax.random.fold_in(jax.random.key(seed), index)))
 
     flat = [(path, draw(i, path, like)) for i, (path, like) in enumerate(variables)]
-    return with_float32_norms(nnx.merge(graphdef, nnx.from_flat_state(flat)))
+    return nnx.merge(graphdef, nnx.from_flat_state(flat))
 
 
 @cache
@@ -141,21 +139,6 @@ def _initial_scale(weight: Weight, sizes: Sizes) -> float:
         return 0.02
     _, fan_in = weight.shape(sizes)
     return float(fan_in) ** -0.5
-
-
-def plain_network(
-    architecture: Architecture, mesh: Mesh | None = None, *, is_sampling: bool = False
-) -> Network:
-    """The static half of a model without adapters, made without any weights."""
-    model = nnx.eval_shape(partial(plain_model, architecture, "float32"))
-    return network_of(model, is_sampling=is_sampling, mesh=mesh)
-
-
-def plain_model(architecture: Architecture, dtype: str) -> Model:
-    """A model with Tunix's own initial weights; to be traced for its shapes, not to be run."""
-    model = with_float32_norms(Model(architecture, rngs=nnx.Rngs(0)))
-    nnx.update(model, jax.tree.map(lambda x: x.astype(dtype), nnx.state(model)))
-    return model
 
 
 @contextmanager

@@ -1,59 +1,70 @@
 """The output head: logits, and log-probabilities of tokens in chunks."""
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
 
-from gemma2_grpo.model.gemma import Network, Weights
-from gemma2_grpo.model.layers import constrained
+from gemma2_grpo.model.mesh import constrained
+from gemma2_grpo.model.weights import Forward, Weights
+
+_Chunk = TypeVar("_Chunk")
+_Mapped = TypeVar("_Mapped")
 
 
 class TokenLogps(NamedTuple):
     """What the loss and the metrics need of the distribution at each completion token."""
 
-    logps: jax.Array
-    """Log-probability of the token under the policy at the sampling temperature, [R, T]."""
-    entropy: jax.Array
-    """Entropy of the distribution in nats, without gradient, [R, T]."""
+    logps: Float[Array, "R T"]
+    """Log-probability of the token under the policy at the sampling temperature."""
+    entropy: Float[Array, "R T"]
+    """Entropy of the distribution in nats, without gradient."""
 
 
-def output_logits(network: Network, weights: Weights, hidden: jax.Array) -> jax.Array:
-    """Logits in float32 with Gemma 2's final soft cap: [..., D] -> [..., V]."""
+def output_logits(
+    forward: Forward, weights: Weights, hidden: Float[Array, "... D"]
+) -> Float[Array, "... V"]:
+    """Logits in float32, with the final soft cap."""
     logits = _uncapped_logits(hidden, weights.embedding)
-    return _cap(logits, network.architecture.final_logit_softcap)
+    return _cap(logits, forward.architecture.final_logit_softcap)
 
 
-def _gathered_head(network: Network, embedding: jax.Array) -> jax.Array:
-    """The output head, brought together over fsdp once for all chunks."""
-    if network.mesh is None or network.mesh.shape["fsdp"] == 1:
+def _gathered_head(forward: Forward, embedding: Float[Array, "V D"]) -> Float[Array, "V D"]:
+    """The output head, gathered over fsdp once for all chunks."""
+    if forward.mesh.shape["fsdp"] == 1:
         return embedding
-    return jax.lax.optimization_barrier(constrained(embedding, ("tp", None), network.mesh))
+    return jax.lax.optimization_barrier(constrained(embedding, ("tp", None), forward.mesh))
 
 
-def _uncapped_logits(hidden: jax.Array, embedding: jax.Array) -> jax.Array:
+def _uncapped_logits(
+    hidden: Float[Array, "... D"], embedding: Float[Array, "V D"]
+) -> Float[Array, "... V"]:
     return jnp.einsum("...d,vd->...v", hidden, embedding, preferred_element_type=jnp.float32)
 
 
-def _cap(logits: jax.Array, softcap: float | None) -> jax.Array:
+def _cap(logits: Float[Array, "..."], softcap: float | None) -> Float[Array, "..."]:
     return logits if softcap is None else softcap * jnp.tanh(logits / softcap)
 
 
 class _Softmax(NamedTuple):
-    """Of logits [R, C, V]: capped, their exponentials, the sum of these, and those of targets."""
+    """A softmax over the vocabulary, before its division."""
 
-    capped: jax.Array
-    masses: jax.Array
-    total: jax.Array
-    chosen: jax.Array
+    capped: Float[Array, "R C V"]
+    masses: Float[Array, "R C V"]
+    """Exponentials of the capped logits, the largest of which is 1."""
+    total: Float[Array, "R C 1"]
+    """Sum of the masses."""
+    chosen: Float[Array, "R C 1"]
+    """Capped logits of the targets."""
 
 
 def token_logps(
-    network: Network,
+    forward: Forward,
     weights: Weights,
-    hidden: jax.Array,
-    targets: jax.Array,
+    hidden: Float[Array, "R T D"],
+    targets: Int[Array, "R T"],
     *,
     temperature: float,
     chunk_tokens: int,
@@ -65,42 +76,47 @@ def token_logps(
     needs no logits: that of log p(y) is W[y] less the mean of W under p.
 
     Args:
-        network: Static half of the model.
+        forward: How the model is run.
         weights: Its variables; the output head gets no gradient.
-        hidden: Hidden states [R, T, D].
-        targets: The tokens they predict [R, T].
+        hidden: Hidden states.
+        targets: The tokens they predict.
         temperature: Divides the logits, as in sampling.
         chunk_tokens: Positions whose logits exist at one time.
 
     Returns:
-        Float32 values [R, T].
+        Float32 values.
     """
-    softcap = network.architecture.final_logit_softcap
-    head = _gathered_head(network, weights.embedding)
+    softcap = forward.architecture.final_logit_softcap
+    head = _gathered_head(forward, weights.embedding)
 
-    def distribution(hidden: jax.Array, targets: jax.Array) -> tuple[TokenLogps, _Softmax]:
+    def distribution(hidden: Array, targets: Array) -> tuple[TokenLogps, _Softmax]:
         capped = _cap(_uncapped_logits(hidden, head), softcap)
+        # What is sampled from is the capped distribution at the temperature, and so it is here:
+        # else the ratio of the first iteration would not be 1.
         scaled = capped / temperature
         top = scaled.max(axis=-1, keepdims=True)
         masses = jnp.exp(scaled - top)
         total = masses.sum(axis=-1, keepdims=True)
         normaliser = top + jnp.log(total)
         chosen = jnp.take_along_axis(capped, targets[..., None], axis=-1)
+        # Entropy is the normaliser less the mean of the scaled logits.
         mean = jnp.sum(masses * scaled, axis=-1, keepdims=True) / total
         logps = TokenLogps((chosen / temperature - normaliser)[..., 0], (normaliser - mean)[..., 0])
         return logps, _Softmax(capped, masses, total, chosen)
 
     @jax.custom_vjp
-    def logps_of(hidden: jax.Array, targets: jax.Array) -> TokenLogps:
+    def logps_of(hidden: Array, targets: Array) -> TokenLogps:
         chunks = (hidden, targets)
         return map_chunks(lambda chunk: distribution(*chunk)[0], chunks, chunk_tokens)
 
-    def with_slopes(hidden: jax.Array, targets: jax.Array) -> tuple[TokenLogps, jax.Array]:
-        def chunk_slopes(chunk: tuple[jax.Array, jax.Array]) -> tuple[TokenLogps, jax.Array]:
+    def with_slopes(hidden: Array, targets: Array) -> tuple[TokenLogps, Array]:
+        def chunk_slopes(chunk: tuple[Array, Array]) -> tuple[TokenLogps, Array]:
             logps, softmax = distribution(*chunk)
             capped, masses, total, chosen = softmax
+            # Derivative of the soft cap: of all logits, and of the target's.
             bend = 1.0 if softcap is None else 1 - jnp.square(capped / softcap)
             chosen_bend = 1.0 if softcap is None else 1 - jnp.square(chosen / softcap)
+            # The division comes after the product, on [R, C, D] instead of [R, C, V].
             mean = jnp.einsum(
                 "...v,vd->...d",
                 (masses * bend).astype(hidden.dtype),
@@ -112,14 +128,15 @@ def token_logps(
 
         return map_chunks(chunk_slopes, (hidden, targets), chunk_tokens)
 
-    def backward(slopes: jax.Array, cotangents: TokenLogps) -> tuple[jax.Array, None]:
+    def backward(slopes: Array, cotangents: TokenLogps) -> tuple[Array, None]:
+        # The loss weighs each token, which is all that was not known in the forward pass.
         return (cotangents.logps[..., None] * slopes).astype(slopes.dtype), None
 
     logps_of.defvjp(with_slopes, backward)
     return logps_of(hidden, targets)
 
 
-def map_chunks(function: Callable[[Any], Any], arrays: Any, chunk_tokens: int) -> Any:
+def map_chunks(function: Callable[[_Chunk], _Mapped], arrays: _Chunk, chunk_tokens: int) -> _Mapped:
     """Applies a function to chunks of the second axis, strictly one after the other.
 
     In a Python loop the compiler is free to compute all chunks at once, which is what chunks are

@@ -1,16 +1,15 @@
 """The mesh of devices, (fsdp, tp), and which meshes a model divides over."""
 
 import math
-import warnings
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 
 import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
-from tunix.models.gemma import model as gemma
+from jaxtyping import Array
 
 from gemma2_grpo.errors import UserError
+from gemma2_grpo.model.architecture import Architecture
 from gemma2_grpo.runtime.chips import mesh_for
 
 MESH_AXES = ("fsdp", "tp")
@@ -32,7 +31,7 @@ def make_mesh(shape: tuple[int, int]) -> Mesh:
     return Mesh(np.asarray(jax.local_devices()[:needed]).reshape(shape), MESH_AXES)
 
 
-def check_mesh(architecture: gemma.ModelConfig, mesh: Mesh) -> None:
+def check_mesh(architecture: Architecture, mesh: Mesh) -> None:
     """Refuses a mesh over which a model's heads or weights do not divide.
 
     Raises:
@@ -42,7 +41,7 @@ def check_mesh(architecture: gemma.ModelConfig, mesh: Mesh) -> None:
     check_mesh_shape(architecture, (fsdp, tp), jax.local_device_count())
 
 
-def check_mesh_shape(architecture: gemma.ModelConfig, shape: tuple[int, int], devices: int) -> None:
+def check_mesh_shape(architecture: Architecture, shape: tuple[int, int], devices: int) -> None:
     """The same of a mesh (fsdp, tp) whose devices need not be present.
 
     Args:
@@ -83,7 +82,7 @@ def _meshes_that_fit(sizes: Sequence[tuple[int, int]], present: int) -> str:
     return ", ".join(str(list(shape)) for shape in shapes if shape[0] * shape[1] == most)
 
 
-def mesh_shape_at_hand(wanted: tuple[int, int], architecture: gemma.ModelConfig) -> tuple[int, int]:
+def mesh_shape_at_hand(wanted: tuple[int, int], architecture: Architecture) -> tuple[int, int]:
     """The wanted mesh where there are devices for it, else one of all devices there are.
 
     As many of them as the KV heads allow go along tp, since a smaller cache is a faster decoder.
@@ -100,17 +99,20 @@ def batch_sharding(mesh: Mesh, rows: int) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec("fsdp") if divides else PartitionSpec())
 
 
-@contextmanager
-def on_mesh(mesh: Mesh) -> Iterator[None]:
-    """Tells Tunix's models over which mesh to shard their activations.
+def constrained(x: Array, axes: tuple[str | None, ...], mesh: Mesh) -> Array:
+    """Shards activations over a mesh.
 
-    They read it from where only this way of entering a mesh puts it. JAX deprecates the way, but
-    under `jax.set_mesh` activations would not be sharded at all.
+    Tunix's own does nothing where the default device is a CPU, so that programs for a CPU, and
+    those that are compiled there for another machine, would not be sharded; and it refuses sizes
+    that do not divide, such as a single row over two devices.
+
+    Args:
+        x: Activations.
+        axes: Axis of the mesh for each dimension, or None.
+        mesh: Mesh of the weights.
     """
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", DeprecationWarning)
-        mesh.__enter__()
-    try:
-        yield
-    finally:
-        mesh.__exit__(None, None, None)
+    spec = [
+        axis if axis and size % mesh.shape[axis] == 0 else None
+        for axis, size in zip(axes, x.shape, strict=True)
+    ]
+    return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, PartitionSpec(*spec)))

@@ -87,7 +87,6 @@ def find_architecture(config: Config) -> Any:
 
 def compiled_memory(config: Config, target: "Target", compiler: "Compiler") -> Memory:
     """What the compiler says now."""
-    from gemma2_grpo.model.mesh import on_mesh
     from gemma2_grpo.plan.footprint import resident, target_mesh
     from gemma2_grpo.plan.programs import Programs
 
@@ -95,8 +94,7 @@ def compiled_memory(config: Config, target: "Target", compiler: "Compiler") -> M
     mesh = target_mesh(target, config.model.mesh_shape)
     programs = Programs(architecture, config, mesh)
     kept = resident(programs)
-    with on_mesh(mesh):
-        footprints = [compiler(name, lower) for name, lower in programs.all().items()]
+    footprints = [compiler(name, lower) for name, lower in programs.all().items()]
     peaks = {each.name: kept.peak(each) for each in footprints}
     limit = target.memory_bytes
     for_one = [

@@ -12,13 +12,12 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
-from tunix.models.gemma import model as gemma
 
 from gemma2_grpo.config import Config
-from gemma2_grpo.model.gemma import Weights, network_of, weights_of
-from gemma2_grpo.model.load import plain_model, plain_network
+from gemma2_grpo.model.architecture import Architecture, Model
 from gemma2_grpo.model.lora import add_lora, merge_adapters, samples_merged, updates_merged
 from gemma2_grpo.model.mesh import batch_sharding
+from gemma2_grpo.model.weights import Weights, forward_of, weights_of
 from gemma2_grpo.sampling.decode import decode_until, prefill
 from gemma2_grpo.sampling.decoding_batch import (
     DecodingBatch,
@@ -34,11 +33,14 @@ from gemma2_grpo.training.programs import UpdatePrograms
 Lower = Callable[[], jax.stages.Lowered]
 
 
-def abstract_policy(architecture: gemma.ModelConfig, config: Config, mesh: Mesh) -> gemma.Gemma:
+def abstract_policy(architecture: Architecture, config: Config, mesh: Mesh) -> Model:
     """The policy as `add_lora` makes it, with shapes, types and shardings in place of arrays."""
 
-    def build() -> gemma.Gemma:
-        return add_lora(plain_model(architecture, config.model.dtype), config.model, mesh, 0)
+    def build() -> Model:
+        model = Model(architecture, rngs=nnx.Rngs(0))
+        state = jax.tree.map(lambda x: x.astype(config.model.dtype), nnx.state(model))
+        nnx.update(model, state)
+        return add_lora(model, config.model, mesh, 0)
 
     return _placed(nnx.eval_shape(build), mesh)
 
@@ -57,7 +59,7 @@ def _array(x: Any, sharding: NamedSharding) -> jax.ShapeDtypeStruct:
 class Programs:
     """All programs of a run at the sizes of its worst case, by name, ready to be lowered."""
 
-    def __init__(self, architecture: gemma.ModelConfig, config: Config, mesh: Mesh) -> None:
+    def __init__(self, architecture: Architecture, config: Config, mesh: Mesh) -> None:
         """Builds the abstract policy, optimizer and inputs; nothing is compiled yet."""
         self.config, self.mesh, self.architecture = config, mesh, architecture
         rollout = config.rollout
@@ -85,11 +87,9 @@ class Programs:
         prompts, limit = config.prompts_per_step, config.max_completion_tokens
         rows = prompts * config.num_generations
         sampling = Sampling(config.temperature, config.top_p, config.top_k, (1, 107), 0)
+        forward, weights = forward_of(self.policy, is_sampling=True), self.weights
         if self.samples_merged:
-            network = plain_network(self.architecture, mesh, is_sampling=True)
-            weights = Weights(nnx.State({}), self.weights.base)
-        else:
-            network, weights = network_of(self.policy, is_sampling=True), self.weights
+            weights = Weights(nnx.State({}), weights.base)
         inputs = (
             self._rows((prompts, config.max_prompt_tokens)),
             self._rows((prompts,)),
@@ -99,7 +99,7 @@ class Programs:
         )
 
         def batch(length: int) -> DecodingBatch:
-            start = partial(prefill, network, length=length, mesh=mesh)
+            start = partial(prefill, forward, length=length, mesh=mesh)
             shapes = jax.eval_shape(start, weights, *inputs)
             return shapes._replace(
                 prefix=self._heads(shapes.prefix, "fsdp"), own=self._heads(shapes.own, "fsdp")
@@ -108,10 +108,10 @@ class Programs:
         lengths = cache_lengths(limit)
         programs: dict[str, Lower] = {
             "prefill": lambda: prefill.lower(
-                network, weights, *inputs, length=lengths[0], mesh=mesh
+                forward, weights, *inputs, length=lengths[0], mesh=mesh
             ),
             "decode": lambda: decode_until.lower(
-                *(network, weights, batch(lengths[-1]), self._whole(())),
+                *(forward, weights, batch(lengths[-1]), self._whole(())),
                 sampling=sampling,
                 least=least_rows(rows),
                 mesh=mesh,
@@ -133,8 +133,8 @@ class Programs:
         lora, base = self.weights
         reference = Weights(nnx.State({}), base)
         programs = UpdatePrograms(
-            network_of(self.policy, config.model.remat, are_merged=self.updates_merged),
-            plain_network(self.architecture, self.mesh),
+            forward_of(self.policy, config.model.remat, are_merged=self.updates_merged),
+            forward_of(self.policy),
             nnx.split(self.policy, nnx.LoRAParam, ...)[0],
             nnx.split(self.optimizer)[0],
             jax.tree.map(lambda x: x.sharding, lora),

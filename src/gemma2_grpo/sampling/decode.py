@@ -11,14 +11,9 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float, Int, Key
 
 from gemma2_grpo.model.attention import KeyValues, LayerCache, Visible, visible
-from gemma2_grpo.model.gemma import (
-    Network,
-    Weights,
-    gathered_weights,
-    hidden_states,
-    run_from_start,
-)
+from gemma2_grpo.model.gemma import hidden_states, run_from_start
 from gemma2_grpo.model.logprobs import output_logits
+from gemma2_grpo.model.weights import Forward, Weights, gathered_weights
 from gemma2_grpo.sampling.decoding_batch import (
     DecodingBatch,
     cache_length,
@@ -55,7 +50,7 @@ class Completed(NamedTuple):
 
 
 def complete(
-    network: Network,
+    forward: Forward,
     weights: Weights,
     prompts: Int[Array, "B P"],
     lengths: Int[Array, " B"],
@@ -73,7 +68,7 @@ def complete(
     A row's randomness depends only on its own number, never on the shape of the batch.
 
     Args:
-        network: Static half of the policy.
+        forward: How the policy is run.
         weights: Its variables.
         prompts: Token ids, right-padded.
         lengths: Tokens of each prompt.
@@ -92,7 +87,7 @@ def complete(
     least, length, step = least_rows(len(limits)), cache_length(1, max_tokens), 0
     first = np.int32(first_row)
     batch = prefill(
-        network, weights, prompts, lengths, limits, key, first, length=length, mesh=mesh
+        forward, weights, prompts, lengths, limits, key, first, length=length, mesh=mesh
     )
     while True:
         # The device runs on by itself until the cache is full or the unfinished rows fit a
@@ -100,7 +95,7 @@ def complete(
         # host waits for the device a few times per batch, not at every token.
         until = np.int32(step + _STREAMED_TOKENS if on_tokens else max_tokens)
         batch, drawn = decode_until(
-            network, weights, batch, until, sampling=sampling, least=least, mesh=mesh
+            forward, weights, batch, until, sampling=sampling, least=least, mesh=mesh
         )
         now, stopped, drawn = jax.device_get((batch.step, batch.stopped, drawn))
         columns, step = slice(step, int(now)), int(now)
@@ -128,9 +123,9 @@ def _lengths(
     return np.minimum(ends, limits)
 
 
-@partial(jax.jit, static_argnames=("network", "length", "mesh"))
+@partial(jax.jit, static_argnames=("forward", "length", "mesh"))
 def prefill(
-    network: Network,
+    forward: Forward,
     weights: Weights,
     prompts: Int[Array, "B P"],
     lengths: Int[Array, " B"],
@@ -146,9 +141,9 @@ def prefill(
     The KV cache of the completions is empty, with room for `length` tokens of each.
     """
     rows, group = len(limits), len(limits) // len(prompts)
-    _, prefix = run_from_start(network, weights, prompts[:, :-1])
+    _, prefix = run_from_start(forward, weights, prompts[:, :-1])
     last = jnp.take_along_axis(prompts, lengths[:, None] - 1, axis=1)[:, 0]
-    shape = (rows, length, *prefix[network.layers[0]].keys.shape[2:])
+    shape = (rows, length, *prefix[0].keys.shape[2:])
     empty = jnp.zeros(shape, weights.embedding.dtype)
     batch = DecodingBatch(
         step=jnp.array(0),
@@ -158,14 +153,14 @@ def prefill(
         keys=jax.vmap(partial(jax.random.fold_in, key))(first_row + jnp.arange(rows)),
         lengths=lengths - 1,
         prefix=prefix,
-        own=dict.fromkeys(network.layers, KeyValues(empty, empty)),
+        own=(KeyValues(empty, empty),) * len(prefix),
     )
     return sharded(batch, mesh)
 
 
-@partial(jax.jit, static_argnames=("network", "sampling", "least", "mesh"), donate_argnames="batch")
+@partial(jax.jit, static_argnames=("forward", "sampling", "least", "mesh"), donate_argnames="batch")
 def decode_until(
-    network: Network,
+    forward: Forward,
     weights: Weights,
     batch: DecodingBatch,
     until: jax.Array | np.integer,
@@ -179,7 +174,7 @@ def decode_until(
     The old batch is donated: its KV cache is written in place.
     """
     # Once for all tokens: within the loop, each token would wait for an all-gather over fsdp.
-    weights = gathered_weights(network, weights)
+    weights = gathered_weights(forward, weights)
     group, length = batch.shape[1], batch.cache_length
     prompt_slots = jnp.arange(batch.prompt_width)
     # The prompt's last token is run with the completion, so that a row's own keys begin at the
@@ -188,6 +183,7 @@ def decode_until(
     starts = jnp.repeat(batch.lengths, group)
     is_prompt = jnp.repeat(prompt_slots < batch.lengths[:, None], group, axis=0)
     stop_ids = jnp.array(sampling.stop_ids)
+    window = forward.architecture.sliding_window_size
     smaller = smaller_shape(batch.shape, least, mesh.shape["fsdp"])
 
     def is_on(carry: tuple[DecodingBatch, Drawn]) -> Bool[Array, ""]:
@@ -202,18 +198,17 @@ def decode_until(
         # window is by positions, which padding between prompt and completion does not shift.
         written = jnp.broadcast_to(jnp.arange(length) <= step, (len(starts), 1, length))
         own_positions = starts[:, None] + jnp.arange(length)
-        masks = Visible(
-            own=visible(written, positions, own_positions, network.window),
-            prefix=visible(is_prompt[:, None], positions, prompt_slots, network.window),
+        seen = Visible(
+            positions,
+            own=visible(written, positions, own_positions, window),
+            prefix=visible(is_prompt[:, None], positions, prompt_slots, window),
             slot=step,
         )
-        cache = {
-            layer: LayerCache(batch.prefix[layer], batch.own[layer]) for layer in network.layers
-        }
-        hidden, own = hidden_states(network, weights, batch.last[:, None], positions, masks, cache)
+        caches = [LayerCache(*parts) for parts in zip(batch.prefix, batch.own, strict=True)]
+        hidden, own = hidden_states(forward, weights, batch.last[:, None], seen, caches)
         # By row and step alone, so that a completion is the same wherever its row is moved.
         keys = jax.vmap(jax.random.fold_in, (0, None))(batch.keys, step)
-        tokens, logps = draw_tokens(keys, output_logits(network, weights, hidden[:, 0]), sampling)
+        tokens, logps = draw_tokens(keys, output_logits(forward, weights, hidden[:, 0]), sampling)
         # A stopped row is run along with the others until it is left out of a smaller batch.
         tokens = jnp.where(batch.stopped, sampling.pad_id, tokens)
         drawn = Drawn(drawn.tokens.at[:, step].set(tokens), drawn.logps.at[:, step].set(logps))

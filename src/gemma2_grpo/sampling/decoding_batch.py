@@ -4,7 +4,6 @@ It starts with all completions of a batch of prompts and a short cache. As compl
 batch shrinks; as they get longer, the cache grows. Each size is one more compiled program.
 """
 
-from collections.abc import Mapping
 from functools import partial
 from typing import NamedTuple
 
@@ -42,7 +41,7 @@ class DecodingBatch(NamedTuple):
     """Tokens of each prompt without its last."""
     prefix: Prefix
     """KV cache of those prompt tokens by layer, [B, P, K, H], which the rows of a group share."""
-    own: Mapping[str, KeyValues]
+    own: tuple[KeyValues, ...]
     """KV cache of the completions by layer, [R, S, K, H]."""
 
     @property
@@ -53,12 +52,12 @@ class DecodingBatch(NamedTuple):
     @property
     def prompt_width(self) -> int:
         """Padded length P of the prompts."""
-        return next(iter(self.prefix.values())).keys.shape[1]
+        return self.prefix[0].keys.shape[1]
 
     @property
     def cache_length(self) -> int:
         """Room for tokens of each completion, S."""
-        return next(iter(self.own.values())).keys.shape[1]
+        return self.own[0].keys.shape[1]
 
 
 def least_rows(rows: int) -> int:

@@ -8,14 +8,13 @@ import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float, Int, Key
-from tunix.models.gemma import model as gemma
 
 from gemma2_grpo.config import RolloutConfig
-from gemma2_grpo.model.gemma import Weights, network_of, weights_of
-from gemma2_grpo.model.load import plain_network
+from gemma2_grpo.model.architecture import Model
 from gemma2_grpo.model.lora import merge_adapters
 from gemma2_grpo.model.mesh import batch_sharding
 from gemma2_grpo.model.tokenizer import LEAST_TOKENS, Tokenizer, bucket, pad_right
+from gemma2_grpo.model.weights import Weights, forward_of, weights_of
 from gemma2_grpo.sampling.decode import complete
 from gemma2_grpo.sampling.draw import Sampling
 
@@ -64,7 +63,7 @@ class Policy:
 
     def __init__(
         self,
-        model: gemma.Gemma,
+        model: Model,
         tokenizer: Tokenizer,
         mesh: Mesh,
         *,
@@ -81,10 +80,7 @@ class Policy:
         """
         self.tokenizer, self.mesh = tokenizer, mesh
         self._model, self._merged_scale = model, merged_scale
-        if merged_scale is None:
-            self.network = network_of(model, is_sampling=True)
-        else:
-            self.network = plain_network(model.config, mesh, is_sampling=True)
+        self.forward = forward_of(model, is_sampling=True)
 
     def weights(self) -> Weights:
         """The weights of the model as they are now."""
@@ -135,7 +131,7 @@ def sample(
     sharding = batch_sharding(mesh, len(ids))
     truncation = (0.0, 1.0, 0) if greedy else (settings.temperature, settings.top_p, settings.top_k)
     done = complete(
-        policy.network,
+        policy.forward,
         policy.weights(),
         jax.device_put(pad_right(ids, width, tokenizer.pad), sharding),
         jax.device_put(lengths, sharding),

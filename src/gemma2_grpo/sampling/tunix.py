@@ -3,12 +3,17 @@
 Nothing here is used by our own engine (`engine = "group"`), which is `sampling.rollout.sample`.
 """
 
-from collections.abc import Sequence
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any, cast
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
+import qwix
 from flax import nnx
 from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int, Key
@@ -16,26 +21,86 @@ from tunix.models.gemma import model as gemma
 from tunix.rl.rl_cluster import ClusterConfig, RLCluster, RLTrainingConfig, Role
 from tunix.rl.rollout import base_rollout
 
-from gemma2_grpo.config import Config
+from gemma2_grpo.config import Config, ModelConfig
+from gemma2_grpo.model.architecture import Architecture, Model
 from gemma2_grpo.model.find import find_model
-from gemma2_grpo.model.mesh import on_mesh
+from gemma2_grpo.model.gemma import rms_norm
 from gemma2_grpo.model.tokenizer import Tokenizer
 from gemma2_grpo.sampling.rollout import Completions, is_truncated
+
+
+class _Float32RMSNorm(gemma.RMSNorm):
+    """The norm of our forward pass; Tunix's is computed in the type of the activations."""
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        return rms_norm(x, self.scale.get_value())
+
+
+@contextmanager
+def on_mesh(mesh: Mesh) -> Iterator[None]:
+    """Gives Tunix's layers the mesh over which they shard their activations.
+
+    They read it from where only this way of entering a mesh puts it. JAX deprecates the way, but
+    under `jax.set_mesh` activations would not be sharded at all.
+    """
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)
+        mesh.__enter__()
+    try:
+        yield
+    finally:
+        mesh.__exit__(None, None, None)
+
+
+def tunix_model(model: Model, config: ModelConfig, mesh: Mesh) -> gemma.Gemma:
+    """The same variables in Tunix's own layers, adapters applied by Qwix.
+
+    A part of such a model runs without adapters, since Qwix wraps the call of the whole.
+    """
+    graphdef, _ = nnx.split(nnx.eval_shape(lambda: _tunix_layers(model.config)))
+    _, adapters, base = nnx.split(model, nnx.LoRAParam, ...)
+    made = nnx.merge(graphdef, base)
+    if not jax.tree.leaves(adapters):
+        return made
+    provider = qwix.LoraProvider(
+        module_path=f".*({'|'.join(config.lora_modules)})",
+        rank=config.lora_rank,
+        alpha=config.lora_alpha,
+    )
+    # Qwix runs the model once to find its matrices. Tunix's example has two rows, too few for a
+    # larger fsdp axis.
+    example: dict[str, Any] = {
+        name: value if value is None else jnp.repeat(value, mesh.shape["fsdp"], axis=0)
+        for name, value in made.get_model_input().items()
+    }
+    with on_mesh(mesh):
+        adapted = qwix.apply_lora_to_model(made, provider, **example, rngs=nnx.Rngs(0))
+    assert isinstance(adapted, gemma.Gemma)
+    # Copies: an update of the policy donates its own.
+    nnx.update(adapted, jax.tree.map(jnp.copy, adapters))
+    return adapted
+
+
+def _tunix_layers(architecture: Architecture) -> gemma.Gemma:
+    model, rngs = gemma.Gemma(architecture, rngs=nnx.Rngs(0)), nnx.Rngs(0)
+    for module in (model, *model.layers):
+        for name, norm in list(vars(module).items()):
+            if isinstance(norm, gemma.RMSNorm):
+                setattr(module, name, _Float32RMSNorm(architecture.embed_dim, rngs=rngs))
+    return model
 
 
 class TunixEngine:
     """One of Tunix's rollout engines behind the signature `Sample`."""
 
-    def __init__(
-        self, config: Config, policy: gemma.Gemma, tokenizer: Tokenizer, mesh: Mesh
-    ) -> None:
+    def __init__(self, config: Config, policy: Model, tokenizer: Tokenizer, mesh: Mesh) -> None:
         """Builds Tunix's cluster, which picks and opens the engine that the config names."""
         self._rollout = config.rollout
         self._tokenizer = tokenizer
         self._mesh = mesh
         self._settings = _settings(config, tokenizer)
         self.cluster = RLCluster(
-            actor=policy,
+            actor=tunix_model(policy, config.model, mesh),
             tokenizer=tokenizer,
             cluster_config=ClusterConfig(
                 role_to_mesh={Role.ACTOR: mesh, Role.ROLLOUT: mesh},
@@ -77,7 +142,7 @@ class TunixEngine:
         is_cut = len(row) >= self._rollout.max_completion_tokens
         return row if is_cut else np.append(row, self._tokenizer.eos_id()).astype(np.int32)
 
-    def update_weights(self, policy: gemma.Gemma) -> None:
+    def update_weights(self, policy: Model) -> None:
         """Gives the adapters to the engine, which has weights of its own."""
         adapters = nnx.state(policy, nnx.LoRAParam)
         self.cluster.rollout.update_params(adapters, cast(Any, nnx.LoRAParam))

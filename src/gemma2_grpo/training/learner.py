@@ -13,9 +13,9 @@ import numpy as np
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Bool, Float, Int
-from tunix.models.gemma import model as gemma
 
 from gemma2_grpo.config import Config
+from gemma2_grpo.model.architecture import Model
 from gemma2_grpo.model.lora import adapters_of, samples_merged, set_adapters
 from gemma2_grpo.model.tokenizer import Tokenizer
 from gemma2_grpo.runtime.processes import gather, gather_rows, share
@@ -89,8 +89,8 @@ class Learner:
     def __init__(
         self,
         config: Config,
-        policy: gemma.Gemma,
-        reference: gemma.Gemma,
+        policy: Model,
+        reference: Model,
         tokenizer: Tokenizer,
         mesh: Mesh,
     ) -> None:

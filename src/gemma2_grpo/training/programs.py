@@ -13,8 +13,9 @@ from jaxtyping import Array, Bool, Float, Int
 
 from gemma2_grpo.config import Config, GrpoConfig
 from gemma2_grpo.model.attention import LayerCache, Visible, visible
-from gemma2_grpo.model.gemma import Network, Prefix, Weights, hidden_states, run_from_start
+from gemma2_grpo.model.gemma import Prefix, hidden_states, run_from_start
 from gemma2_grpo.model.logprobs import TokenLogps, token_logps
+from gemma2_grpo.model.weights import Forward, Weights
 from gemma2_grpo.training.loss import LossTerms, policy_loss
 from gemma2_grpo.training.packing import Credit, MicroBatch
 
@@ -24,8 +25,8 @@ class UpdatePrograms:
 
     def __init__(
         self,
-        policy: Network,
-        reference: Network,
+        policy: Forward,
+        reference: Forward,
         policy_def: nnx.GraphDef,
         optimizer_def: nnx.GraphDef,
         adapters: Any,
@@ -35,8 +36,8 @@ class UpdatePrograms:
         """Prepares the programs.
 
         Args:
-            policy: Static half of the policy, as it is differentiated.
-            reference: Static half of the reference.
+            policy: How the policy is run where it is differentiated.
+            reference: How the reference is run.
             policy_def: Graph of the policy as the optimizer knows it.
             optimizer_def: Graph of the optimizer.
             adapters: Shardings of the adapters.
@@ -72,9 +73,9 @@ class UpdatePrograms:
         )
 
 
-def prompt_prefix(network: Network, weights: Weights, prompts: Int[Array, "B P"]) -> Prefix:
+def prompt_prefix(forward: Forward, weights: Weights, prompts: Int[Array, "B P"]) -> Prefix:
     """The KV cache of right-padded prompts."""
-    return run_from_start(network, weights, prompts)[1]
+    return run_from_start(forward, weights, prompts)[1]
 
 
 def rows_loss(
@@ -117,7 +118,7 @@ def rows_gradients(
 
 
 def prompt_gradients(
-    network: Network,
+    forward: Forward,
     gradients: nnx.State,
     cotangent: Prefix,
     lora: nnx.State,
@@ -127,7 +128,7 @@ def prompt_gradients(
     """Adds the gradient of the adapters through the prompts, whose KV cache has this cotangent."""
 
     def prefix_of(lora: nnx.State) -> Prefix:
-        return prompt_prefix(network, Weights(lora, base), prompts)
+        return prompt_prefix(forward, Weights(lora, base), prompts)
 
     _, pull_back = jax.vjp(prefix_of, lora)
     return jax.tree.map(jnp.add, gradients, pull_back(cotangent)[0])
@@ -154,7 +155,7 @@ def apply_gradients(
 
 
 def completion_logps(
-    network: Network,
+    forward: Forward,
     weights: Weights,
     prefix: Prefix,
     lengths: Int[Array, " B"],
@@ -166,7 +167,7 @@ def completion_logps(
     """Log-probabilities of packed completions after the prompts that they belong to.
 
     Args:
-        network: Static half of the model.
+        forward: How the model is run.
         weights: Its variables.
         prefix: KV cache of the prompts [B, P, K, H], without the last token of each.
         lengths: How many of those tokens are real.
@@ -178,25 +179,27 @@ def completion_logps(
         Float32 values [R, W]; they mean nothing at padding.
     """
     rows, width = micro.inputs.shape
+    window = forward.architecture.sliding_window_size
     # Block-diagonal and causal: a row holds several completions, and a token sees its own only.
     # Padding is a segment too, so that no token is left without a key to attend to.
     same = micro.segment_ids[:, :, None] == micro.segment_ids[:, None, :]
     causal = same & jnp.tri(width, dtype=bool)
-    slots = jnp.arange(prefix[network.layers[0]].keys.shape[1])
+    slots = jnp.arange(prefix[0].keys.shape[1])
     is_prompt = jnp.broadcast_to(
         slots < lengths[micro.prompts][:, None, None], (rows, width, len(slots))
     )
     # A prompt starts at position 0, so that a slot of its cache is a position.
-    masks = Visible(
-        own=visible(causal, micro.positions, micro.positions, network.window),
-        prefix=visible(is_prompt, micro.positions, slots, network.window),
+    seen = Visible(
+        micro.positions,
+        own=visible(causal, micro.positions, micro.positions, window),
+        prefix=visible(is_prompt, micro.positions, slots, window),
     )
     # Each row gets the cache of its prompt; the gradient of this gather sums over the rows.
     own_prompt = jax.tree.map(lambda x: x[micro.prompts], prefix)
-    cache = {layer: LayerCache(prefix=own_prompt[layer]) for layer in network.layers}
-    hidden, _ = hidden_states(network, weights, micro.inputs, micro.positions, masks, cache)
+    caches = [LayerCache(prefix=layer) for layer in own_prompt]
+    hidden, _ = hidden_states(forward, weights, micro.inputs, seen, caches)
     return token_logps(
-        network,
+        forward,
         weights,
         hidden,
         micro.targets,

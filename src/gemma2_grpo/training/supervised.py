@@ -10,12 +10,12 @@ import numpy as np
 import optax
 from flax import nnx
 from jax.sharding import Mesh
-from tunix.models.gemma import model as gemma
 
-from gemma2_grpo.model.gemma import Network, Weights, network_of, run_from_start, weights_of
-from gemma2_grpo.model.layers import Remat
+from gemma2_grpo.model.architecture import Model
+from gemma2_grpo.model.gemma import run_from_start
 from gemma2_grpo.model.logprobs import map_chunks, output_logits
-from gemma2_grpo.model.mesh import batch_sharding, on_mesh
+from gemma2_grpo.model.mesh import batch_sharding
+from gemma2_grpo.model.weights import Forward, Remat, Weights, forward_of, weights_of
 
 
 @dataclass(frozen=True)
@@ -38,19 +38,19 @@ def pack(rows: list[Row], width: int, pad_id: int) -> tuple[np.ndarray, np.ndarr
 
 
 def next_token_loss(
-    network: Network,
+    forward: Forward,
     weights: Weights,
     tokens: jax.Array,
     targets: jax.Array,
     chunk_tokens: int,
 ) -> jax.Array:
     """Mean negative log-likelihood in nats of the target tokens of right-padded rows [R, L]."""
-    hidden, _ = run_from_start(network, weights, tokens)
+    hidden, _ = run_from_start(forward, weights, tokens)
 
     @jax.checkpoint
     def chunk_losses(chunk: tuple[jax.Array, jax.Array]) -> jax.Array:
         hidden, ids = chunk
-        logits = output_logits(network, weights, hidden)
+        logits = output_logits(forward, weights, hidden)
         return optax.softmax_cross_entropy_with_integer_labels(logits, ids)
 
     losses = map_chunks(chunk_losses, (hidden[:, :-1], tokens[:, 1:]), chunk_tokens)
@@ -58,7 +58,7 @@ def next_token_loss(
 
 
 def train_supervised(
-    model: gemma.Gemma,
+    model: Model,
     batches: Iterable[list[Row]],
     optimizer: optax.GradientTransformation,
     mesh: Mesh,
@@ -84,13 +84,13 @@ def train_supervised(
         remat: What the backward pass recomputes instead of keeping.
         on_step: Called with the number of finished steps and the loss of the last.
     """
-    network = network_of(model, remat)
+    forward = forward_of(model, remat)
     weights = weights_of(model)
     trained, frozen = (weights.base, weights.lora) if train_base else weights
 
     def loss(trained: nnx.State, frozen: nnx.State, tokens: jax.Array, targets: jax.Array):
         both = Weights(frozen, trained) if train_base else Weights(trained, frozen)
-        return next_token_loss(network, both, tokens, targets, chunk_tokens)
+        return next_token_loss(forward, both, tokens, targets, chunk_tokens)
 
     @partial(jax.jit, donate_argnums=(0, 1))
     def update(trained, moments, frozen, tokens, targets):
@@ -101,12 +101,11 @@ def train_supervised(
     # Updates give their inputs' buffers away; the model keeps its own until the end.
     trained = jax.jit(partial(jax.tree.map, jnp.copy))(trained)
     moments = jax.jit(optimizer.init)(trained)
-    with on_mesh(mesh):
-        for step, (tokens, targets) in enumerate(_packed(batches, width, pad_id), start=1):
-            sharding = batch_sharding(mesh, len(tokens))
-            on_device = jax.device_put((tokens, targets), sharding)
-            trained, moments, value = update(trained, moments, frozen, *on_device)
-            on_step(step, float(value))
+    for step, (tokens, targets) in enumerate(_packed(batches, width, pad_id), start=1):
+        sharding = batch_sharding(mesh, len(tokens))
+        on_device = jax.device_put((tokens, targets), sharding)
+        trained, moments, value = update(trained, moments, frozen, *on_device)
+        on_step(step, float(value))
     nnx.update(model, trained)
 
 

@@ -8,12 +8,12 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import Mesh
 from jaxtyping import Array, Float
-from tunix.models.gemma import model as gemma
 
 from gemma2_grpo.config import Config
-from gemma2_grpo.model.gemma import Weights, network_of, split_model, weights_of
+from gemma2_grpo.model.architecture import Model
 from gemma2_grpo.model.lora import merge_adapters, updates_merged
-from gemma2_grpo.model.mesh import batch_sharding, on_mesh
+from gemma2_grpo.model.mesh import batch_sharding
+from gemma2_grpo.model.weights import Weights, forward_of, weights_of
 from gemma2_grpo.runtime.processes import gather, total
 from gemma2_grpo.training.loss import LossTerms, combine
 from gemma2_grpo.training.packing import Credit, PromptBatch
@@ -38,9 +38,9 @@ class Updater:
 
     def __init__(
         self,
-        policy: gemma.Gemma,
+        policy: Model,
         optimizer: nnx.Optimizer,
-        reference: gemma.Gemma,
+        reference: Model,
         config: Config,
         mesh: Mesh,
     ) -> None:
@@ -52,13 +52,13 @@ class Updater:
         # With the adapters added into the weights, the adapters' own products are saved.
         self._are_merged = updates_merged(config)
         self._scale = config.model.lora_scale
-        reference_network, self._reference = split_model(reference)
+        self._reference = weights_of(reference)
         policy_def, *_ = nnx.split(policy, nnx.LoRAParam, ...)
         optimizer_def, _ = nnx.split(optimizer)
         adapters = jax.tree.map(lambda x: x.sharding, weights_of(policy).lora)
         self.programs = UpdatePrograms(
-            network_of(policy, config.model.remat, are_merged=self._are_merged),
-            reference_network,
+            forward_of(policy, config.model.remat, are_merged=self._are_merged),
+            forward_of(reference),
             policy_def,
             optimizer_def,
             adapters,
@@ -85,11 +85,10 @@ class Updater:
     def reference_logps(self, batches: Sequence[PromptBatch]) -> Logps:
         """Log-probabilities of all completions under the reference; it does not wait for them."""
         found = []
-        with on_mesh(self._mesh):
-            for batch in batches:
-                prefix = self.programs.reference_prefix(self._reference, batch.prompts)
-                inputs = (self._reference, prefix, batch.lengths)
-                found.append([self.programs.reference_logps(*inputs, m) for m in batch.micro])
+        for batch in batches:
+            prefix = self.programs.reference_prefix(self._reference, batch.prompts)
+            inputs = (self._reference, prefix, batch.lengths)
+            found.append([self.programs.reference_logps(*inputs, m) for m in batch.micro])
         return found
 
     def update(
@@ -113,11 +112,10 @@ class Updater:
             norm of the gradient before clipping. An update whose norm is not finite is left out.
         """
         metrics, old = [], None
-        with on_mesh(self._mesh):
-            for _ in range(self._iterations):
-                measured, logps = self._one_update(batches, credit, references, old)
-                old = old or logps
-                metrics.append(measured)
+        for _ in range(self._iterations):
+            measured, logps = self._one_update(batches, credit, references, old)
+            old = old or logps
+            metrics.append(measured)
         return metrics
 
     def _one_update(

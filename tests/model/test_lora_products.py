@@ -1,4 +1,4 @@
-"""Layers of our own give what Tunix's and Qwix's give, with gradients written by hand."""
+"""Products with adapters are those of plain formulas, with gradients written by hand."""
 
 from functools import partial
 from typing import Any
@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from gemma2_grpo.model.layers import adapted
+from gemma2_grpo.model.lora import adapted
 
 
 @pytest.mark.parametrize("is_merged", [False, True])
