@@ -37,7 +37,7 @@ def _cache_file(config: Config, target: str) -> Path:
     """Where the memory of a configuration on a target is kept, for these versions and sources."""
     sources = hashlib.sha256()
     for room in _ROOMS:
-        for path in sorted((Path(__file__).parents[1] / room).glob("*.py")):
+        for path in sorted((Path(__file__).parents[1] / room).glob("*.*")):
             sources.update(path.read_bytes())  # A checkout changes without its version.
     versions = [sources.hexdigest()]
     for name in _PACKAGES:
