@@ -7,6 +7,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from pydantic import JsonValue
+
 from gemma2_grpo.checks import check_fields
 from gemma2_grpo.commands.options import Directory, Flag, Sections
 from gemma2_grpo.commands.options import Source as SourceName
@@ -100,7 +102,7 @@ def _file_name(model: str) -> str:
     return path.resolve().name if path.is_dir() else re.sub(r"[^\w.-]+", "-", model)
 
 
-def _settings(config: Config, asked: EvaluateConfig) -> dict[str, Any]:
+def _settings(config: Config, asked: EvaluateConfig) -> dict[str, JsonValue]:
     """All that decides what is computed, under the names of the command line."""
     rollout = config.rollout
     return {
@@ -119,7 +121,7 @@ def _settings(config: Config, asked: EvaluateConfig) -> dict[str, Any]:
     }
 
 
-def _weights(source: "Source") -> dict[str, Any]:
+def _weights(source: "Source") -> dict[str, JsonValue]:
     """What tells one policy from another, before any weights load."""
     from gemma2_grpo.model.adapter import fingerprint
     from gemma2_grpo.run.source import finished_adapter, trained_steps
@@ -146,6 +148,7 @@ def _run(
     start_jax(display.note)
     display.note(f"loading {config.model.model}")
     from gemma2_grpo.run.measure import Evaluator
+    from gemma2_grpo.run.results import BegunEvaluation, HeldOutData
     from gemma2_grpo.run.source import open_source, open_source_files
     from gemma2_grpo.runtime.program_cache import use_program_cache
     from gemma2_grpo.task.examples import drop_long, hash_of
@@ -157,23 +160,23 @@ def _run(
         config.rollout.max_prompt_tokens,
     )
     weights = {**_weights(source), "base_sha256": files.sha256}
-    data = {
-        "source": config.data.dataset,
-        "split": config.data.eval_split,
-        "sha256": hash_of(examples),
-        "num_problems": len(examples),
-        "num_dropped": dropped,
-    }
+    data = HeldOutData(
+        source=config.data.dataset,
+        split=config.data.eval_split,
+        sha256=hash_of(examples),
+        num_problems=len(examples),
+        num_dropped=dropped,
+    )
     folder.check_same("weights", weights)
-    folder.check_same("data", data)
+    folder.check_same("data", data.model_dump())
     use_program_cache(config.run.compilation_cache, display.note)
     opened = open_source(source, files)
-    facts = {
-        "name": source.title,
-        "model": config.model.model,
-        "step": opened.steps,
-        "data": data,
-        "settings": _settings(config, asked),
-        "weights": weights,
-    }
-    return Evaluator(opened, examples, asked.eval_samples, folder, display).go(facts)
+    begun = BegunEvaluation(
+        name=source.title,
+        model=config.model.model,
+        step=opened.steps,
+        data=data,
+        settings=_settings(config, asked),
+        weights=weights,
+    )
+    return Evaluator(opened, examples, asked.eval_samples, folder, display).go(begun)

@@ -6,13 +6,12 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Any
 
 from gemma2_grpo.run.console import Display
 from gemma2_grpo.run.directory import RunDirectory
 from gemma2_grpo.run.health import Health
 from gemma2_grpo.run.measure import measure
-from gemma2_grpo.run.records import completion_fields, find_rises, step_record
+from gemma2_grpo.run.records import find_rises, scored_completions, step_record
 from gemma2_grpo.run.results import Measurement, RunResult
 from gemma2_grpo.run.schema import RunCompletion, StepRecord
 from gemma2_grpo.run.session import Session
@@ -111,10 +110,7 @@ class Run:
                 samples=samples,
                 on_batch=on_batch,
                 on_greedy=lambda records: self._directory.append(
-                    *(
-                        RunCompletion(step=step, kind="held_out", **record.model_dump())
-                        for record in records
-                    )
+                    *(RunCompletion(step=step, kind="held_out", **vars(each)) for each in records)
                 ),
             )
         self._display.held_out(step, measured)
@@ -171,8 +167,8 @@ class Run:
             len(session.train), config.rollout.prompts_per_step, config.data.data_seed, step
         )
         result = session.learner.step(step, [session.train[i] for i in indices], self._scorer)
-        fields = completion_fields(result.examples, result.completions, result.scores)
-        records = [RunCompletion(step=step + 1, kind="train", **each) for each in fields]
+        scored = scored_completions(result.examples, result.completions, result.scores)
+        records = [RunCompletion(step=step + 1, kind="train", **vars(each)) for each in scored]
         self._directory.append(*records)
         every = config.run.sample_every_steps
         if every and (step + 1) % every == 0:
@@ -189,7 +185,7 @@ class Run:
             for number, handler in zip(numbers, before, strict=True):
                 signal.signal(number, handler)
 
-        def remember(number: int, _: Any) -> None:
+        def remember(number: int, _: object) -> None:
             # Nothing is printed: the signal may have come in the middle of a print. A second one
             # ends the process at once.
             self._stop_signal = number

@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from contextlib import suppress
 from importlib import metadata
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, ClassVar, Literal
 
 from pydantic import BeforeValidator, ConfigDict, Field
 
@@ -31,7 +31,7 @@ Numbers = Mapping[str, float]
 """The finite numbers of a record by name."""
 
 
-def _finite(value: Any) -> Any:
+def _finite(value: object) -> object:
     """JSON has no NaN and no infinity: what is no number is null."""
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
@@ -276,7 +276,7 @@ class RunCompletion(ScoredCompletion, AtStep):
     """`train` or `held_out`."""
 
 
-def numbers(record: Mapping[str, Any], prefix: str = "") -> dict[str, float]:
+def numbers(record: Mapping[str, object], prefix: str = "") -> dict[str, float]:
     """The numbers of a record by name, those of a part of it as `part.name`; none is infinite."""
     found = {}
     for name, value in record.items():
