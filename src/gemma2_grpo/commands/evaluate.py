@@ -12,7 +12,7 @@ from pydantic import JsonValue
 from gemma2_grpo.checks import check_fields
 from gemma2_grpo.commands.options import Directory, Flag, Sections
 from gemma2_grpo.commands.options import Source as SourceName
-from gemma2_grpo.config import Config, EvaluateConfig
+from gemma2_grpo.config import Config, EvaluateConfig, flat
 from gemma2_grpo.errors import UserError
 
 if TYPE_CHECKING:
@@ -23,6 +23,9 @@ if TYPE_CHECKING:
     from gemma2_grpo.run.results import Evaluation
     from gemma2_grpo.run.source import Source
     from gemma2_grpo.task.examples import Example
+
+_SETTINGS = """dataset eval_split num_test_samples eval_samples temperature top_p top_k
+max_prompt_tokens max_completion_tokens eval_batch_prompts seed dtype""".split()
 
 
 @dataclass(frozen=True)
@@ -104,21 +107,9 @@ def _file_name(model: str) -> str:
 
 def _settings(config: Config, asked: EvaluateConfig) -> dict[str, JsonValue]:
     """All that decides what is computed, under the names of the command line."""
-    rollout = config.rollout
-    return {
-        "dataset": config.data.dataset,
-        "eval_split": config.data.eval_split,
-        "num_test_samples": asked.num_test_samples,
-        "eval_samples": asked.eval_samples,
-        "temperature": rollout.temperature,
-        "top_p": rollout.top_p,
-        "top_k": rollout.top_k,
-        "max_prompt_tokens": rollout.max_prompt_tokens,
-        "max_completion_tokens": rollout.max_completion_tokens,
-        "eval_batch_prompts": config.run.eval_batch_prompts,
-        "seed": config.run.seed,
-        "dtype": config.model.dtype,
-    }
+    own = {"num_test_samples": asked.num_test_samples, "eval_samples": asked.eval_samples}
+    known = flat(config) | own
+    return {name: known[name] for name in _SETTINGS}
 
 
 def _weights(source: "Source") -> dict[str, JsonValue]:

@@ -5,13 +5,13 @@ import json
 import math
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from platformdirs import user_cache_path
 
 from gemma2_grpo.config import Config
+from gemma2_grpo.run.schema import installed_versions
 
 if TYPE_CHECKING:
     from gemma2_grpo.model.architecture import Architecture
@@ -45,16 +45,12 @@ def _cache_file(config: Config, target: str) -> Path:
     for room in _ROOMS:
         for path in sorted((Path(__file__).parents[1] / room).glob("*.*")):
             sources.update(path.read_bytes())  # A checkout changes without its version.
-    versions = [sources.hexdigest()]
-    for name in _PACKAGES:
-        try:
-            versions.append(metadata.version(name))
-        except metadata.PackageNotFoundError:
-            versions.append("")
+    versions = installed_versions(_PACKAGES)
     sections = {
         name: values for name, values in asdict(config).items() if name not in ("data", "run")
     }
-    text = json.dumps([sections, target, versions], default=str, sort_keys=True)
+    parts = [sections, target, versions, sources.hexdigest()]
+    text = json.dumps(parts, default=str, sort_keys=True)
     name = hashlib.sha256(text.encode()).hexdigest()[:32]
     return user_cache_path("gemma2-grpo") / "plans" / f"{name}.json"
 

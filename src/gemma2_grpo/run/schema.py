@@ -8,7 +8,7 @@ import math
 import platform
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from importlib import metadata
 from pathlib import Path
@@ -87,13 +87,11 @@ class Start(Part):
     @classmethod
     def now(cls) -> "Start":
         """This start of this command."""
-        versions = {"python": platform.python_version()}
-        for name in _PACKAGES:
-            with suppress(metadata.PackageNotFoundError):
-                versions[name] = metadata.version(name)
-        machine = platform.platform()
         return Start(
-            started=utc_now(), command=tuple(_command()), machine=machine, versions=versions
+            started=utc_now(),
+            command=tuple(_command()),
+            machine=platform.platform(),
+            versions={"python": platform.python_version(), **installed_versions(_PACKAGES)},
         )
 
 
@@ -285,6 +283,15 @@ def numbers(record: Mapping[str, object], prefix: str = "") -> dict[str, float]:
         elif isinstance(value, int | float) and abs(value) <= _LARGEST:
             found[f"{prefix}{name}"] = float(value)
     return found
+
+
+def installed_versions(packages: Sequence[str]) -> dict[str, str]:
+    """Versions of those packages that are installed."""
+    versions = {}
+    for name in packages:
+        with suppress(metadata.PackageNotFoundError):
+            versions[name] = metadata.version(name)
+    return versions
 
 
 def _command() -> list[str]:
