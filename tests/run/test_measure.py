@@ -172,7 +172,7 @@ def test_a_recorded_measurement_is_what_its_completions_say(straight_run):
         true = sum(e.is_true for s in scores for e in s.equations)
         assert greedy["num_correct"] == sum(s.correct for s in scores)
         assert greedy["num_official_correct"] == sum(s.official_correct for s in scores)
-        assert greedy["perfect_format_fraction"] == sum(s.format == 1 for s in scores) / 3
+        assert greedy["perfect_format_fraction"] == sum(s["format"] == 1 for s in scores) / 3
         assert greedy["true_equations_fraction"] == true / max(equations, 1)
         assert greedy["correct_fraction"] == greedy["num_correct"] / 3
 

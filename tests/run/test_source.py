@@ -18,6 +18,7 @@ from gemma2_grpo.config import Config
 from gemma2_grpo.errors import UserError
 from gemma2_grpo.model.mesh import mesh_shape_at_hand
 from gemma2_grpo.presets import load_config
+from gemma2_grpo.run.schema import RunFacts
 from gemma2_grpo.run.session import Session
 from gemma2_grpo.run.source import Opened, Source, find_source, open_source
 from gemma2_grpo.task.prompts import render_prompt
@@ -77,14 +78,14 @@ def test_adapters_are_merged_for_measuring_where_they_were_in_training(
     fill_adapters(session.learner.policy, 0, 0.1)
     session.save_adapter(tmp_path)
     prompts, key = [render_prompt("How many apples?")], jax.random.key(0)
-    trained = session.learner.generate(prompts, 16, key).texts
+    trained = session.learner.sample(prompts, 16, key).texts
 
     def sampled(merge_lora: Any) -> list[str]:
         model = dataclasses.replace(config.model, adapter=str(tmp_path))
         rollout = dataclasses.replace(config.rollout, merge_lora=merge_lora)
         asked = dataclasses.replace(config, model=model, rollout=rollout)
-        opened = open_source(Source("it", asked, None, {}))
-        return opened.sampler(adapted=True).generate(prompts, 16, key).texts
+        opened = open_source(Source("it", asked, None, RunFacts()))
+        return opened.sampler(adapted=True)(prompts, 16, key).texts
 
     assert sampled("always") == trained
     assert sampled("never") != trained

@@ -39,6 +39,7 @@ def test_nothing_is_written_unless_asked_for(tmp_path: Path) -> None:
 
 
 @pytest.mark.skipif(not importlib.util.find_spec("wandb"), reason="extra `trackers`")
+@pytest.mark.filterwarnings("ignore")  # It leaves files of its own open.
 def test_wandb_offline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import wandb
 
@@ -90,6 +91,7 @@ def test_runs_of_one_name_are_kept_apart_and_a_resumed_one_goes_on(tmp_path: Pat
 
 
 @pytest.mark.skipif(not importlib.util.find_spec("wandb"), reason="extra `trackers`")
+@pytest.mark.filterwarnings("ignore")  # It leaves files of its own open.
 def test_wandb_gets_the_id_of_the_directory(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
