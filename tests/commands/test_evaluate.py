@@ -51,7 +51,7 @@ def made_run(make_config: Callable[..., Config], tmp_path_factory: pytest.TempPa
     adapters = nnx.state(policy, nnx.LoRAParam)
     nnx.update(policy, jax.tree.map(lambda x: x + 0.3 * rng.standard_normal(x.shape), adapters))
     directory = RunDirectory(path, config)
-    directory.describe({"base_sha256": fingerprint(base_dir)})
+    directory.describe(RunFacts(base_sha256=fingerprint(base_dir)))
     save_adapter(policy, path / "adapter", config.model, fingerprint(base_dir))
     directory.write(finished_run(5))
     directory.close()
@@ -236,7 +236,7 @@ def spy_on_batches(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 def test_a_line_without_its_end_is_not_taken_for_whole(tmp_path: Path) -> None:
     """It may be valid JSON; the next one would be written behind it."""
     folder = EvaluationFolder(tmp_path / "new")
-    assert folder.begin({"settings": {"samples": 0}}, [1, 2, 2]) == []
+    assert folder.begin(BegunEvaluation(settings={"samples": 0}), [1, 2, 2]) == []
     first, *second = answers(EvaluatedCompletion, [True] * 3, system="base", sample=None)
     folder.add([first])
     folder.add(second)
@@ -244,9 +244,9 @@ def test_a_line_without_its_end_is_not_taken_for_whole(tmp_path: Path) -> None:
     file = tmp_path / "new" / "evaluation_completions.jsonl"
     file.write_bytes(file.read_bytes()[:-1])
     folder = EvaluationFolder(tmp_path / "new")
-    assert folder.begin({}, [1, 2, 2]) == [first]
+    assert folder.begin(BegunEvaluation(), [1, 2, 2]) == [first]
     assert file.read_text() == f"{first.as_json()}\n"
-    result = folder.finish({"systems": {}})
+    result = folder.finish({}, None)
     folder.close()
     assert result.settings == {"samples": 0}
     assert result.seconds >= 0
@@ -256,14 +256,14 @@ def test_batches_after_a_damaged_line_are_made_again(tmp_path: Path) -> None:
     """Batches are known by their place in the file."""
     records = answers(EvaluatedCompletion, [True] * 5, system="base", sample=None)
     folder = EvaluationFolder(tmp_path / "new")
-    folder.begin({}, [2, 2, 1])
+    folder.begin(BegunEvaluation(), [2, 2, 1])
     folder.add(records)
     folder.close()
     file = tmp_path / "new" / "evaluation_completions.jsonl"
     lines = file.read_bytes().splitlines(keepends=True)
     file.write_bytes(b"".join([*lines[:2], b"\x00\n", *lines[3:]]))
     folder = EvaluationFolder(tmp_path / "new")
-    assert folder.begin({}, [2, 2, 1]) == records[:2]
+    assert folder.begin(BegunEvaluation(), [2, 2, 1]) == records[:2]
     folder.close()
     assert file.read_bytes() == b"".join(lines[:2])
 
@@ -271,7 +271,7 @@ def test_batches_after_a_damaged_line_are_made_again(tmp_path: Path) -> None:
 def test_time_of_all_starts_is_added_up(tmp_path: Path) -> None:
     for seconds in (100.0, 200.0):
         folder = EvaluationFolder(tmp_path / "new")
-        folder.begin({}, [1, 1])
+        folder.begin(BegunEvaluation(), [1, 1])
         folder._since -= 100
         folder.add(answers(EvaluatedCompletion, [True], system="base", sample=None))
         folder.close()

@@ -19,7 +19,7 @@ from gemma2_grpo.errors import ConfigError, UserError
 from gemma2_grpo.presets import load_config
 from gemma2_grpo.run.directory import RunDirectory, check_free_space
 from gemma2_grpo.run.results import Measurement
-from gemma2_grpo.run.schema import RunCompletion, Start, StepRecord
+from gemma2_grpo.run.schema import RunCompletion, RunFacts, Start, StepRecord
 
 CONFIG = load_config("tiny")
 CHANGES = [
@@ -68,7 +68,7 @@ def message(call: Callable[..., Any], *args: Any) -> str:
 def run(tmp_path: Path) -> Path:
     """A run that has been started."""
     with opened(tmp_path / "run") as directory:
-        directory.describe({"data_sha256": "d", "base_sha256": "b"})
+        directory.describe(RunFacts(data_sha256="d", base_sha256="b"))
     return tmp_path / "run"
 
 
@@ -83,14 +83,14 @@ def test_the_resolved_configuration_loads_back(tmp_path):
     for section, name, value in CHANGES:
         config, path = changed(section, name, value), tmp_path / name
         with opened(path, config) as directory:
-            directory.describe({})
+            directory.describe(RunFacts())
         assert load_config(str(path / "config.toml")) == config
 
 
 def test_the_same_configuration_resumes(run):
     with opened(run) as directory:
         directory.check_same("data_sha256", "d")
-        directory.describe({})
+        directory.describe(RunFacts())
     assert not (run / "changes.jsonl").exists()
 
 
@@ -109,11 +109,11 @@ def test_another_configuration_is_refused_by_field(section, name, value, run):
 def test_an_allowed_change_is_recorded_and_becomes_the_configuration(run):
     config = changed("optimizer", "learning_rate", 2e-3)
     with opened(run, config, allow=True) as directory:
-        directory.describe({})
+        directory.describe(RunFacts())
     [record] = json_lines(run / "changes.jsonl")
     assert record["changed"] == ["learning_rate = 0.0025, not 0.002"]
     with opened(run, config) as directory:
-        directory.describe({})
+        directory.describe(RunFacts())
     assert len(json_lines(run / "changes.jsonl")) == 1
     with pytest.raises(ConfigError):
         RunDirectory(run, CONFIG)
@@ -134,7 +134,7 @@ def test_other_data_or_weights_are_refused(name, run):
         )
     with opened(run, allow=True) as directory:
         directory.check_same(name, "x")
-        directory.describe({name: "x"})
+        directory.describe(RunFacts(**{name: "x"}))
     [record] = json_lines(run / "changes.jsonl")
     assert record["changed"] == [f"{name} = {name[0]}, not x"]
 
@@ -166,7 +166,7 @@ def test_a_command_is_recorded_and_the_words_of_a_kernel_are_not(
 
 def test_run_json_keeps_every_start(run):
     with opened(run) as directory:
-        directory.describe({"data_sha256": "d", "devices": ["cpu:0"]})
+        directory.describe(RunFacts(data_sha256="d", devices=("cpu:0",)))
     described = json.loads((run / "run.json").read_text())
     assert len(described["starts"]) == 2
     assert described["devices"] == ["cpu:0"]
@@ -388,7 +388,7 @@ def test_a_damaged_measurement_costs_none_of_the_completions_after_it(run):
 def test_a_process_that_does_not_write_leaves_no_trace(tmp_path):
     directory = RunDirectory(tmp_path / "unseen", CONFIG, writes=False)
     directory.check_same("data_sha256", "x")
-    directory.describe({"data_sha256": "x"})
+    directory.describe(RunFacts(data_sha256="x"))
     directory.append(StepRecord(step=1))
     directory.write(finished(1))
     directory.forget_after(0)

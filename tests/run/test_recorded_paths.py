@@ -21,6 +21,7 @@ from gemma2_grpo.model.find import check_model
 from gemma2_grpo.presets import read_toml
 from gemma2_grpo.run.directory import RunDirectory, read_config
 from gemma2_grpo.run.recorded_paths import with_absolute_paths
+from gemma2_grpo.run.schema import RunFacts
 from gemma2_grpo.run.source import as_asked, find_source
 
 ROW = {"question": "Tom has {} pens and buys {} more. How many pens does he have?", "answer": ""}
@@ -148,7 +149,7 @@ def test_what_was_moved_together_is_found(
     # It may be gone on with there, by the same relative paths, and is recorded anew.
     monkeypatch.chdir(moved)
     directory = RunDirectory(Path("runs/one"), with_absolute_paths(trained.config))
-    directory.describe({})
+    directory.describe(RunFacts())
     directory.close()
     assert not (moved / "runs" / "one" / "changes.jsonl").exists()
     recorded = read_toml(str(moved / "runs" / "one" / "config.toml"))

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from gemma2_grpo.config import RewardConfig
-from gemma2_grpo.run.records import compare_systems, completion_fields, summarize
+from gemma2_grpo.run.records import compare_systems, scored_completions, summarize
 from gemma2_grpo.run.results import EvaluatedCompletion
 from gemma2_grpo.sampling.rollout import Completions
 from gemma2_grpo.task.examples import Example, load_held_out
@@ -66,8 +66,8 @@ def scored(example: Example, text: str, *, truncated: bool, **place: Any) -> Eva
     """The record of a completion with a token for each of its characters."""
     scores = Scorer(RewardConfig())([example], [text])
     completions = Completions([text], [np.zeros(len(text))], np.array([truncated]))
-    [fields] = completion_fields([example], completions, scores)
-    return EvaluatedCompletion(**place, **fields)
+    [each] = scored_completions([example], completions, scores)
+    return EvaluatedCompletion(**place, **vars(each))
 
 
 def all_records(*systems: str) -> list[EvaluatedCompletion]:

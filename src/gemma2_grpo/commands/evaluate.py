@@ -7,10 +7,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from pydantic import JsonValue
+
 from gemma2_grpo.checks import check_fields
 from gemma2_grpo.commands.options import Directory, Flag, Sections
 from gemma2_grpo.commands.options import Source as SourceName
-from gemma2_grpo.config import Config, EvaluateConfig
+from gemma2_grpo.config import Config, EvaluateConfig, flat
 from gemma2_grpo.errors import UserError
 
 if TYPE_CHECKING:
@@ -21,6 +23,9 @@ if TYPE_CHECKING:
     from gemma2_grpo.run.results import Evaluation
     from gemma2_grpo.run.source import Source
     from gemma2_grpo.task.examples import Example
+
+_SETTINGS = """dataset eval_split num_test_samples eval_samples temperature top_p top_k
+max_prompt_tokens max_completion_tokens eval_batch_prompts seed dtype""".split()
 
 
 @dataclass(frozen=True)
@@ -100,26 +105,14 @@ def _file_name(model: str) -> str:
     return path.resolve().name if path.is_dir() else re.sub(r"[^\w.-]+", "-", model)
 
 
-def _settings(config: Config, asked: EvaluateConfig) -> dict[str, Any]:
+def _settings(config: Config, asked: EvaluateConfig) -> dict[str, JsonValue]:
     """All that decides what is computed, under the names of the command line."""
-    rollout = config.rollout
-    return {
-        "dataset": config.data.dataset,
-        "eval_split": config.data.eval_split,
-        "num_test_samples": asked.num_test_samples,
-        "eval_samples": asked.eval_samples,
-        "temperature": rollout.temperature,
-        "top_p": rollout.top_p,
-        "top_k": rollout.top_k,
-        "max_prompt_tokens": rollout.max_prompt_tokens,
-        "max_completion_tokens": rollout.max_completion_tokens,
-        "eval_batch_prompts": config.run.eval_batch_prompts,
-        "seed": config.run.seed,
-        "dtype": config.model.dtype,
-    }
+    own = {"num_test_samples": asked.num_test_samples, "eval_samples": asked.eval_samples}
+    known = flat(config) | own
+    return {name: known[name] for name in _SETTINGS}
 
 
-def _weights(source: "Source") -> dict[str, Any]:
+def _weights(source: "Source") -> dict[str, JsonValue]:
     """What tells one policy from another, before any weights load."""
     from gemma2_grpo.model.adapter import fingerprint
     from gemma2_grpo.run.source import finished_adapter, trained_steps
@@ -146,6 +139,7 @@ def _run(
     start_jax(display.note)
     display.note(f"loading {config.model.model}")
     from gemma2_grpo.run.measure import Evaluator
+    from gemma2_grpo.run.results import BegunEvaluation, HeldOutData
     from gemma2_grpo.run.source import open_source, open_source_files
     from gemma2_grpo.runtime.program_cache import use_program_cache
     from gemma2_grpo.task.examples import drop_long, hash_of
@@ -157,23 +151,23 @@ def _run(
         config.rollout.max_prompt_tokens,
     )
     weights = {**_weights(source), "base_sha256": files.sha256}
-    data = {
-        "source": config.data.dataset,
-        "split": config.data.eval_split,
-        "sha256": hash_of(examples),
-        "num_problems": len(examples),
-        "num_dropped": dropped,
-    }
+    data = HeldOutData(
+        source=config.data.dataset,
+        split=config.data.eval_split,
+        sha256=hash_of(examples),
+        num_problems=len(examples),
+        num_dropped=dropped,
+    )
     folder.check_same("weights", weights)
-    folder.check_same("data", data)
+    folder.check_same("data", data.model_dump())
     use_program_cache(config.run.compilation_cache, display.note)
     opened = open_source(source, files)
-    facts = {
-        "name": source.title,
-        "model": config.model.model,
-        "step": opened.steps,
-        "data": data,
-        "settings": _settings(config, asked),
-        "weights": weights,
-    }
-    return Evaluator(opened, examples, asked.eval_samples, folder, display).go(facts)
+    begun = BegunEvaluation(
+        name=source.title,
+        model=config.model.model,
+        step=opened.steps,
+        data=data,
+        settings=_settings(config, asked),
+        weights=weights,
+    )
+    return Evaluator(opened, examples, asked.eval_samples, folder, display).go(begun)

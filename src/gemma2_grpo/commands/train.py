@@ -121,7 +121,7 @@ def _run(
     )
     with counting_programs(cache) as programs, trackers as track:
         session = open_session(config, splits, directory)
-        directory.describe({**session.facts, "reward_sha256": reward_sha256})
+        directory.describe(session.facts.model_copy(update={"reward_sha256": reward_sha256}))
         Run(session, directory, scorer, display, programs, track, _write_report).go()
 
 

@@ -1,7 +1,7 @@
 """A run as a directory that transformers or PEFT loads, with a model card."""
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
@@ -107,6 +107,9 @@ def write_export(
     Raises:
         UserError: if it cannot be written, or differs from the policy.
     """
+    from gemma2_grpo.export.model_card import Exported, render_card
+
+    assert source.run is not None
     with staged(to) as folder:
         rounding, chat = _write(folder, opened, wanted)
         if wanted.verify != "never":
@@ -115,7 +118,16 @@ def write_export(
         if not wanted.unverified:
             verified = verify_export(folder, opened, wanted.format, wanted.dtype)
         texts = [chat, _describe_rounding(wanted, rounding), verified or NOT_VERIFIED]
-        _write_card(folder, source, opened, wanted, name, texts)
+        exported = Exported(
+            run=source.run,
+            config=source.config,
+            steps=opened.steps,
+            format=wanted.format,
+            dtype=wanted.dtype,
+            name=name,
+            verification="\n\n".join(filter(None, texts)),
+        )
+        (folder / "README.md").write_text(render_card(exported), encoding="utf-8")
     unverified = f"not compared with transformers: {wanted.unverified}"
     yield from filter(None, (*texts[:2], verified or unverified))
     yield f"{to}: {wanted.format}, {wanted.dtype}, after {opened.steps} steps"
@@ -164,23 +176,3 @@ def _describe_rounding(wanted: Wanted, rounding: float) -> str:
         f"Rounding to {wanted.dtype} moved the adapted weights by {100 * rounding:.2g} % of what "
         "training changed in them; `--dtype float32` keeps it all."
     )
-
-
-def _write_card(
-    folder: Path, source: Source, opened: Opened, wanted: Wanted, name: str, texts: Sequence[str]
-) -> None:
-    from gemma2_grpo.export.model_card import Exported, render_card
-
-    assert source.run is not None
-    card = render_card(
-        Exported(
-            run=source.run,
-            config=source.config,
-            steps=opened.steps,
-            format=wanted.format,
-            dtype=wanted.dtype,
-            name=name,
-            verification="\n\n".join(filter(None, texts)),
-        )
-    )
-    (folder / "README.md").write_text(card, encoding="utf-8")

@@ -1,13 +1,12 @@
 """The model card of an export: how to use it, what was measured, how it was made."""
 
+import json
 import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 from huggingface_hub import ModelCardData
-from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from gemma2_grpo import __version__
 from gemma2_grpo.config import Config
@@ -15,6 +14,7 @@ from gemma2_grpo.model.find import EMBEDDED, hub_id
 from gemma2_grpo.report import facts as report_facts
 from gemma2_grpo.run.files import RunFiles, read_run
 from gemma2_grpo.run.outcome import Outcome, by_evaluation, during_run, headline, measure_rows
+from gemma2_grpo.runtime.templates import templates_of
 from gemma2_grpo.task.procedural import generate
 from gemma2_grpo.task.prompts import INSTRUCTION
 
@@ -42,16 +42,8 @@ def render_card(exported: Exported) -> str:
     base = exported.config.model.model
     evaluated, held_out = by_evaluation(run), during_run(run)
     preset, differences = report_facts.differences_from_preset(run) or ("", [])
-    environment = Environment(
-        loader=PackageLoader("gemma2_grpo.export"),
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        keep_trailing_newline=True,
-        autoescape=False,  # noqa: S701 (it is Markdown)
-    )
-    environment.filters["cell"] = _cell
-    return environment.get_template("model_card.md.j2").render(
+    templates = templates_of("gemma2_grpo.export", cell=_cell)
+    return templates.get_template("model_card.md.j2").render(
         front_matter=_front_matter(exported),
         title=f"{run.name}: Gemma 2 that shows its work",
         is_merged=exported.format == "merged",
@@ -95,21 +87,17 @@ def _front_matter(exported: Exported) -> str:
     return data.to_yaml().strip()
 
 
-def _tables(*outcomes: Outcome | None) -> list[dict[str, Any]]:
-    tables = []
+def _tables(*outcomes: Outcome | None) -> list[dict[str, object]]:
     titles = ("Measured by `gemma2-grpo evaluate`", "Measured by the run, before and after")
-    for outcome, title in zip(outcomes, titles, strict=True):
-        if outcome is None:
-            continue
-        results = outcome.results
-        tables.append(
-            {
-                "title": f"{title}, on {results[-1].problems:,} {outcome.problems}",
-                "heads": outcome.heads,
-                "rows": measure_rows(results, with_change=True),
-            }
-        )
-    return tables
+    return [
+        {
+            "title": f"{title}, on {outcome.results[-1].problems:,} {outcome.problems}",
+            "heads": outcome.heads,
+            "rows": measure_rows(outcome.results, with_change=True),
+        }
+        for outcome, title in zip(outcomes, titles, strict=True)
+        if outcome
+    ]
 
 
 def _cell(text: str) -> str:
@@ -125,5 +113,4 @@ def _quoted_lines(text: str) -> Sequence[str]:
 
 
 def _quoted(text: str) -> str:
-    escaped = text.replace("\\", "\\\\").replace('"', '\\"')
-    return f'"{escaped}"'
+    return json.dumps(text, ensure_ascii=False)

@@ -191,6 +191,7 @@ def compare_with_transformers(
     """
     import jax
     import jax.numpy as jnp
+    import torch
 
     from gemma2_grpo.model.gemma import run_from_start
     from gemma2_grpo.model.logprobs import output_logits
@@ -213,7 +214,8 @@ def compare_with_transformers(
         # TPUs and GPUs multiply float32 in fewer bits unless they are asked not to.
         with jax.default_matmul_precision("highest"):
             ours = np.asarray(logits(forward, weights, jnp.asarray(padded)))[0, : len(row)]
-        theirs = _transformers_logits(model, row)
+        with torch.no_grad():
+            theirs = model(torch.tensor([row])).logits[0].numpy()
         difference = abs(ours - theirs)
         largest = max(largest, float(difference.max()))
         total += float(difference.mean(axis=1, dtype=np.float64).sum())
@@ -236,13 +238,6 @@ def _load_with_transformers(folder: Path, base: Path | None) -> Any:
 
         model = PeftModel.from_pretrained(model, str(folder))
     return model.eval()
-
-
-def _transformers_logits(model: Any, row: list[int]) -> np.ndarray:
-    import torch
-
-    with torch.no_grad():
-        return model(torch.tensor([row])).logits[0].numpy()
 
 
 def _check_tokens(folder: Path, texts: Sequence[str], rows: list[list[int]]) -> None:

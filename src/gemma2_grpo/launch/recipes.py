@@ -11,9 +11,8 @@ import shlex
 from collections.abc import Sequence
 from pathlib import PurePosixPath
 
-from jinja2 import Environment, PackageLoader, StrictUndefined
-
-from gemma2_grpo.launch.machines import Launcher, Machines
+from gemma2_grpo.launch.machines import Launcher
+from gemma2_grpo.runtime.templates import templates_of
 
 MOUNT = "/runs"
 """Where the storage is mounted on every host."""
@@ -23,7 +22,8 @@ _TEMPLATES: dict[Launcher, str] = {
     "slurm": "slurm.sh.j2",
     "skypilot": "skypilot.yaml.j2",
 }
-_SAME_FOR_ALL = {
+_SAME_FOR_ALL: dict[str, object] = {
+    "image": "",
     "mount": MOUNT,
     "grace_seconds": 120,  # From SIGTERM to SIGKILL: for the rest of a step and a checkpoint.
     "max_restarts": 10,
@@ -37,49 +37,35 @@ _NOT_TEXT = re.compile(r"true|false|yes|no|on|off|null|y|n", re.IGNORECASE)
 
 
 def render(
-    launcher: Launcher,
-    *,
-    name: str,
-    machines: Machines,
-    command: Sequence[str],
-    run: str,
-    notes: Sequence[str],
-    tokens: Sequence[str] = (),
-    image: str = "",
-    storage: str = "",
-    cluster: str = "",
+    launcher: Launcher, *, run: str, notes: Sequence[str], storage: str = "", **values: object
 ) -> str:
     """The recipe of one training run.
 
     Args:
         launcher: Whose recipe.
-        name: Name of the job.
-        machines: Hosts, with one process on each.
-        command: What every host runs, word by word.
         run: The run directory.
         notes: What the reader of the recipe should know.
-        tokens: Environment variables that hold the secrets of the model and the data.
-        image: Container image with this package in it.
         storage: Bucket, volume claim or storage of xpk that holds the run.
-        cluster: Name of the cluster, for xpk.
+        values: What else the templates name: `name` of the job, `machines` with one process on
+            each host, `command` word by word, `tokens` (variables with the secrets of the model
+            and the data), container `image` and `cluster` of xpk.
     """
     folder = PurePosixPath(run).parent
-    return (
-        _environment()
-        .get_template(_TEMPLATES[launcher])
-        .render(
-            _SAME_FOR_ALL,
-            name=name,
-            machines=machines,
-            command=command,
-            mounted=f"{folder}:{folder}" if folder.is_absolute() else "",
-            notes=[" ".join(note.split()) for note in notes],  # A path may have line breaks.
-            tokens=tokens,
-            image=image,
-            storage=storage,
-            bucket=split_bucket(storage)[0] if "://" in storage else "",
-            cluster=cluster,
-        )
+    templates = templates_of(
+        "gemma2_grpo.launch",
+        sh=shlex.quote,
+        words=shlex.join,
+        lines=_lines,
+        scalar=_scalar,
+        block=_block,
+        secret=lambda token: token.lower().replace("_", "-"),
+    )
+    return templates.get_template(_TEMPLATES[launcher]).render(
+        _SAME_FOR_ALL | values,
+        mounted=f"{folder}:{folder}" if folder.is_absolute() else "",
+        notes=[" ".join(note.split()) for note in notes],  # A path may have line breaks.
+        storage=storage,
+        bucket=split_bucket(storage)[0] if "://" in storage else "",
     )
 
 
@@ -88,26 +74,6 @@ def split_bucket(storage: str) -> tuple[str, str]:
     scheme, _, path = storage.partition("://")
     bucket, _, folder = path.partition("/")
     return f"{scheme}://{bucket}", folder.strip("/")
-
-
-def _environment() -> Environment:
-    environment = Environment(
-        loader=PackageLoader("gemma2_grpo.launch"),
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        keep_trailing_newline=True,
-        autoescape=False,  # noqa: S701 (shell and YAML have filters of their own)
-    )
-    environment.filters |= {
-        "sh": shlex.quote,
-        "words": shlex.join,
-        "lines": _lines,
-        "scalar": _scalar,
-        "block": _block,
-        "secret": lambda token: token.lower().replace("_", "-"),
-    }
-    return environment
 
 
 def _lines(command: Sequence[str]) -> str:

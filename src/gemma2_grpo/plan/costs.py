@@ -11,12 +11,12 @@ The slope of the output head is taken in the forward pass, by a second product, 
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from gemma2_grpo.config import Config
 from gemma2_grpo.model.architecture import Architecture
 from gemma2_grpo.model.layout import adapter_parameters, adapter_sides, axis_sizes, linear_layers
 from gemma2_grpo.model.lora import samples_merged, updates_merged
+from gemma2_grpo.plan.memory import Row
 from gemma2_grpo.runtime.chips import Target
 from gemma2_grpo.sampling.decoding_batch import cache_lengths
 
@@ -165,7 +165,7 @@ def moved_bytes(
     architecture: Architecture,
     config: Config,
     mean_tokens: float,
-    programs: Sequence[Mapping[str, Any]],
+    programs: Sequence[Row],
 ) -> float:
     """Bytes that collectives bring to one chip in a step, none of them hidden behind computing.
 

@@ -5,30 +5,36 @@ import json
 import math
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from platformdirs import user_cache_path
 
 from gemma2_grpo.config import Config
+from gemma2_grpo.run.schema import installed_versions
 
 if TYPE_CHECKING:
-    from gemma2_grpo.plan.footprint import Compiler, Footprint
+    from gemma2_grpo.model.architecture import Architecture
+    from gemma2_grpo.plan.footprint import Compiler, Footprint, Resident
     from gemma2_grpo.runtime.chips import Target
 
 _PACKAGES = ("gemma2-grpo-reasoning", "jax", "libtpu", "google-tunix")
 Progress = Callable[[str], None]
+Row = dict[str, Any]
+"""A row of a table of the plan, as `--json` prints it."""
 _ROOMS = ("runtime", "model", "sampling", "training", "plan")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Memory:
-    """Memory of one chip."""
+    """Memory of one chip, in bytes."""
 
-    programs: list[dict[str, Any]]
+    programs: list[Row]
+    """The fields of each one's `Footprint`, if it was compiled; `run_peak`, the most that the run
+    takes while it runs; and whether that fits."""
     parts: dict[str, int]
-    peak: int
+    """Where the memory goes when there is the least left."""
+    peak_bytes: int
     peak_program: str
     fits: bool
 
@@ -37,18 +43,14 @@ def _cache_file(config: Config, target: str) -> Path:
     """Where the memory of a configuration on a target is kept, for these versions and sources."""
     sources = hashlib.sha256()
     for room in _ROOMS:
-        for path in sorted((Path(__file__).parents[1] / room).glob("*.py")):
+        for path in sorted((Path(__file__).parents[1] / room).glob("*.*")):
             sources.update(path.read_bytes())  # A checkout changes without its version.
-    versions = [sources.hexdigest()]
-    for name in _PACKAGES:
-        try:
-            versions.append(metadata.version(name))
-        except metadata.PackageNotFoundError:
-            versions.append("")
+    versions = installed_versions(_PACKAGES)
     sections = {
         name: values for name, values in asdict(config).items() if name not in ("data", "run")
     }
-    text = json.dumps([sections, target, versions], default=str, sort_keys=True)
+    parts = [sections, target, versions, sources.hexdigest()]
+    text = json.dumps(parts, default=str, sort_keys=True)
     name = hashlib.sha256(text.encode()).hexdigest()[:32]
     return user_cache_path("gemma2-grpo") / "plans" / f"{name}.json"
 
@@ -68,7 +70,7 @@ def kept_memory(config: Config, target: "Target", note: Progress, compiler: "Com
     return found
 
 
-def find_architecture(config: Config) -> Any:
+def find_architecture(config: Config) -> "Architecture":
     """Of the model's files, or of Google's models, which are known without any.
 
     Raises:
@@ -96,25 +98,29 @@ def compiled_memory(config: Config, target: "Target", compiler: "Compiler") -> M
     kept = resident(programs)
     footprints = [compiler(name, lower) for name, lower in programs.all().items()]
     peaks = {each.name: kept.peak(each) for each in footprints}
-    limit = target.memory_bytes
-    for_one = [
-        _row(each, peaks[each.name], limit is None or peaks[each.name] <= limit)
+    limit = target.memory_bytes or math.inf
+    rows = [
+        asdict(each)
+        | {"run_peak": peaks[each.name], "fits": each.fits and peaks[each.name] <= limit}
         for each in footprints
     ]
     # A program that does not compile is the one that matters, whatever the others add up to.
     worst = max(footprints, key=lambda each: (not each.fits, peaks[each.name]))
-    parts = _parts(config, architecture, kept, worst, peaks[worst.name])
     return Memory(
-        for_one, parts, peaks[worst.name], worst.name, all(row["fits"] for row in for_one)
+        programs=rows,
+        parts=_parts(config, architecture, kept, worst, peaks[worst.name]),
+        peak_bytes=peaks[worst.name],
+        peak_program=worst.name,
+        fits=all(row["fits"] for row in rows),
     )
 
 
-def _row(program: "Footprint", run_peak: int, fits: bool) -> dict[str, Any]:
-    return asdict(program) | {"run_peak": run_peak, "fits": program.fits and fits}
-
-
 def _parts(
-    config: Config, architecture: Any, kept: Any, worst: "Footprint", peak: int
+    config: Config,
+    architecture: "Architecture",
+    kept: "Resident",
+    worst: "Footprint",
+    peak: int,
 ) -> dict[str, int]:
     """Where the memory goes while the most demanding program runs."""
     from gemma2_grpo.plan.costs import estimate_memory, model_sizes
@@ -137,9 +143,9 @@ def estimated_memory(config: Config, target: "Target") -> Memory:
 
     architecture = find_architecture(config)
     estimate = estimate_memory(model_sizes(architecture, config), architecture, config)
-    limit = target.memory_bytes
-    rows = [
-        {"name": name, "run_peak": int(peak), "fits": limit is None or peak <= limit}
+    limit = target.memory_bytes or math.inf
+    rows: list[Row] = [
+        {"name": name, "run_peak": int(peak), "fits": peak <= limit}
         for name, peak in (("decode", estimate.decode), ("update", estimate.update))
     ]
     parts = {"weights": estimate.weights, "adapters and optimizer": estimate.trained}
@@ -161,9 +167,9 @@ def estimated_memory(config: Config, target: "Target") -> Memory:
         }
     worst = max(rows, key=lambda row: row["run_peak"])
     return Memory(
-        rows,
-        {name: int(size) for name, size in parts.items() if size},
-        int(worst["run_peak"]),
-        worst["name"],
-        all(row["fits"] for row in rows),
+        programs=rows,
+        parts={name: int(size) for name, size in parts.items() if size},
+        peak_bytes=worst["run_peak"],
+        peak_program=worst["name"],
+        fits=all(row["fits"] for row in rows),
     )

@@ -4,10 +4,9 @@ import importlib.util
 import math
 import os
 import sys
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
 from functools import partial
-from typing import Any
 
 from gemma2_grpo.checks import check
 from gemma2_grpo.config import Config, replaced
@@ -15,6 +14,7 @@ from gemma2_grpo.errors import ConfigError
 from gemma2_grpo.plan.memory import (
     Memory,
     Progress,
+    Row,
     estimated_memory,
     find_architecture,
     kept_memory,
@@ -31,8 +31,12 @@ _TPU_ENVIRONMENT = {
 _OF_UPDATE = ("reference", "update", "update prompts", "update prompts, back")
 
 
-@dataclass(frozen=True)
-class Plan:
+Changes = dict[str, int | str]
+"""Values of options by name."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan(Memory):
     """What was found, as `--json` prints it. Bytes are those of one chip."""
 
     target: str
@@ -43,21 +47,16 @@ class Plan:
     """Whether there is a compiler for the target."""
     memory_bytes: int | None
     """What one chip has for programs; None where it is not known."""
-    programs: list[dict[str, Any]]
-    parts: dict[str, int]
-    """Where the memory goes when there is the least left."""
-    peak_bytes: int
-    peak_program: str
-    fits: bool
     seconds_per_step: float | None
     """Estimated; None where the speed of the target is not known."""
-    work: list[dict[str, Any]]
+    work: list[Row]
+    """Operations and memory traffic of the parts of a step, and their time where it is known."""
     hours: float | None
     budget_hours: float
     is_in_time: bool
-    changes: dict[str, Any] = field(default_factory=dict)
+    changes: Changes
     """Options that would make it fit and finish, found by trying."""
-    mean_completion_tokens: int = 0
+    mean_completion_tokens: int
 
 
 def make_plan(
@@ -115,30 +114,28 @@ def _planned(
     is_compiled = target.name == "cpu" or (
         target.topology is not None and importlib.util.find_spec("libtpu") is not None
     )
-    memory = _compiling(target, note) if is_compiled else partial(estimated_memory, target=target)
+    memory = partial(estimated_memory, target=target)
+    if is_compiled:  # A change leaves most programs as they are: one compiler knows them all.
+        from gemma2_grpo.plan.footprint import Compiler
+
+        memory = partial(kept_memory, target=target, note=note, compiler=Compiler(note))
     found = memory(config)
-    changes: dict[str, Any] = {}
-    if not found.fits:
-        changes, _ = _smallest_change(config, found, memory, note)
-    seconds, work = _time(config, target, mean, found.programs)
+    changes = _smallest_change(config, found, memory, note)
+    work = _work(config, target, mean, found.programs)
+    seconds = sum(part.get("seconds", 0.0) for part in work) if target.flops else None
     hours = None if seconds is None else seconds * config.run.max_steps / 3600
     is_in_time = hours is None or hours <= budget_hours
     if hours is not None and not is_in_time and (found.fits or changes):
         # Not even one step may have the time.
         steps = int(config.run.max_steps * budget_hours / hours)
         changes = changes | {"max_steps": steps} if steps else {}
-    fsdp, tp = config.model.mesh_shape
     return Plan(
+        **vars(found),
         target=target.name,
-        chips=fsdp * tp,
+        chips=math.prod(config.model.mesh_shape),
         proof="compiled" if is_compiled else "estimate",
         is_provable=target.topology is not None,
         memory_bytes=target.memory_bytes,
-        programs=found.programs,
-        parts=found.parts,
-        peak_bytes=found.peak,
-        peak_program=found.peak_program,
-        fits=found.fits,
         seconds_per_step=seconds,
         work=work,
         hours=hours,
@@ -149,32 +146,24 @@ def _planned(
     )
 
 
-def _compiling(target: Target, note: Progress) -> Callable[[Config], Memory]:
-    """What asks the target's compiler; a change leaves most programs as they are."""
-    from gemma2_grpo.plan.footprint import Compiler
-
-    compiler = Compiler(note)
-    return lambda config: kept_memory(config, target, note, compiler)
-
-
 def _smallest_change(
     config: Config, found: Memory, memory: Callable[[Config], Memory], note: Progress
-) -> tuple[dict[str, Any], Memory]:
+) -> Changes:
     """Halves what the memory depends on, least harmful first, until it fits; {} if nothing does."""
-    changes: dict[str, Any] = {}
+    changes: Changes = {}
     while not found.fits:
         too_large = next(row["name"] for row in found.programs if not row["fits"])
         step = next(_steps(config, too_large in _OF_UPDATE), None)
         if step is None:
-            return {}, found
-        config = step[1]
-        changes |= step[0]
-        note("trying " + " ".join(_option(name, value) for name, value in changes.items()))
+            return {}
+        change, config = step
+        changes |= change
+        note(f"trying {options(changes)}")
         found = memory(config)
-    return changes, found
+    return changes
 
 
-def _steps(config: Config, is_update: bool) -> Iterator[tuple[dict[str, Any], Config]]:
+def _steps(config: Config, is_update: bool) -> Iterator[tuple[Changes, Config]]:
     """Changes that save memory of an update, or of sampling, one step at a time."""
     halves = (
         [
@@ -198,17 +187,17 @@ def _steps(config: Config, is_update: bool) -> Iterator[tuple[dict[str, Any], Co
             continue
 
 
-def _option(name: str, value: Any) -> str:
-    return f"--{name.replace('_', '-')} {value}"
+def options(changes: Mapping[str, int | str]) -> str:
+    """Changes as options of the command line."""
+    return " ".join(f"--{name.replace('_', '-')} {value}" for name, value in changes.items())
 
 
-def _time(
-    config: Config, target: Target, mean: int, programs: list[dict[str, Any]]
-) -> tuple[float | None, list[dict[str, Any]]]:
-    """Seconds a step, estimated from the least that its work takes at the target's peak."""
+def _work(config: Config, target: Target, mean: int, programs: Sequence[Row]) -> list[Row]:
+    """The parts of a step; their time is estimated from the least that they take at the peak."""
     from gemma2_grpo.plan.costs import (
         BANDWIDTH_EFFICIENCY,
         COMPUTE_EFFICIENCY,
+        Work,
         model_sizes,
         moved_bytes,
         step_work,
@@ -216,34 +205,21 @@ def _time(
 
     architecture = find_architecture(config)
     works = step_work(model_sizes(architecture, config), config, mean)
-    fsdp, tp = config.model.mesh_shape
-    if target.flops is None:
-        return None, [asdict(work) for work in works]
-    rows, total = [], 0.0
+    if target.flops is None or target.memory_bandwidth is None:
+        return [asdict(work) for work in works]
+
+    def timed(work: Work, floor: float, efficiency: float) -> Row:
+        return asdict(work) | {"floor_seconds": floor, "seconds": floor / efficiency}
+
+    chips, parts = math.prod(config.model.mesh_shape), []
     for work in works:
-        floor = work.seconds(target, fsdp * tp, config.model.dtype)
-        is_bound_by_memory = work.bytes / target.memory_bandwidth > work.operations / target.flops  # type: ignore[operator]
+        is_bound_by_memory = work.bytes / target.memory_bandwidth > work.operations / target.flops
         efficiency = BANDWIDTH_EFFICIENCY if is_bound_by_memory else COMPUTE_EFFICIENCY
-        total += floor / efficiency
-        rows.append(asdict(work) | {"floor_seconds": floor, "seconds": floor / efficiency})
+        floor = work.seconds(target, chips, config.model.dtype)
+        parts.append(timed(work, floor, efficiency))
     are_known = all(program.get("collectives") is not None for program in programs)
-    if target.link_bandwidth and fsdp * tp > 1 and are_known:
+    if target.link_bandwidth and chips > 1 and are_known:
         moved = moved_bytes(architecture, config, mean, programs)
-        floor = moved / target.link_bandwidth
-        seconds = floor / BANDWIDTH_EFFICIENCY
-        total += seconds
-        rows.append(
-            {
-                "name": "links between chips",
-                "operations": 0.0,
-                "bytes": moved * fsdp * tp,
-                "floor_seconds": floor,
-                "seconds": seconds,
-            }
-        )
-    return total, rows
-
-
-def options(changes: Mapping[str, Any]) -> str:
-    """Changes as options of the command line."""
-    return " ".join(_option(name, value) for name, value in changes.items())
+        links = Work("links between chips", 0.0, moved * chips)
+        parts.append(timed(links, moved / target.link_bandwidth, BANDWIDTH_EFFICIENCY))
+    return parts

@@ -47,10 +47,9 @@ def _programs(plan: "Plan") -> Table:
     table = Table(box=box.SIMPLE_HEAD, title="Memory of a chip, GiB", title_justify="left")
     table.add_column("program", no_wrap=True)
     is_compiled = plan.proof == "compiled"
-    for name in (("arguments", "scratch", "peak") if is_compiled else ()) + ("run's peak",):
+    heads = ["arguments", "scratch", "peak", "run's peak", "moved"]
+    for name in heads if is_compiled else ["run's peak"]:
         table.add_column(name, justify="right")
-    if is_compiled:
-        table.add_column("moved", justify="right")
     for row in plan.programs:
         run_peak = _gib(row["run_peak"]) + ("" if row["fits"] else " !")
         if not is_compiled:
@@ -105,13 +104,8 @@ def _verdict(plan: "Plan", config: Config, console: Console) -> None:
             "measuring and compiling to come on top."
         )
     fits = "It fits" if plan.fits else "It does not fit"
-    time = (
-        ""
-        if plan.is_in_time
-        else ", and would not finish in time"
-        if not plan.fits
-        else (", but would not finish in time")
-    )
+    join = "but" if plan.fits else "and"
+    time = "" if plan.is_in_time else f", {join} would not finish in time"
     console.print(f"[bold]{fits}{time}.[/bold]")
     if plan.changes:
         console.print(f"The smallest change found: {options(plan.changes)}", soft_wrap=True)

@@ -6,9 +6,7 @@ import time
 from collections.abc import Sequence
 from importlib import resources
 from pathlib import Path
-from typing import Any
 
-from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 from gemma2_grpo import __version__
@@ -21,24 +19,26 @@ from gemma2_grpo.run.console import without_controls
 from gemma2_grpo.run.health import find_alarms
 from gemma2_grpo.run.outcome import measure_rows, percent, step_rows
 from gemma2_grpo.runtime.atomic import write_whole
+from gemma2_grpo.runtime.templates import templates_of
 from gemma2_grpo.task.answers import gold_answer
 
 
-def render_page(template: str, **values: Any) -> str:
+def render_page(template: str, **values: object) -> str:
     """Fills in a template; all text is escaped, and the policy allows nothing but our styles.
 
     Args:
         template: Name of a file in `templates`.
         values: What it is about. Functions that any page may use need not be given.
     """
-    environment = Environment(
-        loader=PackageLoader("gemma2_grpo.report"),
-        autoescape=True,
-        undefined=StrictUndefined,
-        finalize=_inert,
-        trim_blocks=True,
-        lstrip_blocks=True,
+    environment = templates_of(
+        "gemma2_grpo.report",
+        is_html=True,
+        thousands="{:,}".format,
+        gold=gold_answer,
+        percent=percent,
+        x=lambda share: f"{100 * min(max(share, 0.0), 1.0):.2f}%",
     )
+    environment.finalize = _inert
     environment.globals |= {
         "alarms_of": lambda run: find_alarms(run.metrics, run.evaluations),
         "facts": facts,
@@ -47,12 +47,6 @@ def render_page(template: str, **values: Any) -> str:
         "step_rows": step_rows,
         # What Matplotlib escapes is markup; it has no text but titles and names of curves.
         "svg": lambda chart: Markup(draw_svg(chart)),  # noqa: S704
-    }
-    environment.filters |= {
-        "thousands": "{:,}".format,
-        "gold": gold_answer,
-        "percent": percent,
-        "x": lambda share: f"{100 * min(max(share, 0.0), 1.0):.2f}%",
     }
     style = (resources.files("gemma2_grpo.report") / "templates" / "report.css").read_text("utf-8")
     digest = base64.b64encode(hashlib.sha256(style.encode()).digest()).decode()
@@ -67,10 +61,11 @@ def render_page(template: str, **values: Any) -> str:
     )
 
 
-def _inert(value: Any) -> Any:
+def _inert(value: object) -> object:
     """Text whose controls, such as those that turn the direction of writing, show as U+FFFD."""
-    is_text = isinstance(value, str) and not isinstance(value, Markup)
-    return without_controls(value) if is_text else value
+    if isinstance(value, str) and not isinstance(value, Markup):
+        return without_controls(value)
+    return value
 
 
 def write_page(file: Path, text: str, charts: Sequence[Chart] = ()) -> Path:

@@ -5,7 +5,6 @@ import re
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
 from unicodedata import category
 
 from rich.console import Console, Group
@@ -90,7 +89,7 @@ class Display:
             self.console.print(f"warning: {inert(text)}", style="bold yellow", soft_wrap=True)
 
     @contextmanager
-    def measuring(self, label: str, total: int) -> Iterator[Any]:
+    def measuring(self, label: str, total: int) -> Iterator[Callable[[int], None]]:
         """Shows the progress of a measurement; yields what to call with each batch's size."""
         if (
             not self.console.is_terminal or self._panel
@@ -104,7 +103,7 @@ class Display:
             yield lambda done: bar.advance(task, done)
 
     @contextmanager
-    def supervising(self, label: str, total: int) -> Iterator[Any]:
+    def supervising(self, label: str, total: int) -> Iterator[Callable[[int, float], None]]:
         """Shows the progress of supervised training; yields what to call with step and loss."""
         if not self.console.is_terminal:
             every = max(1, total // 20)

@@ -6,7 +6,6 @@ import time
 from collections.abc import Mapping, Sequence
 from itertools import accumulate, islice
 from pathlib import Path
-from typing import Any
 
 from gemma2_grpo.config import Config, flat
 from gemma2_grpo.errors import ConfigError, UserError
@@ -18,6 +17,7 @@ from gemma2_grpo.run.results import (
     Evaluation,
     Measurement,
     RunResult,
+    System,
 )
 from gemma2_grpo.run.schema import (
     SCHEMA_VERSION,
@@ -31,6 +31,7 @@ from gemma2_grpo.run.schema import (
 )
 from gemma2_grpo.runtime.folder import LockedFolder
 from gemma2_grpo.task.jsonl import whole_bytes
+from gemma2_grpo.task.statistics import Paired
 
 # Fields of [run] that change nothing that is computed.
 _FREE_FIELDS = (
@@ -122,23 +123,25 @@ class RunDirectory(LockedFolder):
                 "--run, or resume with --allow-config-change"
             )
 
-    def describe(self, facts: Mapping[str, Any]) -> None:
+    def describe(self, facts: RunFacts) -> None:
         """Writes what the run is made with, once it is known that it can start.
 
         That is config.toml and run.json; changes.jsonl if an earlier run in this directory was
         made with something else.
 
         Args:
-            facts: Fields of `RunFacts`, which get the time, command, machine and versions of every
-                start.
+            facts: What is known; the version, the directory and every start are added.
         """
         self.write_text("config.toml", to_toml(self._config))
         if self._changed:
             self.append(Change(time=utc_now(), changed=self._changed))
         recorded = self.read(RunFacts) or RunFacts()
-        starts = (*recorded.starts, Start.now())
-        place = str(self.path.resolve())
-        self.write(RunFacts(schema_version=SCHEMA_VERSION, directory=place, **facts, starts=starts))
+        added = {
+            "schema_version": SCHEMA_VERSION,
+            "directory": str(self.path.resolve()),
+            "starts": (*recorded.starts, Start.now()),
+        }
+        self.write(facts.model_copy(update=added))
 
     def forget_after(self, steps: int) -> None:
         """Cuts off the records of what a resumed run does again: steps, and a half measurement.
@@ -184,11 +187,11 @@ class EvaluationFolder(LockedFolder):
         super().__init__(path, kind="evaluation", option="--to", lock=".evaluation.lock")
         self.result = None if overwrite else self.read(Evaluation)
         """The finished evaluation; None while it is not finished."""
-        self._begun = None if overwrite else self.result or self.read(BegunEvaluation)
+        self._begun = None if overwrite else self.read(BegunEvaluation)
         self._earlier_seconds = 0.0
         self._since = time.perf_counter()
 
-    def check_same(self, section: str, values: Mapping[str, Any]) -> None:
+    def check_same(self, section: str, values: Mapping[str, object]) -> None:
         """Refuses to resume an evaluation of something else.
 
         Args:
@@ -198,7 +201,8 @@ class EvaluationFolder(LockedFolder):
         Raises:
             ConfigError: naming the first value that differs.
         """
-        before = self._begun.model_dump()[section] if self._begun else values
+        begun = self.result or self._begun
+        before = begun.model_dump()[section] if begun else values
         for name, value in values.items():
             earlier = before.get(name)
             if earlier != value and not is_moved(earlier, value, self.path):
@@ -207,11 +211,13 @@ class EvaluationFolder(LockedFolder):
                     f"{value!r}; {_CHOOSE_TO}"
                 )
 
-    def begin(self, facts: Mapping[str, Any], batches: Sequence[int]) -> list[EvaluatedCompletion]:
+    def begin(
+        self, evaluation: BegunEvaluation, batches: Sequence[int]
+    ) -> list[EvaluatedCompletion]:
         """Starts or resumes an evaluation.
 
         Args:
-            facts: First fields of evaluation.json.
+            evaluation: What is evaluated, unless it is resumed.
             batches: Number of completions of each batch, in the order in which they are appended.
 
         Returns:
@@ -221,10 +227,8 @@ class EvaluationFolder(LockedFolder):
             # In this order, so that what is there always belongs together.
             for kind in (Evaluation, BegunEvaluation, EvaluatedCompletion):
                 (self.path / kind.FILE).unlink(missing_ok=True)
-            start = Start.now().model_dump()
-            self._begun = BegunEvaluation(
-                schema_version=SCHEMA_VERSION, **start, **facts, seconds=0.0
-            )
+            start = {**vars(Start.now()), "schema_version": SCHEMA_VERSION, "seconds": 0.0}
+            self._begun = evaluation.model_copy(update=start)
             self.write(self._begun)
         self._earlier_seconds = self._begun.seconds
         self._since = time.perf_counter()
@@ -255,20 +259,21 @@ class EvaluationFolder(LockedFolder):
             UserError: if they cannot be written.
         """
         self.append(*records)
-        self.write(BegunEvaluation.model_validate(self._so_far()))
+        self.write(self._begun_so_far())
 
-    def finish(self, statistics: Mapping[str, Any]) -> Evaluation:
+    def finish(self, systems: dict[str, System], comparison: Paired | None) -> Evaluation:
         """Writes evaluation.json, which marks the evaluation as finished, and returns it."""
-        self.result = Evaluation.model_validate({**self._so_far(), **statistics})
+        begun = self._begun_so_far().model_dump(exclude_unset=True)
+        self.result = Evaluation(**begun, systems=systems, comparison=comparison)
         self.write(self.result)
         (self.path / BegunEvaluation.FILE).unlink()
         return self.result
 
-    def _so_far(self) -> dict[str, Any]:
-        """Fields of evaluation.json without the statistics, with the time of all starts."""
+    def _begun_so_far(self) -> BegunEvaluation:
+        """What is evaluated, with the time of all starts."""
         assert self._begun is not None  # `begin` comes first.
         seconds = self._earlier_seconds + time.perf_counter() - self._since
-        return {**self._begun.model_dump(exclude_unset=True), "seconds": seconds}
+        return self._begun.model_copy(update={"seconds": seconds})
 
 
 def read_config(path: Path) -> Config:

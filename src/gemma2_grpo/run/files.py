@@ -6,7 +6,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
 from gemma2_grpo.errors import UserError
 from gemma2_grpo.run.results import EvaluatedCompletion, Evaluation, Measurement, RunResult
@@ -25,7 +25,7 @@ class RunFiles:
     """Everything that a report needs; empty where there is nothing."""
 
     path: Path
-    config: Mapping[str, Any]
+    config: Mapping[str, object]
     """Fields of config.toml as written, without their sections: each name is there once."""
     config_text: str
     facts: RunFacts
@@ -109,7 +109,7 @@ def check_version(path: Path) -> None:
     Evaluation.check_version(path, "evaluate again with --overwrite")
 
 
-def _read_config(path: Path) -> tuple[str, dict[str, Any]]:
+def _read_config(path: Path) -> tuple[str, dict[str, object]]:
     try:
         text = path.read_text(encoding="utf-8")
         sections = tomllib.loads(text).values()

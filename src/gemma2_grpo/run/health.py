@@ -7,10 +7,10 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from operator import itemgetter
-from typing import Any, Literal
+from typing import Literal
 
 from gemma2_grpo.run.results import Measurement
-from gemma2_grpo.run.schema import numbers
+from gemma2_grpo.run.schema import Numbers, numbers
 
 # Single steps are noisy: what is compared with a threshold is a mean over so many.
 WINDOW_STEPS = 5
@@ -160,7 +160,7 @@ class Health:
         """Those that the last step gave cause for."""
         return [alarm for alarm in self.alarms if alarm.last_step == self._step]
 
-    def add(self, record: Mapping[str, Any]) -> list[Alarm]:
+    def add(self, record: Mapping[str, object]) -> list[Alarm]:
         """Takes the fields of a `StepRecord`; missing values are no cause for alarm.
 
         Returns:
@@ -249,7 +249,7 @@ class Health:
 
 
 def find_alarms(
-    records: Iterable[Mapping[str, Any]], measurements: Iterable[Measurement] = ()
+    records: Iterable[Numbers], measurements: Iterable[Measurement] = ()
 ) -> list[Alarm]:
     """Alarms of a whole run: critical ones first, then in the order of their steps.
 

@@ -5,14 +5,14 @@ import signal
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 from gemma2_grpo.run.console import Display
 from gemma2_grpo.run.directory import RunDirectory
 from gemma2_grpo.run.health import Health
 from gemma2_grpo.run.measure import measure
-from gemma2_grpo.run.records import completion_fields, find_rises, step_record
+from gemma2_grpo.run.records import find_rises, scored_completions, step_record
 from gemma2_grpo.run.results import Measurement, RunResult
 from gemma2_grpo.run.schema import RunCompletion, StepRecord
 from gemma2_grpo.run.session import Session
@@ -29,38 +29,27 @@ REPORT = "report.html"
 _REPORT_EVERY_SECONDS = 60
 
 
+@dataclass
 class Run:
     """One run from its first measurement to its last."""
 
-    def __init__(
-        self,
-        session: Session,
-        directory: RunDirectory,
-        scorer: Scorer,
-        display: Display,
-        programs: ProgramCount,
-        track: Track,
-        report: Callable[[Path], object],
-    ) -> None:
-        """Takes an open session, the directory of its run, and what writes its report."""
-        self._config = session.config
-        self._session = session
-        self._directory = directory
-        self._scorer = scorer
-        self._display = display
-        self._programs = programs
-        self._memory = MemoryMonitor()
-        self._track = track
-        self._write_report = report
-        self._health = Health()
-        self._reported = -math.inf
-        self._stop_signal: int | None = None
+    session: Session
+    directory: RunDirectory
+    scorer: Scorer
+    display: Display
+    programs: ProgramCount
+    track: Track
+    write_report: Callable[[Path], object]
+    _memory: MemoryMonitor = field(default_factory=MemoryMonitor)
+    _health: Health = field(default_factory=Health)
+    _reported: float = -math.inf
+    _stop_signal: int | None = None
 
     def go(self) -> None:
         """Goes from where the run stands to its result."""
-        config, directory = self._config, self._directory
-        self._display.plan(self._session.plan)
-        first = self._session.finished_steps
+        config, directory = self.session.config, self.directory
+        self.display.plan(self.session.plan)
+        first = self.session.finished_steps
         directory.forget_after(first)
         for record in directory.records(StepRecord):
             self._health.add(record.model_dump())
@@ -70,29 +59,29 @@ class Run:
         after = self._measured(config.run.max_steps, config.run.eval_samples)
         if not directory.writes:
             return
-        self._session.save_adapter(directory.path / ADAPTER)
+        self.session.save_adapter(directory.path / ADAPTER)
         rises = find_rises(list(directory.records(StepRecord)))
         result = RunResult(before=before, after=after, rises=tuple(rises))
         directory.write(result)
         self._report()
-        self._display.result(result)
-        self._display.note(str(self._programs))
-        self._display.note(f"report: {directory.path / REPORT}")
+        self.display.result(result)
+        self.display.note(str(self.programs))
+        self.display.note(f"report: {directory.path / REPORT}")
 
     def _report(self) -> None:
         """Rewrites the report; a failure here must not stop training."""
-        if not self._directory.writes:
+        if not self.directory.writes:
             return
         try:
-            self._write_report(self._directory.path)
+            self.write_report(self.directory.path)
         except Exception as error:  # Whatever it is, training goes on.
             line = " ".join(str(error).split())
-            self._display.note(f"the report cannot be written: {type(error).__name__}: {line}")
+            self.display.note(f"the report cannot be written: {type(error).__name__}: {line}")
         self._reported = time.monotonic()
 
     def _measured(self, step: int, samples: int) -> Measurement:
         """The measurement after so many steps, which a resumed run may have already."""
-        records = self._directory.records(Measurement)
+        records = self.directory.records(Measurement)
         earlier = next((record for record in records if record.step == step), None)
         found = from_first(earlier and earlier.model_dump(mode="json"))
         measurement = Measurement(**found) if found else self._measure(step, samples)
@@ -100,37 +89,34 @@ class Run:
         return Measurement(**measurement.model_dump(exclude={"seconds"}))
 
     def _measure(self, step: int, samples: int) -> Measurement:
-        held_out = self._session.held_out
+        held_out = self.session.held_out
         label = f"measuring {len(held_out)} held-out problems"
         started = time.perf_counter()
-        with self._display.measuring(label, len(held_out) * (2 if samples else 1)) as on_batch:
+        with self.display.measuring(label, len(held_out) * (2 if samples else 1)) as on_batch:
             measured = measure(
-                self._session.learner,
+                self.session.learner,
                 held_out,
-                self._scorer,
+                self.scorer,
                 samples=samples,
                 on_batch=on_batch,
-                on_greedy=lambda records: self._directory.append(
-                    *(
-                        RunCompletion(step=step, kind="held_out", **record.model_dump())
-                        for record in records
-                    )
+                on_greedy=lambda records: self.directory.append(
+                    *(RunCompletion(step=step, kind="held_out", **vars(each)) for each in records)
                 ),
             )
-        self._display.held_out(step, measured)
+        self.display.held_out(step, measured)
         seconds = time.perf_counter() - started
         measurement = Measurement(**measured.model_dump(), step=step, seconds=seconds)
-        self._directory.append(measurement)
-        self._track("held_out", measurement.model_dump())
+        self.directory.append(measurement)
+        self.track("held_out", measurement.model_dump())
         self._health.add_measurement(measurement)
         return measurement
 
     def _train(self, first: int, total: int) -> None:
-        config = self._config
+        config = self.session.config
         with ExitStack() as stack:
             stack.enter_context(self._finishing_steps())
             started = time.perf_counter()
-            show = stack.enter_context(self._display.training(first, total))
+            show = stack.enter_context(self.display.training(first, total))
             every = config.run.eval_every_steps
             for step in range(first, total):
                 if step and every and step % every == 0:
@@ -142,41 +128,41 @@ class Run:
                     step,
                     result,
                     seconds_left=per_step * (total - done),
-                    **self._programs.as_record(),
+                    **self.programs.as_record(),
                     **self._memory.as_record(),
                 )
-                self._directory.append(record)
-                self._track("train", record.model_dump())
+                self.directory.append(record)
+                self.track("train", record.model_dump())
                 new = self._health.add(record.model_dump())
                 show(record, [a.what for a in new], [a.what for a in self._health.active])
                 if warning := self._memory.warning():
-                    self._display.note(warning)
+                    self.display.note(warning)
                 if step == first:
-                    self._display.note(str(self._programs))
+                    self.display.note(str(self.programs))
                 is_due = done % config.run.checkpoint_every_steps == 0 or done == total
                 # A signal may have come to one of the processes only.
                 stop_signal = max(gather(self._stop_signal or 0))
                 if is_due or stop_signal:
-                    self._session.save(done)
+                    self.session.save(done)
                     if stop_signal or time.monotonic() - self._reported > _REPORT_EVERY_SECONDS:
                         self._report()
                 if stop_signal:
-                    self._display.note(f"stopped after step {done}; run again to resume")
+                    self.display.note(f"stopped after step {done}; run again to resume")
                     raise SystemExit(128 + stop_signal)
 
     def _step(self, step: int) -> StepResult:
         """Runs one step and logs its completions."""
-        config, session = self._config, self._session
+        config, session = self.session.config, self.session
         indices = batch_indices(
             len(session.train), config.rollout.prompts_per_step, config.data.data_seed, step
         )
-        result = session.learner.step(step, [session.train[i] for i in indices], self._scorer)
-        fields = completion_fields(result.examples, result.completions, result.scores)
-        records = [RunCompletion(step=step + 1, kind="train", **each) for each in fields]
-        self._directory.append(*records)
+        result = session.learner.step(step, [session.train[i] for i in indices], self.scorer)
+        scored = scored_completions(result.examples, result.completions, result.scores)
+        records = [RunCompletion(step=step + 1, kind="train", **vars(each)) for each in scored]
+        self.directory.append(*records)
         every = config.run.sample_every_steps
         if every and (step + 1) % every == 0:
-            self._display.sample(step + 1, records[0])
+            self.display.sample(step + 1, records[0])
         return result
 
     @contextmanager
@@ -189,7 +175,7 @@ class Run:
             for number, handler in zip(numbers, before, strict=True):
                 signal.signal(number, handler)
 
-        def remember(number: int, _: Any) -> None:
+        def remember(number: int, _: object) -> None:
             # Nothing is printed: the signal may have come in the middle of a print. A second one
             # ends the process at once.
             self._stop_signal = number

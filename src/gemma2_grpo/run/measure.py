@@ -1,17 +1,23 @@
 """Measuring models on held-out problems, for train and evaluate: batches, completions, scores."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import cycle, islice
-from typing import Any
 
 import numpy as np
 
 from gemma2_grpo.run.console import Display
 from gemma2_grpo.run.directory import EvaluationFolder
 from gemma2_grpo.run.panel import EvaluationProgress
-from gemma2_grpo.run.records import compare_systems, completion_fields, summarize
-from gemma2_grpo.run.results import ADAPTER, BASE, EvaluatedCompletion, Evaluation, System
+from gemma2_grpo.run.records import compare_systems, scored_completions, summarize
+from gemma2_grpo.run.results import (
+    ADAPTER,
+    BASE,
+    BegunEvaluation,
+    EvaluatedCompletion,
+    Evaluation,
+    System,
+)
 from gemma2_grpo.run.source import Opened
 from gemma2_grpo.runtime.processes import gather, has_turn
 from gemma2_grpo.sampling.rollout import Completions, Sample
@@ -82,25 +88,24 @@ def score_batches(
     """Scores completed batches, all at one time, and makes their records."""
     if not done:  # A user's reward need not cope with no completions at all.
         return []
-    places = [
-        {
-            "system": batch.system,
-            "index": batch.first + i // batch.group,
-            "sample": i % batch.group if batch.samples else None,
-        }
-        for batch, _ in done
-        for i in range(batch.completions)
-    ]
+    places = [(batch, i) for batch, _ in done for i in range(batch.completions)]
     completions = Completions(
         [text for _, part in done for text in part.texts],
         [row for _, part in done for row in part.tokens],
         np.concatenate([part.is_truncated for _, part in done]),
     )
-    asked = [examples[place["index"]] for place in places]
+    indices = [batch.first + i // batch.group for batch, i in places]
+    asked = [examples[index] for index in indices]
     scores = score(asked, completions.texts, completions.is_truncated)
-    fields = completion_fields(asked, completions, scores)
+    scored = scored_completions(asked, completions, scores)
     return [
-        EvaluatedCompletion(**place, **each) for place, each in zip(places, fields, strict=True)
+        EvaluatedCompletion(
+            system=batch.system,
+            index=index,
+            sample=i % batch.group if batch.samples else None,
+            **vars(each),
+        )
+        for (batch, i), index, each in zip(places, indices, scored, strict=True)
     ]
 
 
@@ -171,10 +176,10 @@ class Evaluator:
         batch_prompts = opened.config.run.eval_batch_prompts
         self._batches = list(plan_batches(systems, len(examples), samples, batch_prompts))
 
-    def go(self, facts: Mapping[str, Any]) -> Evaluation:
+    def go(self, begun: BegunEvaluation) -> Evaluation:
         """Completes what is left, and writes the statistics of everything."""
-        records = self._folder.begin(facts, [batch.completions for batch in self._batches])
-        self._show_plan(facts, len(records))
+        records = self._folder.begin(begun, [batch.completions for batch in self._batches])
+        self._show_plan(begun, len(records))
         total = sum(batch.completions for batch in self._batches)
         done = 0
         with EvaluationProgress(self._display.console, total, records) as progress:
@@ -188,20 +193,19 @@ class Evaluator:
                     records += made
                     progress.add(made)
         systems = summarize(records, self._examples)
-        comparison = compare_systems(records)
-        return self._folder.finish({"systems": systems, "comparison": comparison})
+        return self._folder.finish(systems, compare_systems(records))
 
-    def _show_plan(self, facts: Mapping[str, Any], done: int) -> None:
-        data, step = facts["data"], facts["step"]
+    def _show_plan(self, begun: BegunEvaluation, done: int) -> None:
+        data, step = begun.data, begun.step
         adapter = f"adapter of {step} steps" if step else f"adapter {self._config.model.adapter}"
         each = "1 greedy completion"
         if samples := self._batches[-1].samples:
             each += f", {samples} sampled at temperature {self._config.rollout.temperature:g}"
         self._display.plan(
             {
-                "model": facts["model"] + (f", {adapter}" if len(self._samplers) > 1 else ""),
-                "problems": f"{data['num_problems']} of {data['source']}, {data['split']}; "
-                f"{data['num_dropped']} too long, dropped",
+                "model": begun.model + (f", {adapter}" if len(self._samplers) > 1 else ""),
+                "problems": f"{data.num_problems} of {data.source}, {data.split}; "
+                f"{data.num_dropped} too long, dropped",
                 "each": each,
                 **({"resuming": f"{done} completions are there"} if done else {}),
             }

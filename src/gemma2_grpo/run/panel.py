@@ -2,10 +2,10 @@
 
 from collections import deque
 from collections.abc import Iterator, Sequence
-from typing import Any
+from types import TracebackType
 
 from rich import box
-from rich.console import Console
+from rich.console import Console, RenderableType
 from rich.panel import Panel
 from rich.progress import (
     BarColumn,
@@ -61,7 +61,7 @@ class TrainingPanel(Progress):
         """Shows a measurement until there is another."""
         self._held_out = f"{in_words(measured)} at step {step}"
 
-    def get_renderables(self) -> Iterator[Any]:
+    def get_renderables(self) -> Iterator[RenderableType]:
         """The panel, drawn several times a second."""
         grid = Table.grid(expand=True)
         grid.add_row(self.make_tasks_table(self.tasks))
@@ -168,9 +168,14 @@ class EvaluationProgress(Progress):
         self._first, self._total = len(records), total
         self._task = self.add_task("", total=total, completed=len(records))
 
-    def __exit__(self, kind: type[BaseException] | None, *error: Any) -> None:
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
         """Says how far it came, if a person stops it."""
-        super().__exit__(kind, *error)
+        super().__exit__(kind, error, trace)
         if kind is KeyboardInterrupt:
             done = f"{self._done} of {self._total} completions"
             self.console.print(f"stopped after {done}; run again to resume")
@@ -200,7 +205,7 @@ class EvaluationProgress(Progress):
         )
         return f"right, {kind}: {shares}" if shares else ""
 
-    def get_renderables(self) -> Iterator[Any]:
+    def get_renderables(self) -> Iterator[RenderableType]:
         """The bar and the line under it."""
         yield self.make_tasks_table(self.tasks)
         if line := self.accuracies():

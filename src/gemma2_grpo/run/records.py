@@ -16,7 +16,7 @@ from gemma2_grpo.run.results import (
     StepsMeasures,
     System,
 )
-from gemma2_grpo.run.schema import StepRecord
+from gemma2_grpo.run.schema import ScoredCompletion, StepRecord
 from gemma2_grpo.sampling.rollout import Completions
 from gemma2_grpo.task.answers import extract_number
 from gemma2_grpo.task.examples import Example
@@ -109,10 +109,10 @@ def find_rises(records: Sequence[StepRecord]) -> list[Rise]:
 # --- Completions ---
 
 
-def completion_fields(
+def scored_completions(
     examples: Sequence[Example], completions: Completions, scores: Mapping[str, np.ndarray]
-) -> Iterator[dict[str, Any]]:
-    """Fields of a `ScoredCompletion` for each completion.
+) -> Iterator[ScoredCompletion]:
+    """Each completion with its scores.
 
     Args:
         examples: The problem of each completion.
@@ -121,19 +121,19 @@ def completion_fields(
     """
     components = _components(scores)
     for i, example in enumerate(examples):
-        yield {
-            "question": example.question,
-            "answer": example.answer,
-            "completion": completions.texts[i],
-            "completion_tokens": len(completions.tokens[i]),
-            "truncated": bool(completions.is_truncated[i]),
-            "reward": float(scores["total"][i]),
-            "components": {name: float(column[i]) for name, column in components.items()},
-            "correct": bool(scores["correct"][i]),
-            "official_correct": bool(scores["official_correct"][i]),
-            "num_equations": int(scores["equations"][i]),
-            "num_true_equations": int(scores["true_equations"][i]),
-        }
+        yield ScoredCompletion(
+            question=example.question,
+            answer=example.answer,
+            completion=completions.texts[i],
+            completion_tokens=len(completions.tokens[i]),
+            truncated=bool(completions.is_truncated[i]),
+            reward=float(scores["total"][i]),
+            components={name: float(column[i]) for name, column in components.items()},
+            correct=bool(scores["correct"][i]),
+            official_correct=bool(scores["official_correct"][i]),
+            num_equations=int(scores["equations"][i]),
+            num_true_equations=int(scores["true_equations"][i]),
+        )
 
 
 def _components(scores: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:

@@ -3,9 +3,9 @@
 See `schema.py` for the names.
 """
 
-from typing import Annotated, Any, ClassVar, Self
+from typing import Annotated, ClassVar, Self
 
-from pydantic import Field, model_validator
+from pydantic import Field, JsonValue, model_validator
 
 from gemma2_grpo.run.schema import AtStep, Data, Number, ScoredCompletion, Start, Versioned
 from gemma2_grpo.runtime.folder import Part, Record
@@ -165,9 +165,9 @@ class Evaluation(Start, Versioned):
     """Training steps of the adapter; 0 for a model."""
     data: HeldOutData = HeldOutData()
     """The problems."""
-    settings: dict[str, Any] = Field(default_factory=dict)
+    settings: dict[str, JsonValue] = Field(default_factory=dict)
     """Every setting that decides what is computed, under its name on the command line."""
-    weights: dict[str, Any] = Field(default_factory=dict)
+    weights: dict[str, JsonValue] = Field(default_factory=dict)
     """Base model, adapter and their hashes."""
     seconds: float = 0.0
     """Time that the evaluation took, over all starts."""

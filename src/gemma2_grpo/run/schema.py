@@ -8,11 +8,11 @@ import math
 import platform
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from importlib import metadata
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, ClassVar, Literal
 
 from pydantic import BeforeValidator, ConfigDict, Field
 
@@ -31,7 +31,7 @@ Numbers = Mapping[str, float]
 """The finite numbers of a record by name."""
 
 
-def _finite(value: Any) -> Any:
+def _finite(value: object) -> object:
     """JSON has no NaN and no infinity: what is no number is null."""
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
@@ -87,13 +87,11 @@ class Start(Part):
     @classmethod
     def now(cls) -> "Start":
         """This start of this command."""
-        versions = {"python": platform.python_version()}
-        for name in _PACKAGES:
-            with suppress(metadata.PackageNotFoundError):
-                versions[name] = metadata.version(name)
-        machine = platform.platform()
         return Start(
-            started=utc_now(), command=tuple(_command()), machine=machine, versions=versions
+            started=utc_now(),
+            command=tuple(_command()),
+            machine=platform.platform(),
+            versions={"python": platform.python_version(), **installed_versions(_PACKAGES)},
         )
 
 
@@ -276,7 +274,7 @@ class RunCompletion(ScoredCompletion, AtStep):
     """`train` or `held_out`."""
 
 
-def numbers(record: Mapping[str, Any], prefix: str = "") -> dict[str, float]:
+def numbers(record: Mapping[str, object], prefix: str = "") -> dict[str, float]:
     """The numbers of a record by name, those of a part of it as `part.name`; none is infinite."""
     found = {}
     for name, value in record.items():
@@ -285,6 +283,15 @@ def numbers(record: Mapping[str, Any], prefix: str = "") -> dict[str, float]:
         elif isinstance(value, int | float) and abs(value) <= _LARGEST:
             found[f"{prefix}{name}"] = float(value)
     return found
+
+
+def installed_versions(packages: Sequence[str]) -> dict[str, str]:
+    """Versions of those packages that are installed."""
+    versions = {}
+    for name in packages:
+        with suppress(metadata.PackageNotFoundError):
+            versions[name] = metadata.version(name)
+    return versions
 
 
 def _command() -> list[str]:

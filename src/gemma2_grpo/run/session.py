@@ -3,7 +3,6 @@
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import jax
 import numpy as np
@@ -18,6 +17,7 @@ from gemma2_grpo.model.layout import adapter_parameters
 from gemma2_grpo.model.lora import AdapterSize, adapter_size
 from gemma2_grpo.model.open import open_files
 from gemma2_grpo.run.directory import RunDirectory, check_free_space
+from gemma2_grpo.run.schema import Data, RunFacts
 from gemma2_grpo.runtime.checkpoint import (
     clean_temporaries,
     latest_step,
@@ -46,8 +46,8 @@ class Session:
     train: tuple[Example, ...]
     held_out: tuple[Example, ...]
     finished_steps: int
-    facts: Mapping[str, Any]
-    """Fields of run.json."""
+    facts: RunFacts
+    """What is known of run.json."""
     plan: Mapping[str, str]
     """Facts that are shown before the run starts."""
     directory: RunDirectory
@@ -77,7 +77,8 @@ class Session:
         Raises:
             UserError: if it cannot be written.
         """
-        base = self.facts["base_sha256"]
+        base = self.facts.base_sha256
+        assert base is not None  # A session knows it.
         try:
             save_adapter(self.learner.policy, folder, self.config.model, base)
         except (OSError, SafetensorError) as error:
@@ -109,14 +110,14 @@ def open_session(config: Config, splits: Splits, directory: RunDirectory) -> Ses
     size = adapter_size(policy)
     learner = Learner(config, policy, reference, files.tokenizer, files.mesh)
     finished = _restore(learner, directory)
-    facts = {
-        "devices": [str(device) for device in files.mesh.devices.ravel()],
-        "data": {"source": splits.source, "num_dropped": dropped},
-        "data_sha256": splits.sha256,
-        "base_sha256": files.sha256,
-        "num_adapted_matrices": size.matrices,
-        "num_adapted_parameters": size.parameters,
-    }
+    facts = RunFacts(
+        devices=tuple(map(str, files.mesh.devices.ravel())),
+        data=Data(source=splits.source, num_dropped=dropped),
+        data_sha256=splits.sha256,
+        base_sha256=files.sha256,
+        num_adapted_matrices=size.matrices,
+        num_adapted_parameters=size.parameters,
+    )
     plan = {
         "devices": _describe_devices(files.mesh),
         "model": _describe_model(config, reference),

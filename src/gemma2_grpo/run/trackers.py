@@ -13,7 +13,8 @@ from gemma2_grpo.errors import UserError
 from gemma2_grpo.run.schema import Identity, numbers
 from gemma2_grpo.runtime.atomic import write_whole
 
-Track = Callable[[str, Mapping[str, Any]], None]
+Fields = Mapping[str, Any]
+Track = Callable[[str, Fields], None]
 """Takes a kind (`train`, `held_out`) and a record with its `step`."""
 
 _HOSTED = ("wandb", "trackio")
@@ -50,14 +51,14 @@ def tracking(config: Config, path: Path) -> Iterator[Track]:
                 opened = {"wandb": _wandb, "trackio": _trackio}[name](project, config, path)
                 tracks.append(stack.enter_context(opened))
 
-        def track(kind: str, record: Mapping[str, Any]) -> None:
+        def track(kind: str, record: Fields) -> None:
             for each in tracks:
                 each(kind, record)
 
         yield track
 
 
-def _numbers(kind: str, record: Mapping[str, Any]) -> dict[str, float]:
+def _numbers(kind: str, record: Fields) -> dict[str, float]:
     """The numbers of a record under their full names, such as `train/mean_components/format`."""
     found = numbers({name: value for name, value in record.items() if name != "step"}, f"{kind}.")
     return {name.replace(".", "/"): value for name, value in found.items()}
@@ -70,7 +71,7 @@ def _tensorboard(path: Path) -> Iterator[Track]:
     with ExitStack() as stack:
         writers: list[SummaryWriter] = []
 
-        def track(kind: str, record: Mapping[str, Any]) -> None:
+        def track(kind: str, record: Fields) -> None:
             if not writers:
                 # A resumed run does some steps again; what was written of them is taken back.
                 opened = SummaryWriter(str(path / "tensorboard"), purge_step=record["step"])

@@ -1,13 +1,13 @@
 """TPUs and GPUs: memory, speed, slices, and what clouds and compilers call them.
 
-Numbers are the makers' own. TPU: https://cloud.google.com/tpu/docs, the page of each version (peak
-compute per chip, HBM bandwidth, interchip bandwidth); node labels of GKE from
-`system_characteristics.py` in AI-Hypercomputer/xpk. GPU: the data sheets of H100 SXM, A100 SXM
-40 GB, L4 and T4, matrix units without sparsity.
+The numbers, with their sources, are in chips.toml.
 """
 
 import math
-from dataclasses import dataclass
+import tomllib
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from importlib import resources
 
 from gemma2_grpo.errors import UserError
 
@@ -25,7 +25,7 @@ class TpuFamily:
     cores_per_chip: int
     """The number in a slice's name counts these; JAX has one device per chip all the same."""
     largest_host_chips: int
-    topologies: tuple[str, ...]
+    topologies: list[str]
     gib: float
     """Memory of a chip as its compiler grants it to programs."""
     teraflops: float
@@ -34,62 +34,17 @@ class TpuFamily:
     """Bandwidth of its memory, a second."""
     gigabits: float
     """Bandwidth of all its links to other chips, a second, in both directions together."""
-    compiler_options: tuple[tuple[str, object], ...] = ()
+    compiler_options: Mapping[str, str] = field(default_factory=dict)
 
     def slices(self) -> dict[int, str]:
         """Topology by the number in the slice's name."""
         return {_chips(each) * self.cores_per_chip: each for each in self.topologies}
 
 
-_FLAT = ("1x1", "2x2", "2x4", "4x4", "4x8", "8x8", "8x16", "16x16")
-_CUBES = ("2x2x1", "2x2x2", "2x2x4", "2x4x4", "4x4x4")
-TPU_FAMILIES = {
-    "v5e": TpuFamily(
-        cloud_name="v5litepod",
-        gke_accelerator="tpu-v5-lite-podslice",
-        cores_per_chip=1,
-        largest_host_chips=8,
-        topologies=_FLAT,
-        gib=15.75,
-        teraflops=197,
-        gigabytes=819,
-        gigabits=1600,
-    ),
-    "v6e": TpuFamily(
-        cloud_name="v6e",
-        gke_accelerator="tpu-v6e-slice",
-        cores_per_chip=1,
-        largest_host_chips=8,
-        topologies=_FLAT,
-        gib=31.24,
-        teraflops=918,
-        gigabytes=1640,
-        gigabits=3584,
-    ),
-    "v5p": TpuFamily(
-        cloud_name="v5p",
-        gke_accelerator="tpu-v5p-slice",
-        cores_per_chip=2,
-        largest_host_chips=4,
-        topologies=_CUBES,
-        gib=95.73,
-        teraflops=459,
-        gigabytes=2765,
-        gigabits=4800,
-    ),
-    "v4": TpuFamily(
-        cloud_name="v4",
-        gke_accelerator="tpu-v4-podslice",
-        cores_per_chip=2,
-        largest_host_chips=4,
-        topologies=_CUBES,
-        gib=30.75,
-        teraflops=275,
-        gigabytes=1228,
-        gigabits=2400,
-        compiler_options=(("chip_config_name", "megacore"),),
-    ),
-}
+_TABLE = tomllib.loads(
+    (resources.files("gemma2_grpo.runtime") / "chips.toml").read_text(encoding="utf-8")
+)
+TPU_FAMILIES = {name: TpuFamily(**values) for name, values in _TABLE["tpu"].items()}
 # Slices that a run can be planned for: the compiler takes each as one host.
 _PLANNED = ("v5e-1", "v5e-4", "v5e-8", "v6e-8", "v4-8", "v5p-8")
 
@@ -147,22 +102,22 @@ def _chips(topology: str) -> int:
     return math.prod(map(int, topology.split("x")))
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Target:
     """Chips of one kind, as the devices that a mesh is made of."""
 
     name: str
-    chips: int | None
+    chips: int | None = None
     """None: as many as the mesh needs."""
-    memory_bytes: int | None
+    memory_bytes: int | None = None
     """What one chip has for programs; None where it is the host's."""
-    flops: float | None
+    flops: float | None = None
     """Peak of matrix products in bfloat16 of one chip, FLOP/s; None where unknown."""
-    float32_flops: float | None
+    float32_flops: float | None = None
     """The same in float32, as JAX multiplies it by default."""
-    memory_bandwidth: float | None
+    memory_bandwidth: float | None = None
     """Bytes/s of one chip."""
-    link_bandwidth: float | None
+    link_bandwidth: float | None = None
     """Bytes/s that one chip sends to all its neighbours together; None where there is but one."""
     topology: str | None = None
     """Name for the TPU compiler; None where there is no compiler but the estimate."""
@@ -170,12 +125,6 @@ class Target:
     """The TPU compiler's name of the slice."""
     compiler_options: tuple[tuple[str, object], ...] = ()
     """More options of the TPU compiler."""
-    title: str = ""
-
-    @property
-    def is_compiled(self) -> bool:
-        """Whether its programs can be compiled here at all."""
-        return self.topology is not None or self.name == "cpu"
 
 
 def _tpu(name: str) -> Target:
@@ -183,42 +132,31 @@ def _tpu(name: str) -> Target:
     family = tpu.family
     one_chip = (("chips_per_host_bounds", (1, 1, 1)),) if tpu.chips == 1 else ()
     return Target(
-        name,
-        tpu.chips,
-        int(family.gib * GIB),
-        family.teraflops * 1e12,
-        family.teraflops * 1e12,  # By default JAX multiplies float32 in one pass of bfloat16.
-        family.gigabytes * 1e9,
-        family.gigabits / 8 / 2 * 1e9,
-        f"{name.partition('-')[0]}:{tpu.topology}",
-        tpu.cloud_name,
-        family.compiler_options + one_chip,
-        f"TPU {name}",
+        name=name,
+        chips=tpu.chips,
+        memory_bytes=int(family.gib * GIB),
+        flops=family.teraflops * 1e12,
+        float32_flops=family.teraflops * 1e12,  # JAX multiplies float32 in one pass of bfloat16.
+        memory_bandwidth=family.gigabytes * 1e9,
+        link_bandwidth=family.gigabits / 8 / 2 * 1e9,
+        topology=f"{name.partition('-')[0]}:{tpu.topology}",
+        accelerator=tpu.cloud_name,
+        compiler_options=(*family.compiler_options.items(), *one_chip),
     )
 
 
-def _gpu(name: str, gib: float, teraflops: float, float32: float, gigabytes: float) -> Target:
+def _gpu(name: str, peaks: Mapping[str, float]) -> Target:
     return Target(
-        name,
-        None,
-        int(gib * GIB),
-        teraflops * 1e12,
-        float32 * 1e12,
-        gigabytes * 1e9,
-        None,
-        title=f"NVIDIA {name.upper()}",
+        name=name,
+        memory_bytes=int(peaks["gib"] * GIB),
+        flops=peaks["teraflops"] * 1e12,
+        float32_flops=peaks["float32_teraflops"] * 1e12,
+        memory_bandwidth=peaks["gigabytes"] * 1e9,
     )
 
 
-_ALL = (
-    *map(_tpu, _PLANNED),
-    _gpu("h100", 79.1, 989, 67, 3350),
-    _gpu("a100", 39.4, 312, 19.5, 1555),
-    _gpu("l4", 22.5, 121, 30, 300),
-    _gpu("t4", 14.6, 65, 8.1, 320),
-    Target("cpu", None, None, None, None, None, None, title="CPU"),
-)
-TARGETS = {target.name: target for target in _ALL}
+_GPUS = (_gpu(name, peaks) for name, peaks in _TABLE["gpu"].items())
+TARGETS = {each.name: each for each in (*map(_tpu, _PLANNED), *_GPUS, Target(name="cpu"))}
 
 
 def find_target(name: str) -> Target:

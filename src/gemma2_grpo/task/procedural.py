@@ -6,14 +6,15 @@ lies between 2 and 99 (no "1 books"), every result between 1 and 99.
 
 import hashlib
 import operator
+import tomllib
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
+from importlib import resources
 from typing import Literal, get_args
 
 import numpy as np
 
-from gemma2_grpo.task.problem_templates import NAMES, TEMPLATES, THINGS
 from gemma2_grpo.task.prompts import render_solution
 
 Split = Literal["train", "validation", "test"]
@@ -26,6 +27,10 @@ OPERATIONS: dict[str, Callable[[int, int], int]] = {
     "x": operator.mul,
 }
 MAX_VALUE = 99
+_FILE = resources.files("gemma2_grpo.task") / "problem_templates.toml"
+_WORDS = tomllib.loads(_FILE.read_text(encoding="utf-8"))
+NAMES, THINGS = _WORDS["names"], _WORDS["things"]
+TEMPLATES = tuple((each["text"], each["plan"]) for each in _WORDS["templates"])
 _MAX_FACTOR = 9
 _DRAWS_FOR_A_NEW_CHAIN = 20
 
