@@ -24,7 +24,7 @@ def _fields(info: StructTypeInfo) -> StructConstructorSpec | None:
     is_ours = info.type.__module__.startswith("gemma2_grpo.")  # tyro wraps them in one of its own.
     if not (is_ours and dataclasses.is_dataclass(info.type)):
         return None
-    hints: dict[str, Any] = get_type_hints(info.type, include_extras=True)
+    hints = get_type_hints(info.type, include_extras=True)
     specs = []
     for each in dataclasses.fields(info.type):
         default = _default(each, info.default)
@@ -36,7 +36,7 @@ def _fields(info: StructTypeInfo) -> StructConstructorSpec | None:
     return StructConstructorSpec(info.type, tuple(specs))
 
 
-def _default(field: dataclasses.Field[Any], instance: Any) -> Any:
+def _default(field: dataclasses.Field, instance: object) -> object:
     """The default of a field, that of an instance first."""
     if dataclasses.is_dataclass(instance):
         return getattr(instance, field.name)

@@ -44,7 +44,7 @@ def read_toml(name_or_path: str) -> dict[str, Any]:
         raise ConfigError(f"config {name_or_path}: {error}") from None
 
 
-def from_mapping(kind: type[ConfigT], values: Mapping[str, Any], source: str) -> ConfigT:
+def from_mapping(kind: type[ConfigT], values: Mapping[str, object], source: str) -> ConfigT:
     """Builds a configuration dataclass from nested values, types and names checked.
 
     Args:
@@ -74,7 +74,7 @@ def to_toml(config: Config) -> str:
     return tomli_w.dumps(_without_none(dataclasses.asdict(config)))
 
 
-def _without_none(values: Mapping[str, Any]) -> dict[str, Any]:
+def _without_none(values: Mapping[str, object]) -> dict[str, object]:
     """Nested values without None, which TOML cannot say; absent fields are None by default."""
     return {
         name: _without_none(value) if isinstance(value, Mapping) else value
@@ -101,7 +101,7 @@ def load_sft_config(name_or_path: str) -> SftConfig:
     return check_sft(from_mapping(SftConfig, read_toml(name_or_path), name_or_path))
 
 
-def nearest_preset(values: Mapping[str, Any]) -> tuple[str, Config]:
+def nearest_preset(values: Mapping[str, object]) -> tuple[str, Config]:
     """The preset of `train` from which the fewest fields differ, with its name.
 
     Args:

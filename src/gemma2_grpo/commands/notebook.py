@@ -84,7 +84,7 @@ def changed(config: Config, **fields: Any) -> Config:
     return check(replaced(config, **fields))
 
 
-def show_report(path: Path, height: int = 900) -> Any:
+def show_report(path: Path, height: int = 900) -> object:
     """A report inside of a notebook's page, apart from it: its own styles, no scripts."""
     from html import escape
 

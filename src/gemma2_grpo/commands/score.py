@@ -5,7 +5,7 @@ import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, NamedTuple, TextIO
+from typing import TYPE_CHECKING, Annotated, NamedTuple, TextIO
 
 from tyro.conf import Positional, arg
 
@@ -91,7 +91,7 @@ def read_completions(path: Path) -> list[CompletionRow]:
     return rows
 
 
-def as_record(score: "CompletionScore", weights: RewardConfig) -> dict[str, Any]:
+def as_record(score: "CompletionScore", weights: RewardConfig) -> dict[str, object]:
     """A score as JSON has it; components lie in [0, 1], before their weights."""
     from gemma2_grpo.task.rewards import component_weights
 
@@ -106,7 +106,7 @@ def as_record(score: "CompletionScore", weights: RewardConfig) -> dict[str, Any]
     }
 
 
-def _checked(content: dict[str, Any], place: str) -> CompletionRow:
+def _checked(content: dict[str, object], place: str) -> CompletionRow:
     """Checks that an object has the fields, and of the types, that are needed."""
     from gemma2_grpo.task.answers import extract_number, gold_answer
 
@@ -124,7 +124,7 @@ def _checked(content: dict[str, Any], place: str) -> CompletionRow:
     return CompletionRow(completion, answer, question, bool(is_truncated))
 
 
-def _text(content: dict[str, Any], name: str, place: str) -> str:
+def _text(content: dict[str, object], name: str, place: str) -> str:
     """A field's text. As in data sets, an answer may be a JSON number as well."""
     if name not in content:
         raise UserError(f"{place}: field {name!r} is missing; add it")

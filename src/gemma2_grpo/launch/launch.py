@@ -4,7 +4,6 @@ import math
 import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path, PurePosixPath
-from typing import Any
 
 from gemma2_grpo.checks import check
 from gemma2_grpo.config import Config, flat, replaced
@@ -112,7 +111,7 @@ def train_command(config: Config, config_name: str, run: str) -> tuple[str, ...]
     return ("gemma2-grpo", "train", base, "--run", run, *options)
 
 
-def _option(name: str, value: Any) -> tuple[str, ...]:
+def _option(name: str, value: object) -> tuple[str, ...]:
     """The words of an option."""
     option = name.replace("_", "-")
     if isinstance(value, bool):

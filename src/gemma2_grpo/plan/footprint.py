@@ -12,6 +12,7 @@ import jax
 import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
+from jaxtyping import PyTree
 
 from gemma2_grpo.errors import UserError
 from gemma2_grpo.model.mesh import MESH_AXES, make_mesh
@@ -212,7 +213,7 @@ def resident(programs: Programs) -> Resident:
     return Resident(_local_bytes(base), _local_bytes(lora), _local_bytes(moments), merged)
 
 
-def _local_bytes(tree: Any) -> int:
+def _local_bytes(tree: PyTree) -> int:
     return sum(
         math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in jax.tree.leaves(tree)
     )

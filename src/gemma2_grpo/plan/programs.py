@@ -6,12 +6,14 @@ reach their limits. Nothing is computed, so that the mesh may be of devices that
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import TypeVar
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.typing import DTypeLike
+from jaxtyping import PyTree
 
 from gemma2_grpo.config import Config
 from gemma2_grpo.model.architecture import Architecture, Model
@@ -31,6 +33,7 @@ from gemma2_grpo.training.packing import Credit, MicroBatch, choose_shapes
 from gemma2_grpo.training.programs import UpdatePrograms
 
 Lower = Callable[[], jax.stages.Lowered]
+T = TypeVar("T")
 
 
 def abstract_policy(architecture: Architecture, config: Config, mesh: Mesh) -> Model:
@@ -45,14 +48,14 @@ def abstract_policy(architecture: Architecture, config: Config, mesh: Mesh) -> M
     return _placed(nnx.eval_shape(build), mesh)
 
 
-def _placed(module: Any, mesh: Mesh) -> Any:
+def _placed(module: T, mesh: Mesh) -> T:
     """Puts the shardings that the variables are marked with onto their shapes."""
     graphdef, state = nnx.split(module)
     shardings = nnx.get_named_sharding(state, mesh)
     return nnx.merge(graphdef, jax.tree.map(_array, state, shardings))
 
 
-def _array(x: Any, sharding: NamedSharding) -> jax.ShapeDtypeStruct:
+def _array(x: jax.ShapeDtypeStruct, sharding: NamedSharding) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
 
 
@@ -169,21 +172,21 @@ class Programs:
             "optimizer": lambda: programs.apply.lower(lora, base, state, lora),
         }
 
-    def _rows(self, shape: tuple[int, ...], dtype: Any = jnp.int32) -> jax.ShapeDtypeStruct:
+    def _rows(self, shape: tuple[int, ...], dtype: DTypeLike = jnp.int32) -> jax.ShapeDtypeStruct:
         """An input laid over the devices as `Updater.place` does."""
         return jax.ShapeDtypeStruct(shape, dtype, sharding=batch_sharding(self.mesh, shape[0]))
 
-    def _whole(self, shape: tuple[int, ...], dtype: Any = jnp.int32) -> jax.ShapeDtypeStruct:
+    def _whole(self, shape: tuple[int, ...], dtype: DTypeLike = jnp.int32) -> jax.ShapeDtypeStruct:
         """An input on every device."""
         return jax.ShapeDtypeStruct(
             shape, dtype, sharding=NamedSharding(self.mesh, PartitionSpec())
         )
 
-    def _heads(self, arrays: Any, rows: str | None) -> Any:
+    def _heads(self, arrays: PyTree, rows: str | None) -> PyTree:
         """Keys and values, with their heads over tp."""
 
-        def place(x: Any) -> jax.ShapeDtypeStruct:
-            axis = rows if rows and len(x) % self.mesh.shape[rows] == 0 else None
+        def place(x: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
+            axis = rows if rows and x.shape[0] % self.mesh.shape[rows] == 0 else None
             return _array(x, NamedSharding(self.mesh, PartitionSpec(axis, None, "tp", None)))
 
         return jax.tree.map(place, arrays)

@@ -6,7 +6,6 @@ import shlex
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from itertools import chain, pairwise
-from typing import Any
 
 from gemma2_grpo.config import flat
 from gemma2_grpo.presets import nearest_preset
@@ -162,7 +161,7 @@ def differences_from_preset(run: RunFiles) -> tuple[str, list[list[str]]] | None
     return name, differences([json.loads(json.dumps(flat(preset))), run.config])
 
 
-def differences(tables: Sequence[Mapping[str, Any]]) -> list[list[str]]:
+def differences(tables: Sequence[Mapping[str, object]]) -> list[list[str]]:
     """Rows of text: the fields that are not the same in all tables, with their values."""
     rows = []
     for name in dict.fromkeys(chain.from_iterable(tables)):
@@ -172,7 +171,7 @@ def differences(tables: Sequence[Mapping[str, Any]]) -> list[list[str]]:
     return rows
 
 
-def plain(value: Any) -> str:
+def plain(value: object) -> str:
     """A value in a line, without what concerns only the machine."""
     text = value if isinstance(value, str) else json.dumps(value, default=str)
     short = text if len(text) <= _MAX_VALUE_CHARS else f"{text[: _MAX_VALUE_CHARS - 1]}…"

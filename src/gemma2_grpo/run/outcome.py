@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import zip_longest
 from operator import attrgetter
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from gemma2_grpo.run.files import RunFiles
 from gemma2_grpo.run.results import ADAPTER, BASE, StepsMeasures, System
@@ -15,6 +15,9 @@ from gemma2_grpo.task.statistics import Paired, compare_paired
 SIGNIFICANCE = 0.05
 
 _NO_BREAK = "\u00a0"
+
+Value = float | tuple[float, float]
+"""A measure, or an interval of it."""
 
 
 class Measure(NamedTuple):
@@ -232,7 +235,7 @@ def measure_rows(results: Sequence[Result], *, with_change: bool = False) -> lis
     return rows
 
 
-def _values(system: System, name: str) -> Mapping[int, Any]:
+def _values(system: System, name: str) -> Mapping[int, Value]:
     """The values of a measure: one, or one for each k from 2 on; none if it was not measured."""
     if name.startswith("sampled.") and system.sampled is None:
         return {}
@@ -242,7 +245,7 @@ def _values(system: System, name: str) -> Mapping[int, Any]:
     return {} if value is None else {1: value}
 
 
-def _cell(value: Any, is_fraction: bool) -> str:
+def _cell(value: Value | None, is_fraction: bool) -> str:
     if value is None:
         return "–"
     if isinstance(value, tuple):
@@ -255,7 +258,7 @@ def _interval_text(interval: tuple[float, float]) -> str:
     return f"{100 * low:.0f} to {100 * high:.0f}"
 
 
-def _change(before: Any, after: Any, is_fraction: bool) -> str:
+def _change(before: Value | None, after: Value | None, is_fraction: bool) -> str:
     if not isinstance(before, float) or not isinstance(after, float):
         return ""
     decimals, factor, unit = (1, 100, f"{_NO_BREAK}pp") if is_fraction else (2, 1, "")

@@ -6,10 +6,10 @@ import logging
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import jax
 import orbax.checkpoint as ocp
+from jaxtyping import PyTree
 
 from gemma2_grpo.runtime.atomic import whole_directory
 
@@ -19,7 +19,7 @@ _PREFIX = "step_"
 _log = logging.getLogger(__name__)
 
 
-def save_checkpoint(folder: Path, step: int, state: Any, keep: int) -> Path:
+def save_checkpoint(folder: Path, step: int, state: PyTree, keep: int) -> Path:
     """Writes the state after `step` steps and keeps the newest `keep` checkpoints.
 
     Everything is written under a temporary name, listed with its SHA-256 in a manifest and then
@@ -55,7 +55,7 @@ def _prune(folder: Path, newest: int, keep: int) -> None:
             shutil.rmtree(folder / f"{_PREFIX}{step:06d}")
 
 
-def restore_checkpoint(folder: Path, like: Any) -> tuple[int, Any] | None:
+def restore_checkpoint(folder: Path, like: PyTree) -> tuple[int, PyTree] | None:
     """Restores the newest checkpoint that verifies, onto the shardings of `like`.
 
     A checkpoint that is incomplete or does not match its manifest is passed over with a warning.
@@ -78,7 +78,7 @@ def restore_checkpoint(folder: Path, like: Any) -> tuple[int, Any] | None:
         return step, checkpointer.restore(path, target)
 
 
-def restore_part(folder: Path, like: Mapping[str, Any]) -> tuple[int, Any]:
+def restore_part(folder: Path, like: Mapping[str, PyTree]) -> tuple[int, PyTree]:
     """Restores some entries of the newest checkpoint that verifies, onto the shardings of `like`.
 
     One that is damaged is passed over with a warning.

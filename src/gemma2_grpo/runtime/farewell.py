@@ -91,7 +91,7 @@ def joined(
         raise UserError(f"{_NOT_JOINED.removeprefix('error: ')} ({line}); {_FIX}") from None
     _joined.set()
     # Where the devices cannot be started, JAX cannot be asked for it.
-    number: Any = distributed.global_state.process_id
+    number: int = distributed.global_state.process_id
     # JAX has put a handler of its own there, by which the signal is noted and comes to nothing.
     signal.signal(signal.SIGTERM, signal.getsignal(signal.SIGTERM))
     is_leaving = threading.Event()
@@ -136,32 +136,35 @@ def _status(error: BaseException) -> int:
 
 def _listen(own_number: int, is_leaving: threading.Event) -> None:
     """Ends this process when another one says why it stops. JAX ends it if one dies silently."""
-    client: Any = distributed.global_state.client
     while not is_leaving.wait(1):
         try:
-            number, status, text = json.loads(client.key_value_try_get(_STOPPED))
+            number, status, text = json.loads(_client().key_value_try_get(_STOPPED))
         except RuntimeError:  # Nobody said anything.
             continue
         if is_leaving.is_set():
             return
         text = " ".join(text.removeprefix("error: ").split())
         print(f"error: process {number}: {text}", file=sys.stderr)
-        _part(client, own_number)
+        _part(own_number)
         _exit(status)
 
 
 def _tell(number: int, status: int, text: str) -> None:
     """Tells the other processes why this one stops."""
-    client: Any = distributed.global_state.client
     with suppress(RuntimeError):  # Another one may have been first, or be gone.
-        client.key_value_set(_STOPPED, json.dumps([number, status, text]))
-    _part(client, number)
+        _client().key_value_set(_STOPPED, json.dumps([number, status, text]))
+    _part(number)
 
 
-def _part(client: Any, number: int) -> None:
+def _client() -> Any:
+    """JAX's client of the coordination service, which is typed nowhere."""
+    return distributed.global_state.client
+
+
+def _part(number: int) -> None:
     """Waits until all processes know; process 0 leaves last, since all speak through it."""
     with suppress(RuntimeError):
-        client.wait_at_barrier(f"{_STOPPED}/by_all", _FAREWELL_SECONDS * 1000)
+        _client().wait_at_barrier(f"{_STOPPED}/by_all", _FAREWELL_SECONDS * 1000)
     if number == 0:
         time.sleep(1)
 

@@ -4,7 +4,7 @@ import ctypes
 import platform
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Protocol
 
 import psutil
 
@@ -52,17 +52,21 @@ def available_bytes(cgroup: Path = Path("/sys/fs/cgroup")) -> int:
         return machine
 
 
+class _Device(Protocol):
+    def memory_stats(self) -> dict[str, int] | None: ...
+
+
 class MemoryMonitor:
     """Watches the memory of devices, and warns once when one is nearly full."""
 
-    def __init__(self, devices: Sequence[Any] | None = None) -> None:
+    def __init__(self, devices: Sequence[_Device] | None = None) -> None:
         """Takes devices; by default the local ones, because remote ones report nothing."""
         import jax
 
         self._devices = jax.local_devices() if devices is None else devices
         self._has_warned = False
 
-    def as_record(self) -> dict[str, Any]:
+    def as_record(self) -> dict[str, float | list[int]]:
         """Memory for metrics.jsonl; empty where no device reports it.
 
         For the fullest device, `memory_bytes` is in use now, `peak_memory_bytes` is the maximum

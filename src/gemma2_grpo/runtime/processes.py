@@ -10,16 +10,19 @@ import json
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cache
-from typing import Any
+from typing import TypeVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.experimental.multihost_utils import process_allgather
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jaxtyping import PyTree
 
 from gemma2_grpo.errors import UserError
 from gemma2_grpo.runtime.farewell import ProcessLostError
+
+T = TypeVar("T")
 
 # Host values are sent in arrays of this many bytes or a power of two more: each size is a program.
 _LEAST_BYTES = 1024
@@ -50,7 +53,7 @@ def _together() -> Iterator[None]:
         raise ProcessLostError(error) from error
 
 
-def gather(value: Any) -> list[Any]:
+def gather(value: T) -> list[T]:
     """What each process gives, in their order. Only JSON's types go through."""
     if jax.process_count() == 1:
         return [value]
@@ -64,19 +67,19 @@ def gather(value: Any) -> list[Any]:
     return [json.loads(bytes(row[:size])) for row, size in zip(rows, sizes, strict=True)]
 
 
-def from_first(value: Any) -> Any:
+def from_first(value: T) -> T:
     """What process 0 gives."""
     return gather(value)[0]
 
 
-def gather_rows(columns: Mapping[str, Sequence[Any]]) -> dict[str, list[Any]]:
+def gather_rows(columns: Mapping[str, Sequence[T]]) -> dict[str, list[T]]:
     """Columns of all processes, one after the other. A process without rows may give no columns."""
     parts = gather({name: list(column) for name, column in columns.items()})
     names = dict.fromkeys(name for part in parts for name in part)
     return {name: [row for part in parts for row in part.get(name, [])] for name in names}
 
 
-def check_same(facts: Mapping[str, Any]) -> None:
+def check_same(facts: Mapping[str, object]) -> None:
     """Refuses processes that were started with different things.
 
     Raises:
@@ -93,7 +96,7 @@ def check_same(facts: Mapping[str, Any]) -> None:
                 )
 
 
-def check_replicas(tree: Any) -> None:
+def check_replicas(tree: PyTree) -> None:
     """Stops a run whose processes no longer hold the same bits, before that is written down.
 
     Raises:
@@ -110,7 +113,7 @@ def check_replicas(tree: Any) -> None:
         raise RuntimeError(f"the weights of processes {differing} are not those of process 0")
 
 
-def total(tree: Any) -> Any:
+def total(tree: PyTree) -> PyTree:
     """Sums arrays over the processes; each has the same bits of the sum, placed as its own.
 
     Args:

@@ -2,13 +2,13 @@
 
 import logging
 import os
-import queue
 import re
 import threading
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Literal, TypeVar
 
 T = TypeVar("T")
 
@@ -122,22 +122,21 @@ def within(seconds: float, call: Callable[[], T]) -> T:
     Raises:
         TimeoutError: after so many seconds; the function goes on in a thread that is forgotten.
     """
-    answers: queue.SimpleQueue[tuple[Any, Exception | None]] = queue.SimpleQueue()
+    answer: Future[T] = Future()
 
-    def answer() -> None:
+    def ask() -> None:
         try:
-            answers.put((call(), None))
+            answer.set_result(call())
         except Exception as error:
-            answers.put((None, error))
+            answer.set_exception(error)
 
-    threading.Thread(target=answer, daemon=True).start()
+    threading.Thread(target=ask, daemon=True).start()
     try:
-        value, error = answers.get(timeout=seconds)
-    except queue.Empty:
+        return answer.result(seconds)
+    except TimeoutError:
+        if answer.done():  # The function's own.
+            raise
         raise TimeoutError(_no_answer(seconds)) from None
-    if error:
-        raise error
-    return value
 
 
 def http_status(error: BaseException) -> int | None:

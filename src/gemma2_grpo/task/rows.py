@@ -4,7 +4,6 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from gemma2_grpo.errors import UserError, first_line
 from gemma2_grpo.task.answers import extract_number, gold_answer, printable
@@ -102,12 +101,12 @@ def read_files(paths: list[Path]) -> list[Row]:
     return rows
 
 
-def _jsonl_rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+def _jsonl_rows(path: Path) -> Iterator[tuple[str, dict[str, object]]]:
     for line in read_jsonl(path, json_object("question and answer")):
         yield line.place, line.content
 
 
-def _parquet_rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+def _parquet_rows(path: Path) -> Iterator[tuple[str, dict[str, object]]]:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -118,7 +117,7 @@ def _parquet_rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
     yield from ((f"{path} row {number}", row) for number, row in enumerate(contents, start=1))
 
 
-def _checked(content: dict[str, Any], place: str) -> Row:
+def _checked(content: dict[str, object], place: str) -> Row:
     """Checks that a row has a question and an answer, both text that is not blank."""
     question, answer = content.get("question"), content.get("answer")
     if isinstance(answer, int | float) and not isinstance(answer, bool):

@@ -6,7 +6,7 @@ import traceback
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 
@@ -117,7 +117,7 @@ def check_rewards(values: Any, expected: int, name: str = "reward") -> np.ndarra
     return rewards
 
 
-def _describe(values: Any) -> str:
+def _describe(values: object) -> str:
     shape = getattr(values, "shape", None)
     return type(values).__name__ if shape is None else f"an array of shape {shape}"
 
@@ -148,12 +148,12 @@ def load_reward(spec: str) -> tuple[Reward, str]:
             module_spec.loader.exec_module(module)
     except (Exception, SystemExit) as error:  # Whatever it raises is the user's to mend.
         raise UserError(f"reward = {spec!r}: {type(error).__name__}: {error}") from error
-    function = getattr(module, name, None)
+    function: Reward | None = getattr(module, name, None)
     if not callable(function):
         raise UserError(f"reward = {spec!r}: {path} has no function {name!r}")
 
-    def reward(questions: list[str], completions: list[str], answers: list[str]) -> Any:
+    def reward(*columns: list[str]) -> Sequence[float | None]:
         with siblings.importable():
-            return function(questions, completions, answers)
+            return function(*columns)
 
-    return cast(Reward, reward), siblings.sha256()
+    return reward, siblings.sha256()
