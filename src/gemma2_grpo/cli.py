@@ -8,7 +8,7 @@ import os
 import sys
 from collections.abc import Sequence
 from dataclasses import MISSING, fields
-from typing import Annotated, Any, NoReturn, Union
+from typing import Annotated, Any, NoReturn, Union, get_args
 
 import tyro
 from tyro.conf import subcommand
@@ -30,10 +30,7 @@ from gemma2_grpo.presets import from_mapping, read_toml
 _UNICODE = ("utf-8", "utf8", "utf-16", "utf-32")
 
 Command = Train | Sft | Score | Evaluate | Ask | Report | Export | Plan | Launch
-COMMANDS: dict[str, type[Command]] = {
-    kind.__name__.lower(): kind
-    for kind in (Train, Sft, Score, Evaluate, Ask, Report, Export, Plan, Launch)
-}
+COMMANDS: dict[str, type[Command]] = {kind.__name__.lower(): kind for kind in get_args(Command)}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

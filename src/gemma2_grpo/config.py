@@ -19,17 +19,18 @@ from gemma2_grpo.ranges import (
     TopP,
 )
 
-# TOML values are checked strictly ("16" is not 16), and `check` looks at every field again.
-_STRICT = ConfigDict(
-    strict=True, extra="forbid", allow_inf_nan=False, revalidate_instances="always"
-)
+
+class _Checked:
+    """TOML values are checked strictly ("16" is not 16); `check` looks at every field again."""
+
+    __pydantic_config__ = ConfigDict(
+        strict=True, extra="forbid", allow_inf_nan=False, revalidate_instances="always"
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
-class ModelConfig:
+class ModelConfig(_Checked):
     """Which weights, and how the policy is adapted and laid out."""
-
-    __pydantic_config__ = _STRICT
 
     model: str = "google/gemma-2-2b-it"
     """`embedded`, a directory of HF safetensors, a Hugging Face id, or `kaggle:HANDLE`."""
@@ -64,10 +65,8 @@ class ModelConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class DataConfig:
+class DataConfig(_Checked):
     """Which problems are trained on and which are measured."""
-
-    __pydantic_config__ = _STRICT
 
     dataset: str = "openai/gsm8k"
     """`procedural`, `openai/gsm8k`, `kaggle:HANDLE`, a directory with train and test JSONL or
@@ -83,10 +82,8 @@ class DataConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class RolloutConfig:
+class RolloutConfig(_Checked):
     """How completions are sampled."""
-
-    __pydantic_config__ = _STRICT
 
     engine: Literal["group", "vanilla", "vllm", "sglang_jax"] = "group"
     """`group` is ours; the others are Tunix's. `vanilla` is slow and plain, for comparison; `vllm`
@@ -117,10 +114,8 @@ class RolloutConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class GrpoConfig:
+class GrpoConfig(_Checked):
     """The objective and its updates."""
-
-    __pydantic_config__ = _STRICT
 
     num_iterations: AtLeast1 = 3
     """Updates per batch of rollouts (mu)."""
@@ -137,10 +132,8 @@ class GrpoConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class OptimizerConfig:
+class OptimizerConfig(_Checked):
     """AdamW with linear warm-up, cosine decay and global-norm clipping."""
-
-    __pydantic_config__ = _STRICT
 
     learning_rate: Positive = 2e-6
     """Peak learning rate."""
@@ -160,10 +153,8 @@ class OptimizerConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class RewardConfig:
+class RewardConfig(_Checked):
     """Weights of the reward components; each component lies in [0, 1] before its weight."""
-
-    __pydantic_config__ = _STRICT
 
     format_weight: NotNegative = 0.25
     """Weight of the format component: the four tags, each once, in order, with nothing outside."""
@@ -186,10 +177,8 @@ class RewardConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class RunConfig:
+class RunConfig(_Checked):
     """Length, seed and rhythm of the run."""
-
-    __pydantic_config__ = _STRICT
 
     max_steps: AtLeast1 = 600
     """Steps; a step is one batch of rollouts and its `num_iterations` updates."""
@@ -218,10 +207,8 @@ class RunConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Config:
+class Config(_Checked):
     """A whole `train` run. The defaults are the flagship's, Gemma 2 2B-IT on a TPU v5e-8."""
-
-    __pydantic_config__ = _STRICT
 
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)
@@ -233,10 +220,8 @@ class Config:
 
 
 @dataclass(frozen=True, kw_only=True)
-class SupervisedConfig:
+class SupervisedConfig(_Checked):
     """What supervised training sees, and for how long."""
-
-    __pydantic_config__ = _STRICT
 
     init: Literal["pretrained", "random"] = "pretrained"
     """`random` takes only architecture and tokenizer from the model, and draws its weights."""
@@ -255,10 +240,8 @@ class SupervisedConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class SftConfig:
+class SftConfig(_Checked):
     """A whole `sft` run: supervised training on worked solutions."""
-
-    __pydantic_config__ = _STRICT
 
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)
@@ -267,10 +250,8 @@ class SftConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class EvaluateConfig:
+class EvaluateConfig(_Checked):
     """Settings of `evaluate`. Unset fields are taken from the run."""
-
-    __pydantic_config__ = _STRICT
 
     dataset: str | None = None
     """As for `train`. Default: that of the run; for a model GSM8K."""

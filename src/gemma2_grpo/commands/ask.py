@@ -72,12 +72,11 @@ class Ask:
             raise UserError(f"{self.source} is no run; --compare base shows the base of a run")
         is_other = self.compare not in (None, _BASE)
         other = as_asked(find_source(str(self.compare)), asked_for) if is_other else None
-        opened = _open(source, console)
-        systems = [_System(_title(source, opened), opened, opened.sampler(adapted=True))]
+        systems = [_open(source, console)]
         if other:
-            opened = _open(other, console)
-            systems.insert(0, _System(_title(other, opened), opened, opened.sampler(adapted=True)))
+            systems.insert(0, _open(other, console))
         elif self.compare:
+            opened = systems[0].opened
             systems.insert(0, _System(_BASE, opened, opened.sampler(adapted=False)))
         self._answer_all(systems, console)
 
@@ -109,11 +108,7 @@ class _System(NamedTuple):
     sample: "Sample"
 
 
-def _title(source: "Source", opened: "Opened") -> str:
-    return f"{source.title}, after {opened.steps} steps" if opened.steps else source.title
-
-
-def _open(source: "Source", console: "Console") -> "Opened":
+def _open(source: "Source", console: "Console") -> _System:
     from gemma2_grpo.run.console import inert
     from gemma2_grpo.run.source import open_source
     from gemma2_grpo.runtime.devices import start_jax
@@ -123,7 +118,9 @@ def _open(source: "Source", console: "Console") -> "Opened":
 
     use_program_cache(source.config.run.compilation_cache, console.print)
     with console.status(f"loading {inert(source.title)}"):
-        return open_source(source)
+        opened = open_source(source)
+    title = f"{source.title}, after {opened.steps} steps" if opened.steps else source.title
+    return _System(title, opened, opened.sampler(adapted=True))
 
 
 def _check_question(opened: "Opened", question: str) -> None:

@@ -91,14 +91,12 @@ class Display:
     @contextmanager
     def measuring(self, label: str, total: int) -> Iterator[Callable[[int], None]]:
         """Shows the progress of a measurement; yields what to call with each batch's size."""
-        if (
-            not self.console.is_terminal or self._panel
-        ):  # A terminal has one live display at a time.
+        # A terminal has one live display at a time.
+        if not self.console.is_terminal or self._panel:
             self.console.print(f"{label} ...")
             yield lambda done: None
             return
-        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
-        with Progress(*columns, TimeRemainingColumn(), console=self.console, transient=True) as bar:
+        with self._bar(is_transient=True) as bar:
             task = bar.add_task(label, total=total)
             yield lambda done: bar.advance(task, done)
 
@@ -106,21 +104,24 @@ class Display:
     def supervising(self, label: str, total: int) -> Iterator[Callable[[int, float], None]]:
         """Shows the progress of supervised training; yields what to call with step and loss."""
         if not self.console.is_terminal:
-            every = max(1, total // 20)
-            yield (
-                lambda step, loss: (
+
+            def show(step: int, loss: float) -> None:
+                if step % max(1, total // 20) == 0 or step == total:
                     self.console.print(f"{label}: step {step}/{total}  loss {loss:.4f}")
-                    if step % every == 0 or step == total
-                    else None
-                )
-            )
+
+            yield show
             return
-        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
-        with Progress(*columns, TimeRemainingColumn(), console=self.console) as bar:
+        with self._bar() as bar:
             task = bar.add_task(label, total=total)
             yield lambda step, loss: bar.update(
                 task, completed=step, description=f"{label}, loss {loss:.4f}"
             )
+
+    def _bar(self, *, is_transient: bool = False) -> Progress:
+        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
+        return Progress(
+            *columns, TimeRemainingColumn(), console=self.console, transient=is_transient
+        )
 
     @contextmanager
     def training(self, first: int, total: int) -> Iterator[OnStep]:

@@ -187,7 +187,6 @@ def _greedy(records: Sequence[EvaluatedCompletion], examples: Sequence[Example])
         correct_fraction=correct / count,
         correct_fraction_interval=wilson_interval(correct, count),
         **_form(records),
-        mean_reward=_mean_reward(records),
         num_problems=count,
         num_correct=correct,
         num_official_correct=official,
@@ -214,7 +213,6 @@ def _sampled(
         correct_fraction=pass_at_k(correct, samples, 1),
         correct_fraction_interval=interval_over_problems(correct, samples),
         **_form(records),
-        mean_reward=_mean_reward(records),
         num_samples=samples,
         pass_at_k={k: pass_at_k(correct, samples, k) for k in ks},
         maj_at_k={
@@ -223,7 +221,7 @@ def _sampled(
     )
 
 
-def _form(records: Sequence[EvaluatedCompletion]) -> dict[str, float]:
+def _form(records: Sequence[EvaluatedCompletion]) -> dict[str, Any]:
     """Measures that do not ask whether an answer is right."""
     count, equations = len(records), sum(record.num_equations for record in records)
     true = sum(record.num_true_equations for record in records)
@@ -233,11 +231,8 @@ def _form(records: Sequence[EvaluatedCompletion]) -> dict[str, float]:
         "true_equations_fraction": true / max(equations, 1),
         "truncated_fraction": sum(record.truncated for record in records) / count,
         "mean_completion_tokens": sum(record.completion_tokens for record in records) / count,
+        "mean_reward": _mean(np.array([record.reward for record in records], np.float64)),
     }
-
-
-def _mean_reward(records: Sequence[EvaluatedCompletion]) -> float | None:
-    return _mean(np.array([record.reward for record in records], np.float64))
 
 
 def _by_solution_steps(
