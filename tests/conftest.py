@@ -6,7 +6,7 @@ import tempfile
 
 import pytest
 
-pytest_plugins = ["tests.fixtures.models", "tests.fixtures.runs"]
+pytest_plugins = ["tests.fixtures.models", "tests.fixtures.runs", "tests.fixtures.written_run"]
 
 # Meshes of up to 8 devices on any machine; tests that mean one device build a (1, 1) mesh.
 _DEVICES = "--xla_force_host_platform_device_count=8"

@@ -125,8 +125,9 @@ class GrpoConfig(_Checked):
     """Clip range of the importance ratio, below (and above, unless epsilon_high is set)."""
     epsilon_high: float | None = None
     """Clip range above 1 (clip-higher, DAPO)."""
-    loss_type: Literal["grpo", "drgrpo", "token_mean", "gspo"] = "grpo"
-    """How tokens are averaged and advantages scaled."""
+    loss_type: str = "grpo"
+    """Objective: `grpo`, `drgrpo` (no division by length or deviation), `token_mean` (DAPO) or
+    `gspo` (ratio of the sequence); the names of OBJECTIVES in training/loss.py."""
     micro_batch_tokens: AtLeast1 = 12_288
     """Completion tokens whose gradient is computed at one time; the rest is accumulated."""
 

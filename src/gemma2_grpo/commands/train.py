@@ -88,6 +88,7 @@ def _run(
     from gemma2_grpo.runtime.devices import start_jax
     from gemma2_grpo.task.examples import load_splits
     from gemma2_grpo.task.scoring import Scorer
+    from gemma2_grpo.training.loss import find_objective
 
     result = directory.result
     if cluster:
@@ -106,6 +107,7 @@ def _run(
     splits = load_splits(config.data)
     reward, reward_sha256 = _load_reward(config, directory, display)
     scorer = Scorer(config.rewards, reward)
+    find_objective(config.grpo.loss_type)
     start_jax(display.note)
     display.warn_of_cpu(config.model, config_name)
     display.note(f"loading {config.model.model}")

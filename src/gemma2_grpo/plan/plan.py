@@ -79,6 +79,9 @@ def make_plan(
     for name, value in given.items():
         if not 0 < value < math.inf:
             raise ConfigError(f"{name} = {value} must be a finite number greater than 0")
+    from gemma2_grpo.training.loss import find_objective
+
+    find_objective(config.grpo.loss_type)
     mean = min(mean_completion_tokens, config.rollout.max_completion_tokens)
     return _planned(config, target, budget_hours, mean, note)
 

@@ -9,6 +9,7 @@ from numpy.typing import ArrayLike
 from gemma2_grpo.run.files import RunFiles
 from gemma2_grpo.run.health import CLIP_FRACTION, KL, TRUNCATED, UNIFORM_GROUPS
 from gemma2_grpo.run.outcome import percent
+from gemma2_grpo.run.schema import StepRecord
 from gemma2_grpo.task.rewards import COMPONENTS
 
 _MAX_BINS = 150
@@ -170,13 +171,24 @@ def _metrics(
     """Fills charts that are named as their metric with a curve of each run."""
     updates = {record.get("num_updates") for run in runs for record in run.metrics}
     filled = []
-    for chart in charts:
+    for chart in (*charts, *_added_charts(runs)):
         labelled = enumerate(zip(runs, names, strict=True), 1)
         curves = [_curve(run, chart.name, name, look) for look, (run, name) in labelled]
         is_unclipped = chart.name == "clip_fraction" and updates <= {0.0, 1.0}
         note = "With one update per batch nothing can be clipped." if is_unclipped else ""
         filled.append(replace(chart, curves=curves, note=note))
     return filled
+
+
+def _added_charts(runs: Sequence[RunFiles]) -> list[Chart]:
+    """Charts of the metrics of the updates that the schema does not name, in alphabetical order."""
+    names = {name for run in runs for record in run.metrics for name in record if "." not in name}
+    charts = []
+    for name in sorted(names - set(StepRecord.model_fields)):
+        title = name.removesuffix("_fraction").replace("_", " ").capitalize()
+        unit = "%, last update" if name.endswith("_fraction") else "last update of a step"
+        charts.append(Chart(name, title, unit))
+    return charts
 
 
 def _curve(run: RunFiles, metric: str, label: str, look: int) -> Curve:

@@ -53,8 +53,13 @@ def setup(run: RunFiles) -> list[tuple[str, str]]:
 def weights(run: RunFiles) -> str:
     """The weights of the components of the reward, in words."""
     known = numbers(run.config)
-    weights = [(n, known.get(f"weights.{n}", known.get(f"{n}_weight"))) for n in COMPONENTS]
-    texts = [f"{name.removeprefix('self_')} × {w:.2f}" for name, w in weights if w is not None]
+    texts = []
+    for name, component in COMPONENTS.items():
+        is_known = any(f"mean_components.{name}" in record for record in run.metrics[-1:])
+        default = known.get(f"{name}_weight", component.weight if is_known else None)
+        weight = known.get(f"weights.{name}", default)
+        if weight is not None:
+            texts.append(f"{name.removeprefix('self_')} × {weight:.2f}")
     return f", before their weights ({', '.join(texts)})" if texts else ""
 
 

@@ -99,6 +99,8 @@ def step_facts(record: StepRecord) -> dict[str, str]:
             f"{_text(record.tokens_per_second, '.0f')} tokens/s"
         ),
     }
+    # Metrics of the updates that the schema does not name: those that someone has added.
+    facts |= {name: _text(value, ".4g") for name, value in (record.model_extra or {}).items()}
     if record.peak_memory_fraction is not None:
         facts["memory"] = f"{record.peak_memory_fraction:.0%} of the fullest device, at most"
     return facts

@@ -92,7 +92,7 @@ def read_files(paths: list[Path]) -> list[Row]:
         if read is None:
             raise UserError(f"dataset {path}: neither .jsonl nor .parquet")
         try:
-            found = [_checked(content, place) for place, content in read(path)]
+            found = [checked_row(content, place) for place, content in read(path)]
         except OSError as error:
             raise UserError(f"dataset {path}: cannot be read ({first_line(error)})") from None
         if not found:
@@ -117,7 +117,7 @@ def _parquet_rows(path: Path) -> Iterator[tuple[str, dict[str, object]]]:
     yield from ((f"{path} row {number}", row) for number, row in enumerate(contents, start=1))
 
 
-def _checked(content: dict[str, object], place: str) -> Row:
+def checked_row(content: dict[str, object], place: str) -> Row:
     """Checks that a row has a question and an answer, both text that is not blank."""
     question, answer = content.get("question"), content.get("answer")
     if isinstance(answer, int | float) and not isinstance(answer, bool):

@@ -23,7 +23,12 @@ from gemma2_grpo.sampling.rollout import Completions, Policy, Sample, sample
 from gemma2_grpo.sampling.tunix import TunixEngine
 from gemma2_grpo.task.examples import Example
 from gemma2_grpo.task.prompts import render_prompt
-from gemma2_grpo.training.loss import OBJECTIVES, Advantages, group_advantages, token_weights
+from gemma2_grpo.training.loss import (
+    Advantages,
+    find_objective,
+    group_advantages,
+    token_weights,
+)
 from gemma2_grpo.training.optimizer import learning_rate_schedule, make_optimizer
 from gemma2_grpo.training.packing import (
     PromptBatch,
@@ -158,7 +163,7 @@ class Learner:
             seed = [self.config.run.seed, Stream.CONTROL, step]
             rewards = np.random.default_rng(seed).permutation(rewards)
         groups = rewards.reshape(-1, self.config.rollout.num_generations)
-        objective = OBJECTIVES[self.config.grpo.loss_type]
+        objective = find_objective(self.config.grpo.loss_type)
         return group_advantages(groups, scale_by_std=objective.scale_by_std)
 
     def pack(

@@ -10,6 +10,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from gemma2_grpo.config import GrpoConfig
+from gemma2_grpo.errors import UserError
 from gemma2_grpo.model.logprobs import TokenLogps
 
 # Keeps an advantage finite where a group's rewards differ by rounding only.
@@ -87,6 +88,18 @@ OBJECTIVES: Mapping[str, Objective] = {
 """Objectives by their name in the configuration, `loss_type`."""
 
 
+def find_objective(loss_type: str) -> Objective:
+    """The objective of a `loss_type`.
+
+    Raises:
+        UserError: for a name that is not in OBJECTIVES.
+    """
+    if loss_type not in OBJECTIVES:
+        names = ", ".join(OBJECTIVES)
+        raise UserError(f"loss_type = {loss_type!r}: no such objective; there are {names}")
+    return OBJECTIVES[loss_type]
+
+
 def token_weights(
     lengths: Int[np.ndarray, " N"],
     is_scored: Bool[np.ndarray, " N"],
@@ -109,7 +122,7 @@ def token_weights(
     """
     counted = np.where(is_scored, lengths, 0).astype(np.float64)
     completions = max(int(is_scored.sum()), 1)
-    divisor = OBJECTIVES[loss_type].divisor(counted, completions, max_tokens)
+    divisor = find_objective(loss_type).divisor(counted, completions, max_tokens)
     return (is_scored / divisor).astype(np.float32)
 
 
@@ -165,7 +178,7 @@ def policy_loss(
     """
     is_token = weights > 0
     log_ratio = jnp.where(is_token, policy.logps - old_logps, 0.0)
-    if OBJECTIVES[config.loss_type].is_ratio_of_sequence:
+    if find_objective(config.loss_type).is_ratio_of_sequence:
         log_ratio = _sequence_log_ratio(log_ratio, segment_ids)
     ratio = jnp.exp(log_ratio)
     high = config.epsilon if config.epsilon_high is None else config.epsilon_high
