@@ -72,13 +72,14 @@ class Ask:
             raise UserError(f"{self.source} is no run; --compare base shows the base of a run")
         is_other = self.compare not in (None, _BASE)
         other = as_asked(find_source(str(self.compare)), asked_for) if is_other else None
-        opened = _open(source, console)
-        systems = [_System(_title(source, opened), opened, opened.sampler(adapted=True))]
+        _start(source, console)
+        system = _open(source, console)
+        systems = [system]
         if other:
-            opened = _open(other, console)
-            systems.insert(0, _System(_title(other, opened), opened, opened.sampler(adapted=True)))
+            systems = [_open(other, console), system]
         elif self.compare:
-            systems.insert(0, _System(_BASE, opened, opened.sampler(adapted=False)))
+            base = system.opened.sampler(adapted=False)
+            systems = [_System(_BASE, system.opened, base), system]
         self._answer_all(systems, console)
 
     def _answer_all(self, systems: "Sequence[_System]", console: "Console") -> None:
@@ -109,21 +110,26 @@ class _System(NamedTuple):
     sample: "Sample"
 
 
-def _title(source: "Source", opened: "Opened") -> str:
-    return f"{source.title}, after {opened.steps} steps" if opened.steps else source.title
-
-
-def _open(source: "Source", console: "Console") -> "Opened":
+def _start(source: "Source", console: "Console") -> None:
+    """Starts JAX and the cache of its programs, once for all models."""
     from gemma2_grpo.run.console import inert
-    from gemma2_grpo.run.source import open_source
     from gemma2_grpo.runtime.devices import start_jax
 
     start_jax(lambda text: console.print(inert(text)))
     from gemma2_grpo.runtime.program_cache import use_program_cache
 
     use_program_cache(source.config.run.compilation_cache, console.print)
+
+
+def _open(source: "Source", console: "Console") -> _System:
+    """Loads a model, with the adapters if it has any."""
+    from gemma2_grpo.run.console import inert
+    from gemma2_grpo.run.source import open_source
+
     with console.status(f"loading {inert(source.title)}"):
-        return open_source(source)
+        opened = open_source(source)
+    title = f"{source.title}, after {opened.steps} steps" if opened.steps else source.title
+    return _System(title, opened, opened.sampler(adapted=True))
 
 
 def _check_question(opened: "Opened", question: str) -> None:
