@@ -258,7 +258,7 @@ def test_a_device_that_one_lacks_ends_all_with_its_words(
     """The other one waits for it in JAX, for minutes, unless it is told."""
     environments = [{"JAX_PLATFORMS": "cud" if each == number else "cpu"} for each in (0, 1)]
     pair = start_pair(write_config(run=STEPS), tmp_path / "run", environments=environments)
-    outcomes = [ended(process, 60) for process in pair]
+    outcomes = [ended(process) for process in pair]
     line = "JAX_PLATFORMS = cud: JAX knows no backend 'cud'; did you mean cuda?"
     assert [status for status, _, _ in outcomes] == [2, 2]
     assert outcomes[number][2].splitlines()[-1] == f"error: {line}"

@@ -15,7 +15,7 @@ from tunix.rl.rollout.base_rollout import CacheConfig, RolloutOutput
 from tunix.rl.rollout.base_rollout import RolloutConfig as StockConfig
 from tunix.rl.rollout.vanilla_rollout import VanillaRollout
 
-from gemma2_grpo.config import Config, RolloutConfig
+from gemma2_grpo.config import RolloutConfig
 from gemma2_grpo.model.load import load_weights
 from gemma2_grpo.model.tokenizer import Tokenizer
 from gemma2_grpo.model.weights import split_model
@@ -215,14 +215,12 @@ class TestMergedAdapters:
         fill_adapters: Callable[..., None],
         base: gemma.Gemma,
         tokenizer: Tokenizer,
-        config: Config,
         texts: list[str],
         mesh: Mesh,
     ) -> None:
         """And follow the policy from call to call, without a change of the weights they share."""
         model = make_policy(filled=1, scale=0.1)
-        scale = config.model.lora_alpha / config.model.lora_rank
-        policies = [Policy(model, tokenizer, mesh, merged_scale=s) for s in (scale, None)]
+        policies = [Policy(model, tokenizer, mesh, is_merged=merged) for merged in (True, False)]
         seen = []
         for seed in (1, 2):
             fill_adapters(model, seed, 0.1)

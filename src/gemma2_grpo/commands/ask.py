@@ -72,6 +72,7 @@ class Ask:
             raise UserError(f"{self.source} is no run; --compare base shows the base of a run")
         is_other = self.compare not in (None, _BASE)
         other = as_asked(find_source(str(self.compare)), asked_for) if is_other else None
+        _start(source, console)
         systems = [_open(source, console)]
         if other:
             systems.insert(0, _open(other, console))
@@ -108,15 +109,22 @@ class _System(NamedTuple):
     sample: "Sample"
 
 
-def _open(source: "Source", console: "Console") -> _System:
+def _start(source: "Source", console: "Console") -> None:
+    """Starts JAX and the cache of its programs, once for all models."""
     from gemma2_grpo.run.console import inert
-    from gemma2_grpo.run.source import open_source
     from gemma2_grpo.runtime.devices import start_jax
 
     start_jax(lambda text: console.print(inert(text)))
     from gemma2_grpo.runtime.program_cache import use_program_cache
 
     use_program_cache(source.config.run.compilation_cache, console.print)
+
+
+def _open(source: "Source", console: "Console") -> _System:
+    """Loads a model, with the adapters if it has any."""
+    from gemma2_grpo.run.console import inert
+    from gemma2_grpo.run.source import open_source
+
     with console.status(f"loading {inert(source.title)}"):
         opened = open_source(source)
     title = f"{source.title}, after {opened.steps} steps" if opened.steps else source.title

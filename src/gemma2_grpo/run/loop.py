@@ -40,10 +40,14 @@ class Run:
     programs: ProgramCount
     track: Track
     write_report: Callable[[Path], object]
-    _memory: MemoryMonitor = field(default_factory=MemoryMonitor)
-    _health: Health = field(default_factory=Health)
-    _reported: float = -math.inf
-    _stop_signal: int | None = None
+    _memory: MemoryMonitor = field(init=False)
+    _health: Health = field(init=False, default_factory=Health)
+    _reported: float = field(init=False, default=-math.inf)
+    _stop_signal: int | None = field(init=False, default=None)
+
+    def __post_init__(self) -> None:
+        """Watches the memory of the devices that the run has."""
+        self._memory = MemoryMonitor()
 
     def go(self) -> None:
         """Goes from where the run stands to its result."""

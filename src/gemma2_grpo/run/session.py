@@ -14,7 +14,7 @@ from gemma2_grpo.config import Config
 from gemma2_grpo.errors import UserError
 from gemma2_grpo.model.adapter import save_adapter
 from gemma2_grpo.model.layout import adapter_parameters
-from gemma2_grpo.model.lora import AdapterSize, adapter_size
+from gemma2_grpo.model.lora import AdapterSize, adapter_size, samples_merged
 from gemma2_grpo.model.open import open_files
 from gemma2_grpo.run.directory import RunDirectory, check_free_space
 from gemma2_grpo.run.schema import Data, RunFacts
@@ -125,7 +125,7 @@ def open_session(config: Config, splits: Splits, directory: RunDirectory) -> Ses
         "data": f"{splits.source}: {len(train)} train, {len(held_out)} {split} problems; "
         f"{dropped + dropped_held_out} too long, dropped",
         "steps": _describe_steps(config, finished),
-        "sampling": _describe_sampling(config, learner, files.architecture.sliding_window_size),
+        "sampling": _describe_sampling(config, files.architecture.sliding_window_size),
         "run": str(directory.path),
     }
     return Session(config, learner, train, held_out, finished, facts, plan, directory)
@@ -188,10 +188,10 @@ def _describe_adapters(config: Config, size: AdapterSize) -> str:
     )
 
 
-def _describe_sampling(config: Config, learner: Learner, window: int | None) -> str:
+def _describe_sampling(config: Config, window: int | None) -> str:
     rollout = config.rollout
     if rollout.engine == "group":
-        how = "added into" if learner.is_merged else "run next to"
+        how = "added into" if samples_merged(config) else "run next to"
         return f"adapters {how} the {config.model.dtype} weights"
     text = f"Tunix's engine {rollout.engine}"
     if window and rollout.max_prompt_tokens + rollout.max_completion_tokens > window:

@@ -1,7 +1,6 @@
 """Opening what was trained, or any Gemma 2, to measure, ask or export it."""
 
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -141,14 +140,10 @@ class Opened:
 
     def sampler(self, *, adapted: bool) -> "Sample":
         """`sample` with the adapters, or with the base alone, and the settings of the source."""
-        from gemma2_grpo.model.lora import samples_merged
-        from gemma2_grpo.sampling.rollout import Policy, sample
+        from gemma2_grpo.sampling.rollout import sampler
 
         model = self.policy if adapted and self.policy is not None else self.base
-        merge = model is self.policy and samples_merged(self.config)
-        scale = self.config.model.lora_scale if merge else None
-        policy = Policy(model, self.files.tokenizer, self.files.mesh, merged_scale=scale)
-        return partial(sample, policy, settings=self.config.rollout)
+        return sampler(self.config, model, self.files.tokenizer, self.files.mesh)
 
 
 def open_source_files(source: Source) -> "ModelFiles":

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import jax
 import numpy as np
@@ -9,9 +10,9 @@ from flax import nnx
 from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float, Int, Key
 
-from gemma2_grpo.config import RolloutConfig
+from gemma2_grpo.config import Config, RolloutConfig
 from gemma2_grpo.model.architecture import Model
-from gemma2_grpo.model.lora import merge_adapters
+from gemma2_grpo.model.lora import merge_adapters, samples_merged
 from gemma2_grpo.model.mesh import batch_sharding
 from gemma2_grpo.model.tokenizer import LEAST_TOKENS, Tokenizer, bucket, pad_right
 from gemma2_grpo.model.weights import Weights, forward_of, weights_of
@@ -59,7 +60,7 @@ Both are called with prompts, group, key, and by name `greedy` and `first_row`."
 
 
 class Policy:
-    """A model to sample from. Programs are compiled per policy, so make one and keep it."""
+    """A model to sample from."""
 
     def __init__(
         self,
@@ -67,7 +68,7 @@ class Policy:
         tokenizer: Tokenizer,
         mesh: Mesh,
         *,
-        merged_scale: float | None = None,
+        is_merged: bool = False,
     ) -> None:
         """Takes a model, with or without adapters, on its mesh.
 
@@ -75,19 +76,25 @@ class Policy:
             model: The model; later changes of its weights are seen.
             tokenizer: Tokenizer of the model.
             mesh: Mesh of the model.
-            merged_scale: Scale of the adapters, to add them into a copy of the weights before
-                sampling; None to apply them separately.
+            is_merged: Add the adapters, if there are any, into a copy of the weights before
+                sampling, instead of applying them separately.
         """
         self.tokenizer, self.mesh = tokenizer, mesh
-        self._model, self._merged_scale = model, merged_scale
+        self._model, self._is_merged = model, is_merged
         self.forward = forward_of(model, is_sampling=True)
 
     def weights(self) -> Weights:
         """The weights of the model as they are now."""
         weights = weights_of(self._model)
-        if self._merged_scale is None:
+        if not self._is_merged or not weights.lora:
             return weights
-        return Weights(nnx.State({}), merge_adapters(weights, self._merged_scale))
+        return Weights(nnx.State({}), merge_adapters(weights, self._model.lora_scale))
+
+
+def sampler(config: Config, model: Model, tokenizer: Tokenizer, mesh: Mesh) -> Sample:
+    """`sample` with a model and the settings of a configuration, merged or not as it says."""
+    policy = Policy(model, tokenizer, mesh, is_merged=samples_merged(config))
+    return partial(sample, policy, settings=config.rollout)
 
 
 def sample(

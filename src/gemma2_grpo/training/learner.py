@@ -5,7 +5,6 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from enum import IntEnum
-from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -16,10 +15,10 @@ from jaxtyping import Bool, Float, Int
 
 from gemma2_grpo.config import Config
 from gemma2_grpo.model.architecture import Model
-from gemma2_grpo.model.lora import adapters_of, samples_merged, set_adapters
+from gemma2_grpo.model.lora import adapters_of, set_adapters
 from gemma2_grpo.model.tokenizer import Tokenizer
 from gemma2_grpo.runtime.processes import gather, gather_rows, share
-from gemma2_grpo.sampling.rollout import Completions, Policy, Sample, sample
+from gemma2_grpo.sampling.rollout import Completions, Sample, sampler
 from gemma2_grpo.sampling.tunix import TunixEngine
 from gemma2_grpo.task.examples import Example
 from gemma2_grpo.task.prompts import render_prompt
@@ -111,16 +110,9 @@ class Learner:
         self.updater = Updater(policy, self.optimizer, reference, config, mesh)
         self._tunix = None
         if config.rollout.engine == "group":
-            scale = config.model.lora_scale if self.is_merged else None
-            own = Policy(policy, tokenizer, mesh, merged_scale=scale)
-            self.sample: Sample = partial(sample, own, settings=config.rollout)
+            self.sample: Sample = sampler(config, policy, tokenizer, mesh)
         else:
             self.sample = self._tunix = TunixEngine(config, policy, tokenizer, mesh)
-
-    @property
-    def is_merged(self) -> bool:
-        """Whether our engine adds the adapters into the weights before sampling."""
-        return samples_merged(self.config)
 
     def step(self, step: int, batch: Sequence[Example], score: Scores) -> StepResult:
         """One batch of rollouts and its mu updates.
