@@ -162,7 +162,7 @@ class OptimizerConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class RewardConfig:
-    """Weights of the reward components; each component lies in [0, 1] before its weight."""
+    """Weights of the reward components; each component is in [0, 1] before its weight."""
 
     __pydantic_config__ = _STRICT
 
@@ -235,7 +235,7 @@ class Config:
 
 @dataclass(frozen=True, kw_only=True)
 class SupervisedConfig:
-    """What supervised training sees, and for how long."""
+    """Batches, steps and initial weights of supervised training."""
 
     __pydantic_config__ = _STRICT
 

@@ -16,7 +16,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from gemma2_grpo.launch.machines import Launcher, Machines
 
 MOUNT = "/runs"
-"""Where the storage is mounted on every host."""
+"""Directory at which the storage is mounted on every host."""
 _TEMPLATES: dict[Launcher, str] = {
     "xpk": "xpk.sh.j2",
     "jobset": "jobset.yaml.j2",
@@ -55,9 +55,9 @@ def render(
         launcher: Whose recipe.
         name: Name of the job.
         machines: Hosts, with one process on each.
-        command: What every host runs, word by word.
+        command: Command of every host, word by word.
         run: The run directory.
-        notes: What the reader of the recipe should know.
+        notes: Comments for the reader of the recipe.
         tokens: Environment variables that hold the secrets of the model and the data.
         image: Container image with this package in it.
         storage: Bucket, volume claim or storage of xpk that holds the run.

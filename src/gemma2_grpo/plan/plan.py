@@ -33,7 +33,7 @@ _OF_UPDATE = ("reference", "update", "update prompts", "update prompts, back")
 
 @dataclass(frozen=True)
 class Plan:
-    """What was found, as `--json` prints it. Bytes are those of one chip."""
+    """Memory, time and fit of a run, as `--json` prints them. Bytes are those of one chip."""
 
     target: str
     chips: int
@@ -42,10 +42,10 @@ class Plan:
     is_provable: bool
     """Whether there is a compiler for the target."""
     memory_bytes: int | None
-    """What one chip has for programs; None where it is not known."""
+    """Memory of one chip for programs; None where it is not known."""
     programs: list[dict[str, Any]]
     parts: dict[str, int]
-    """Where the memory goes when there is the least left."""
+    """Bytes by purpose when the least memory is left."""
     peak_bytes: int
     peak_program: str
     fits: bool
@@ -153,7 +153,7 @@ def _planned(
 
 
 def _compiling(target: Target, note: Progress) -> Callable[[Config], Memory]:
-    """What asks the target's compiler; a change leaves most programs as they are."""
+    """Memory by the target's compiler; a change of the config reuses most programs."""
     from gemma2_grpo.plan.footprint import Compiler
 
     compiler = Compiler(note)

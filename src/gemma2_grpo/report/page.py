@@ -29,7 +29,7 @@ def render_page(template: str, **values: Any) -> str:
 
     Args:
         template: Name of a file in `templates`.
-        values: What it is about. Functions that any page may use need not be given.
+        values: Values for the template. Functions that any page may use need not be given.
     """
     environment = Environment(
         loader=PackageLoader("gemma2_grpo.report"),
@@ -78,7 +78,7 @@ def write_page(file: Path, text: str, charts: Sequence[Chart] = ()) -> Path:
 
     Args:
         file: The file.
-        text: What it is to say.
+        text: Content of the page.
         charts: Written as PNG into a folder `plots` next to it.
 
     Returns:

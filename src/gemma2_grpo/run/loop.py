@@ -57,7 +57,7 @@ class Run:
         self._stop_signal: int | None = None
 
     def go(self) -> None:
-        """Goes from where the run stands to its result."""
+        """Trains from the last checkpoint to the result."""
         config, directory = self._config, self._directory
         self._display.plan(self._session.plan)
         first = self._session.finished_steps
@@ -85,7 +85,7 @@ class Run:
             return
         try:
             self._write_report(self._directory.path)
-        except Exception as error:  # Whatever it is, training goes on.
+        except Exception as error:  # Whatever it is, training continues.
             line = " ".join(str(error).split())
             self._display.note(f"the report cannot be written: {type(error).__name__}: {line}")
         self._reported = time.monotonic()

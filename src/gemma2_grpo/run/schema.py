@@ -107,7 +107,7 @@ class Data(Part):
 
 
 class RunFacts(Versioned):
-    """What a run was made with."""
+    """Data, model, devices and versions of a run."""
 
     FILE: ClassVar[str] = "run.json"
 

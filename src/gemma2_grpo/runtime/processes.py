@@ -43,7 +43,7 @@ def has_turn(number: int) -> bool:
 
 @contextmanager
 def _together() -> Iterator[None]:
-    """What all processes do at the same time, or none."""
+    """A collective operation: all processes take part in it, or none."""
     try:
         yield
     except Exception as error:  # Gloo's and XLA's come as several types.
@@ -51,7 +51,7 @@ def _together() -> Iterator[None]:
 
 
 def gather(value: Any) -> list[Any]:
-    """What each process gives, in their order. Only JSON's types go through."""
+    """Gathers a value from each process, in their order (all-gather). Only JSON's types."""
     if jax.process_count() == 1:
         return [value]
     data = np.frombuffer(json.dumps(value).encode(), np.uint8)
@@ -65,7 +65,7 @@ def gather(value: Any) -> list[Any]:
 
 
 def from_first(value: Any) -> Any:
-    """What process 0 gives."""
+    """The value of process 0, in all processes (broadcast)."""
     return gather(value)[0]
 
 

@@ -54,7 +54,7 @@ def group_advantages(rewards: Float[np.ndarray, "B G"], *, scale_by_std: bool) -
 
 
 Divisor = Callable[[Float[np.ndarray, " N"], int, int], Float[np.ndarray, " N"] | float]
-"""What the terms of a completion's tokens are divided by, from the tokens of each completion (0
+"""Divisor of the loss terms of a completion's tokens, from the tokens of each completion (0
 if it does not count), the number of completions that count, and the completion limit."""
 
 
@@ -168,12 +168,12 @@ def policy_loss(
     Args:
         policy: Log-probabilities under the policy that is trained, the only input with a
             gradient, and entropy, for the metrics.
-        old_logps: Under the policy before the batch's first update.
-        ref_logps: Under the reference; None without a KL penalty, whose value is then 0.
-        advantages: Of the completion that a token belongs to.
+        old_logps: Log-probabilities under the policy before the batch's first update.
+        ref_logps: Log-probabilities under the reference; None without a KL penalty, and KL is 0.
+        advantages: Advantage of the completion that a token belongs to.
         weights: Weight of each token, from `token_weights`; 0 for padding.
         segment_ids: Completion of each token.
-        rollout_logps: With which the tokens were drawn; NaN where that is not known.
+        rollout_logps: Log-probabilities at sampling; NaN where they are not known.
         config: Objective and its constants.
     """
     is_token = weights > 0

@@ -169,7 +169,7 @@ def completion_logps(
         network: Static half of the model.
         weights: Its variables.
         prefix: KV cache of the prompts [B, P, K, H], without the last token of each.
-        lengths: How many of those tokens are real.
+        lengths: Tokens of each prompt that are not padding.
         micro: The completions.
         temperature: Divides the logits, as in sampling.
         chunk_tokens: Completion tokens whose logits are materialised at once.

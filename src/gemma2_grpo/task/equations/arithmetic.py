@@ -141,7 +141,7 @@ def mixes_units(calculation: list[Token], claim: list[Token]) -> bool:
 
 
 def percent_off(tokens: list[Token]) -> Fraction:
-    """Value of a calculation that ends in "- 20%", read as 20 % of what stands before it."""
+    """Value of a calculation that ends in "- 20%", read as 20 % of what precedes it."""
     *before, sign, last = tokens if len(tokens) > 2 else (*tokens, *tokens, *tokens)
     if last.scale != Fraction(1, 100) or sign.text not in ("+", "-"):
         return evaluate(tokens, True)
