@@ -23,7 +23,7 @@ def confirm_upload(repository: str, *, public: bool, yes: bool) -> None:
 
     Args:
         repository: OWNER/NAME on Hugging Face.
-        public: Let everybody see it.
+        public: Make the repository public.
         yes: Do not ask.
 
     Raises:

@@ -32,7 +32,7 @@ Numbers = Mapping[str, float]
 
 
 def _finite(value: Any) -> Any:
-    """JSON has no NaN and no infinity: what is no number is null."""
+    """JSON has no NaN and no infinity: they are written as null."""
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 

@@ -47,11 +47,8 @@ def pick(uniforms: Float[Array, " R"], weights: Float[Array, "R V"]) -> Int[Arra
     """Inverts the cumulative distribution of each row, first by blocks and then within one.
 
     One random number per row, where adding noise to the logits takes one for each of V tokens; on
-    a CPU that noise costs more than the output head.
-
-    Args:
-        uniforms: In [0, 1).
-        weights: Unnormalised probabilities, not all zero.
+    a CPU that noise costs more than the output head. The uniforms are in [0, 1), the weights
+    unnormalised probabilities, not all zero.
 
     Returns:
         Indices, never of a weight of zero. They never fall as the uniform rises.

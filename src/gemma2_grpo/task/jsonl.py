@@ -85,8 +85,7 @@ def whole_bytes(path: Path) -> int:
 def json_object(fields: str) -> Callable[[bytes], dict[str, Any]]:
     """Makes a `parse` for files that people write: each line is a JSON object.
 
-    Args:
-        fields: Names of the required fields, for the error message.
+    The names of the required `fields` are for the error message.
     """
 
     def parse(line: bytes) -> dict[str, Any]:

@@ -39,11 +39,6 @@ class Scorer:
     ) -> Mapping[str, np.ndarray]:
         """Scores completions, aligned with their examples.
 
-        Args:
-            examples: The problem of each completion.
-            completions: Texts of the completions.
-            is_truncated: Whether each reached the length limit; None if none did.
-
         Returns:
             Float64 arrays [N] by name: each component in [0, 1] before its weight; `total`, what
             is trained on, NaN where the user's reward gave none; `correct` and

@@ -174,10 +174,7 @@ class Learner:
     ) -> Packed:
         """Cuts a batch into micro-batches on the devices, and starts the reference on them.
 
-        Args:
-            prompts: Rendered prompts.
-            completions: A group for each.
-            chosen: Whether each prompt is trained on; by default all are.
+        Prompts that are not `chosen` are left out with their completions; by default none is.
         """
         ids = [self.tokenizer.encode(prompt) for prompt in prompts]
         longest_prompt, longest = max(map(len, ids)), int(completions.lengths.max())

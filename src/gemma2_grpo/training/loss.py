@@ -34,10 +34,6 @@ def group_advantages(rewards: Float[np.ndarray, "B G"], *, scale_by_std: bool) -
     Source: DeepSeekMath (arXiv:2402.03300), section 4.1.2, with the sample standard deviation;
     without the division, Dr. GRPO (arXiv:2503.20783), section 3.2. A reward that is not a finite
     number leaves its completion out; it is never taken for zero.
-
-    Args:
-        rewards: NaN where a completion could not be scored.
-        scale_by_std: Divide by the group's standard deviation, as the `Objective` says.
     """
     rewards = np.asarray(rewards, np.float64)
     is_scored = np.isfinite(rewards)
@@ -110,12 +106,6 @@ def token_weights(
 
     The loss is the weighted sum over all tokens, so that micro-batches of any size add up to the
     same gradient.
-
-    Args:
-        lengths: Tokens of each completion.
-        is_scored: Completions that count.
-        loss_type: A name of `OBJECTIVES`.
-        max_tokens: The completion limit.
 
     Returns:
         Float32, zero for completions that do not count.

@@ -112,11 +112,7 @@ def choose_shapes(
 ) -> Shapes:
     """Sizes of the micro-batches of a batch: as large as the token budget and its groups allow.
 
-    Args:
-        config: Says the budget, the group and the mesh.
-        prompts: Prompts of the batch.
-        prompt_tokens: Tokens of its longest prompt.
-        completion_tokens: Tokens of its longest completion.
+    The numbers of tokens are those of the longest prompt and the longest completion.
     """
     rollout, budget = config.rollout, config.grpo.micro_batch_tokens
     fsdp = config.model.mesh_shape[0]
@@ -149,13 +145,7 @@ def prompt_batches(
 ) -> list[PromptBatch]:
     """Packs completions into micro-batches of few shapes, with the prompts that they follow.
 
-    Args:
-        prompts: Token ids of each prompt.
-        completions: Token ids of each completion; those of a prompt are neighbours.
-        chosen: Whether each prompt is packed.
-        shapes: Sizes of the micro-batches.
-        pad_id: Id of the padding token.
-        logps: Log-probabilities with which the tokens were drawn, if they are known.
+    The completions of a prompt are neighbours. Prompts that are not `chosen` are left out.
     """
     if logps is None:
         logps = [np.full(len(ids), np.nan) for ids in completions]

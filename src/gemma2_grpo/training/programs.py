@@ -32,17 +32,7 @@ class UpdatePrograms:
         config: Config,
         mesh: Mesh,
     ) -> None:
-        """Prepares the programs.
-
-        Args:
-            policy: Static half of the policy, as it is differentiated.
-            reference: Static half of the reference.
-            policy_def: Graph of the policy as the optimizer knows it.
-            optimizer_def: Graph of the optimizer.
-            adapters: Shardings of the adapters.
-            config: Objective, temperature and size of chunks.
-            mesh: Mesh of the weights.
-        """
+        """Prepares the programs; `adapters` are the shardings of the adapters."""
         logps = partial(
             completion_logps,
             temperature=config.rollout.temperature,
@@ -165,14 +155,8 @@ def completion_logps(
 ) -> TokenLogps:
     """Log-probabilities of packed completions after the prompts that they belong to.
 
-    Args:
-        network: Static half of the model.
-        weights: Its variables.
-        prefix: KV cache of the prompts [B, P, K, H], without the last token of each.
-        lengths: Tokens of each prompt that are not padding.
-        micro: The completions.
-        temperature: Divides the logits, as in sampling.
-        chunk_tokens: Completion tokens whose logits are materialised at once.
+    `prefix` is the KV cache [B, P, K, H] of the prompts without the last token of each, of which
+    `lengths` count the tokens that are not padding.
 
     Returns:
         Float32 values [R, W]; they mean nothing at padding.

@@ -102,10 +102,6 @@ def converted(calculation: list[Token], claim: Token) -> Iterator[Fraction]:
 
     Either one unit goes through it ("1/2 hour"), or each number of a sum has one of the same kind
     ("3 hours + 20 minutes").
-
-    Args:
-        calculation: Tokens with units.
-        claim: The number that states the result.
     """
     is_sum = all(token.text in "+-" for token in calculation if token.kind in "OS")
     for family, size in unit_sizes(claim.unit).items():
