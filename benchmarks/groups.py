@@ -25,7 +25,7 @@ from gemma2_grpo.task.rewards import COMPONENTS, Score, score_completion
 
 @dataclass(frozen=True, kw_only=True)
 class Groups:
-    """Scores sampled completions anew and counts the groups that would teach something."""
+    """Scores sampled completions again and counts the groups that would teach something."""
 
     file: tyro.conf.Positional[Path]
     """JSONL with question, answer and completion; neighbours with one question are a group. The

@@ -50,7 +50,7 @@ class Cost:
 
     @property
     def beside_bytes(self) -> int:
-        """What loading took beside them."""
+        """Memory of loading besides the arrays."""
         return self.peak_bytes - self.array_bytes
 
 
@@ -73,7 +73,7 @@ def run(command: Load, console: Console, progress: Console) -> None:
             progress.print(f"loading: {system}", style="dim")
             costs[system] = _in_process(load, system, Path(name), command.mesh)
     table = Table(box=box.SIMPLE_HEAD)
-    for heading in ("", "seconds", "peak, GB", "arrays, GB", "beside them, GB"):
+    for heading in ("", "seconds", "peak, GB", "arrays, GB", "besides, GB"):
         table.add_column(heading, justify="right" if heading else "left")
     for system, cost in costs.items():
         sizes = (cost.peak_bytes, cost.array_bytes, cost.beside_bytes)

@@ -54,7 +54,7 @@ def write_weights(directory: Path, sizes: Sizes, seed: int) -> None:
     from gemma2_grpo.model.save import save_model
 
     model = random_weights(read_architecture(directory), "float32", make_mesh((1, 1)), seed)
-    # Distributions that are far from uniform: else models that differ would hardly be told apart.
+    # Distributions that are far from uniform: else models that differ would look alike.
     scale = model.final_norm.scale
     scale.set_value(scale.get_value() + _SHARPNESS)
     save_model(model, directory, sizes.dtype)

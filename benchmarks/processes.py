@@ -45,7 +45,7 @@ class Worker:
         theirs.close()
 
     def send(self, message: Any) -> None:
-        """Tells the worker something."""
+        """Sends the worker a message."""
         self._connection.send(message)
 
     def receive(self) -> Any:

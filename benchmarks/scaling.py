@@ -62,7 +62,7 @@ class Scaling:
     """Measured steps of each point, after one that is not measured."""
     seed: int = 0
     out: Path = Path("benchmarks/results/scaling.json")
-    """Where the raw numbers go; the plot goes beside them."""
+    """Where the raw numbers go; the plot is written next to them."""
 
 
 @dataclass(frozen=True)
@@ -94,7 +94,7 @@ def run(command: Scaling, console: Console, progress: Console) -> None:
     """Measures all points, prints the table and writes JSON and plot.
 
     Raises:
-        UserError: for what the user can mend.
+        UserError: for what the user can correct.
         WorkerError: for a system that fails.
     """
     for system in command.systems:

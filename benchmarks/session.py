@@ -1,4 +1,4 @@
-"""The worker's side of a run: it makes a step when it is told to, and reports what that cost."""
+"""The worker's side of a run: it makes a step on request, and reports what that cost."""
 
 import importlib
 import sys

@@ -1,4 +1,4 @@
-"""Cost of one GRPO step: this package beside stock Tunix and TRL, on equal work.
+"""Cost of one GRPO step: this package compared with stock Tunix and TRL, on equal work.
 
 python -m benchmarks.step --data gsm8k/test.jsonl
 """
@@ -85,7 +85,7 @@ def run(command: Step, console: Console, progress: Console) -> None:
     """Measures, prints the tables and writes the JSON file.
 
     Raises:
-        UserError: for what the user can mend.
+        UserError: for what the user can correct.
         WorkerError: for a system that fails, or one whose work differs from that of the others.
     """
     if command.steps < 1 or command.warmup < 0:

@@ -94,7 +94,7 @@ class Batch:
 
 @dataclass(frozen=True)
 class Workload:
-    """Everything that a worker process is told."""
+    """Everything that a worker process is sent."""
 
     sizes: Sizes
     directory: Path

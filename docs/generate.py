@@ -18,7 +18,7 @@ from gemma2_grpo.run import results, schema
 from gemma2_grpo.task.rewards import COMPONENTS, score_completion
 
 DOCS = Path(__file__).parent
-_MADE = "<!-- Made by docs/generate.py: change what it is made from instead. -->"
+_MADE = "<!-- Made by docs/generate.py: change its sources instead. -->"
 _MARK = "<!-- worked examples -->"
 
 
@@ -137,7 +137,7 @@ def logs_page() -> str:
         f"{_MADE}\n",
         "A run and an evaluation write these files, a line of JSON for each record of a `.jsonl`.\n"
         "A key has the same meaning in every file. Fractions, tokens, seconds and bytes say so in\n"
-        "their names; `num_` is a count. What is no number (NaN, infinity) is `null`.\n",
+        "their names; `num_` is a count. NaN and infinity are written as `null`.\n",
         f"This is version {schema.SCHEMA_VERSION} of the schema; `run.json` and `evaluation.json`"
         " record it.\n"
         "Logs of another version are refused and not misread. TensorBoard, Weights & Biases and\n"

@@ -122,7 +122,7 @@ def _pace(session: Session) -> Any:
             del args, control
             if state.global_step % iterations == 0:
                 self.finish()
-                # The optimizer lies outside of any method that could be wrapped: what is neither
+                # The optimizer is outside of any method that could be wrapped: what is neither
                 # rollout nor reference is the update.
                 self._update.enter_context(session.phase("update"))
 

@@ -120,7 +120,7 @@ def _force_lengths(session: Session, cluster: Any) -> None:
 
     The stock sampler decodes until its slowest row has ended. Its loop also ends at a step limit,
     which is a value and not a shape: set to the longest forced length, the loop ends at the very
-    step at which it would with an end token there, without compiling anew. Rows that should be
+    step at which it would with an end token there, without compiling again. Rows that should be
     shorter have then cost what finished rows cost the sampler, and are cut on the host, where it
     would have cut them too.
     """

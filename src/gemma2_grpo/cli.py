@@ -77,7 +77,7 @@ def parse(arguments: Sequence[str]) -> Command:
         if not help_wanted:
             raise
         defaults = None
-    # tyro leaves out of the help what stands before `--help`.
+    # tyro leaves out of the help what precedes `--help`.
     return _parse_with_tyro(kind, ["--help"] if help_wanted else options, defaults)
 
 

@@ -65,7 +65,7 @@ def _explain(event: _errors.ParseErrorEvent, command: str, kind: type) -> str:
 
 
 def _name(argument: "ArgumentDefinition") -> str:
-    """What a user calls an argument: `--max-steps`, or `CONFIG`."""
+    """Name of an argument on the command line: `--max-steps`, or `CONFIG`."""
     return str(argument.lowered.metavar if argument.is_positional() else argument.display_name())
 
 

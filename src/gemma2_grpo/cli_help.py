@@ -1,4 +1,4 @@
-"""How options are read and shown in `--help`, where tyro would do otherwise."""
+"""Adapts how tyro parses options and shows them in `--help`."""
 
 import dataclasses
 from functools import cache, partial

@@ -155,7 +155,7 @@ class OptimizerConfig(_Checked):
 
 @dataclass(frozen=True, kw_only=True)
 class RewardConfig(_Checked):
-    """Weights of the reward components; each component lies in [0, 1] before its weight."""
+    """Weights of the reward components; each component is in [0, 1] before its weight."""
 
     format_weight: NotNegative = 0.25
     """Weight of the format component: the four tags, each once, in order, with nothing outside."""
@@ -222,7 +222,7 @@ class Config(_Checked):
 
 @dataclass(frozen=True, kw_only=True)
 class SupervisedConfig(_Checked):
-    """What supervised training sees, and for how long."""
+    """Batches, steps and initial weights of supervised training."""
 
     init: Literal["pretrained", "random"] = "pretrained"
     """`random` takes only architecture and tokenizer from the model, and draws its weights."""

@@ -12,7 +12,7 @@ class UserError(Exception):
     """A mistake that the user can correct: one line, exit status 2, no traceback."""
 
     def _render_traceback_(self) -> list[str]:
-        """What IPython shows in a notebook in place of a traceback."""
+        """Lines that IPython shows in a notebook in place of a traceback."""
         return [f"error: {' '.join(str(self).split())}"]
 
 

@@ -50,7 +50,7 @@ def from_mapping(kind: type[ConfigT], values: Mapping[str, object], source: str)
     Args:
         kind: The configuration dataclass.
         values: Nested values as TOML gives them; absent fields take their defaults.
-        source: Where the values come from, for the error message.
+        source: Name of their file, for the error message.
 
     Raises:
         ConfigError: naming the first wrong field.

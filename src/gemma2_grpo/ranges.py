@@ -39,7 +39,7 @@ Patterns = Annotated[
 
 
 def demand(hint: Any) -> str:
-    """What a field's value must be: `must be at least 1`; empty where every value will do."""
+    """The range of a field as text: `must be at least 1`; empty where every value will do."""
     infos = [
         info
         for part in (hint, *get_args(hint))
@@ -47,7 +47,7 @@ def demand(hint: Any) -> str:
         for info in part.__metadata__
         if isinstance(info, FieldInfo)
     ]
-    # Of pydantic, each bound is a small dataclass such as Ge(ge=1).
+    # pydantic keeps each bound as a small dataclass such as Ge(ge=1).
     bounds = dict(item for info in infos for each in info.metadata for item in asdict(each).items())
     match bounds:
         case {"ge": low, "le": high}:

@@ -289,7 +289,7 @@ def test_a_finished_evaluation_is_only_shown(
     Evaluate(str(path), config=ASKED)(Console(file=shown, width=80))
     assert {file: file.stat().st_mtime_ns for file in path.rglob("*.json*")} == before
     assert "evaluation.json is finished" in shown.getvalue()
-    assert "Right in at least one of 2 samples" in shown.getvalue()
+    assert "Right in any of 2 samples (pass@2)" in shown.getvalue()
 
 
 def test_overwriting_begins_anew(finished: Path, tmp_path: Path) -> None:

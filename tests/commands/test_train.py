@@ -205,7 +205,7 @@ def test_what_a_run_shows(straight_run):
     places = [shown.index(f"step {step}/5: ") for step in range(1, 6)]
     assert places == sorted(places)
     assert shown.count("╭─ step") == 2
-    assert "Right, greedy" in shown and "Right in at least one of 4 samples" in shown
+    assert "Right, greedy" in shown and "Right in any of 4 samples (pass@4)" in shown
     assert f"report: {straight_run.path / 'report.html'}\n" in shown
 
 

@@ -38,7 +38,7 @@ def test_a_fall_is_said(write: Write) -> None:
 def test_what_chance_explains_is_no_rise(write: Write) -> None:
     path = write([False] * 5 + [True] * 15, [True] * 20)
     assert said(path) == (
-        "No difference can be told apart from chance: accuracy went from 75.0 % to 100.0 % on 20 "
+        "No significant difference: accuracy went from 75.0 % to 100.0 % on 20 "
         "held-out problems; 5 fixed, 0 broken."
     ), "p = 1/16"
 
@@ -61,7 +61,7 @@ def test_without_completions_intervals_decide(write: Write) -> None:
     assert said(path) == "Accuracy rose from 0.0 % to 100.0 % on 20 held-out problems."
     near = write([False] * 12 + [True] * 8, [True] * 12 + [False] * 8, name="near")
     (near / "completions.jsonl").unlink()
-    assert said(near).startswith("No difference can be told apart from chance")
+    assert said(near).startswith("No significant difference")
 
 
 def test_counts_that_cannot_be_are_left_out(write: Write) -> None:
@@ -85,7 +85,7 @@ def test_an_evaluation_comes_first(write: Write) -> None:
     assert "<h1>Accuracy rose from 0.0 % to 100.0 % on 9 gsm8k test problems; 9 fixed" in page
     assert outcome.after and outcome.after.system.sampled
     assert outcome.after.system.sampled.pass_at_k[2] == 1
-    assert ">Right in at least one of 2 samples</th>" in page and ">100.0 %</td>" in page
+    assert ">Right in any of 2 samples (pass@2)</th>" in page and ">100.0 %</td>" in page
     # Five problems with two steps, four with three; by Wilson's interval.
     assert ">2 steps</th>" in page and ">100.0 %, 57 to 100</td>" in page
     assert ">3 steps</th>" in page and ">100.0 %, 51 to 100</td>" in page

@@ -91,9 +91,9 @@ def test_both_systems_side_by_side() -> None:
     assert cells(lines, "Right, greedy") == ["53.1 %", "60.0 %", "+6.9 pp"]
     assert "50 to 56 %" in next(line for line in lines if "95 % interval" in line)
     assert cells(lines, "Right by GSM8K's own extraction") == ["52.3 %", "52.3 %", "0.0 pp"]
-    assert cells(lines, "Right in at least one of 2 samples") == ["60.0 %", "60.0 %", "0.0 pp"]
-    assert cells(lines, "Right in at least one of 4 samples") == ["70.0 %", "70.0 %", "0.0 pp"]
-    assert cells(lines, "Right by vote of 4 samples") == ["55.0 %", "55.0 %", "0.0 pp"]
+    assert cells(lines, "Right in any of 2 samples (pass@2)") == ["60.0 %", "60.0 %", "0.0 pp"]
+    assert cells(lines, "Right in any of 4 samples (pass@4)") == ["70.0 %", "70.0 %", "0.0 pp"]
+    assert cells(lines, "Right by vote of 4 samples (maj@4)") == ["55.0 %", "55.0 %", "0.0 pp"]
     by_steps = cells(lines, "Right, 11 steps (100 problems)")
     assert by_steps == ["50.0 %", "50.0 %", "0.0 pp"]
     assert cells(lines, "Tokens per completion") == ["181.26", "170.00", "\u221211.26"]

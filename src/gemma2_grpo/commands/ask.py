@@ -206,7 +206,7 @@ class _Stream:
 
 
 def vote_line(completions: Sequence[str]) -> str:
-    """How many completions gave each number, most first."""
+    """Counts of the numbers that completions gave, most frequent first."""
     from gemma2_grpo.task.answers import extract_number, printable
 
     numbers = [extract_number(parse_completion(text).answer or "") for text in completions]

@@ -38,7 +38,7 @@ class Evaluate:
     source: SourceName
     """A run directory, a directory of a model, a Hugging Face id, `kaggle:HANDLE` or `embedded`."""
     to: Directory = None
-    """Where the results are written. Default: the run directory; for a model evaluations/NAME."""
+    """Directory of the results. Default: the run directory; for a model evaluations/NAME."""
     json: Flag = False
     """Print evaluation.json on standard output, and nothing else there."""
     overwrite: Flag = False
@@ -113,7 +113,7 @@ def _settings(config: Config, asked: EvaluateConfig) -> dict[str, JsonValue]:
 
 
 def _weights(source: "Source") -> dict[str, JsonValue]:
-    """What tells one policy from another, before any weights load."""
+    """Identity of a policy (files and their hashes), before any weights load."""
     from gemma2_grpo.model.adapter import fingerprint
     from gemma2_grpo.run.source import finished_adapter, trained_steps
 

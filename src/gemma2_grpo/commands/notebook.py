@@ -1,4 +1,4 @@
-"""What a notebook needs to know of the machine it runs on: Kaggle's, Colab's or its owner's."""
+"""The machine that a notebook runs on (Kaggle, Colab or another), and what to train there."""
 
 import importlib.util
 import math
@@ -23,7 +23,7 @@ _EMBEDDED = "tiny"
 
 @dataclass(frozen=True)
 class Machine:
-    """Where a notebook runs, and what it should train there."""
+    """Machine of a notebook, and the configuration to train there."""
 
     host: str
     """`Kaggle`, `Colab` or `this machine`."""

@@ -1,4 +1,4 @@
-"""How the commands declare their options: the fields of a dataclass, read by tyro."""
+"""Types of command-line options: the fields of a dataclass, read by tyro."""
 
 from pathlib import Path
 from typing import Annotated, TypeVar

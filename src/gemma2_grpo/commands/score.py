@@ -40,7 +40,7 @@ class Score:
 
         Args:
             weights: Weights of the components; the defaults if None.
-            output: Where to print; standard output if None.
+            output: Stream to print to; standard output if None.
 
         Raises:
             UserError: for a file that cannot be read, naming file, line, field and fix.

@@ -72,7 +72,7 @@ class Sft:
     config_name: Annotated[Positional[str], arg(metavar="CONFIG")]
     """Path of a TOML file, or the preset `sft-tiny`."""
     to: Annotated[Path, arg(metavar="DIR")] = Path("sft-model")
-    """Where the model is written, as HF safetensors with config and tokenizer."""
+    """Directory of the model, written as HF safetensors with config and tokenizer."""
     config: Sections[SftConfig] = field(default_factory=SftConfig)
 
     def __call__(
@@ -83,7 +83,7 @@ class Sft:
         """Trains with the loss on completions only, and writes the model.
 
         Args:
-            display: What shows the progress.
+            display: Display for the progress.
             make_phases: Makes the parts of the training, in order.
 
         Returns:

@@ -39,7 +39,7 @@ class Train:
     """Address of process 0 when several train together; `auto` asks the cluster (Cloud TPU
     pods)."""
     num_processes: int | None = None
-    """How many processes train together; Slurm, Open MPI and GKE say so themselves."""
+    """Number of processes that train together; Slurm, Open MPI and GKE say so themselves."""
     process_id: int | None = None
     """Rank of this process, from 0."""
     config: Sections[Config] = field(default_factory=Config)
@@ -88,7 +88,6 @@ def _run(
     from gemma2_grpo.runtime.devices import start_jax
     from gemma2_grpo.task.examples import load_splits
     from gemma2_grpo.task.scoring import Scorer
-    from gemma2_grpo.training.loss import find_objective
 
     result = directory.result
     if cluster:
@@ -107,15 +106,16 @@ def _run(
     splits = load_splits(config.data)
     reward, reward_sha256 = _load_reward(config, directory, display)
     scorer = Scorer(config.rewards, reward)
-    find_objective(config.grpo.loss_type)
     start_jax(display.note)
     display.warn_of_cpu(config.model, config_name)
-    display.note(f"loading {config.model.model}")
     from gemma2_grpo.run.loop import Run
     from gemma2_grpo.run.session import open_session
     from gemma2_grpo.runtime.processes import check_same
     from gemma2_grpo.runtime.program_cache import counting_programs, use_program_cache
+    from gemma2_grpo.training.loss import find_objective
 
+    find_objective(config.grpo.loss_type)
+    display.note(f"loading {config.model.model}")
     check_same({"data_sha256": splits.sha256, "reward_sha256": reward_sha256})
     cache = use_program_cache(config.run.compilation_cache, display.note)
     trackers = (

@@ -27,7 +27,7 @@ _BYTES_BESIDE_WEIGHTS = 50_000_000
 
 @dataclass(frozen=True)
 class Wanted:
-    """What an export holds."""
+    """Files of an export."""
 
     format: Format
     dtype: str
@@ -98,8 +98,8 @@ def write_export(
         to: The directory.
         source: The run.
         opened: Its base and adapters.
-        wanted: What to write.
-        name: What the card tells transformers to load.
+        wanted: Options of the export.
+        name: Name that transformers loads, for the card.
 
     Yields:
         Lines for the user.

@@ -1,4 +1,4 @@
-"""Uploading an export to Hugging Face: private unless told otherwise, and only after asking."""
+"""Uploading an export to Hugging Face: private by default, and only after asking."""
 
 import sys
 from pathlib import Path
@@ -8,7 +8,7 @@ from huggingface_hub.utils import HFValidationError, validate_repo_id
 
 from gemma2_grpo.errors import UserError, first_line
 
-# Of an earlier export, which the new one may not have.
+# Files of an earlier export, which the new one may not have.
 _REPLACED = [
     "*.safetensors",
     "*.safetensors.index.json",
@@ -23,7 +23,7 @@ def confirm_upload(repository: str, *, public: bool, yes: bool) -> None:
 
     Args:
         repository: OWNER/NAME on Hugging Face.
-        public: Let everybody see it.
+        public: Make the repository public.
         yes: Do not ask.
 
     Raises:
@@ -49,7 +49,7 @@ def confirm_upload(repository: str, *, public: bool, yes: bool) -> None:
 
 
 def upload(folder: Path, repository: str, *, public: bool) -> str:
-    """Uploads a directory as one commit and returns the address; weights of before are replaced.
+    """Uploads a directory as one commit and returns the address; earlier weights are replaced.
 
     Raises:
         UserError: if it was not uploaded; the directory is kept.

@@ -21,7 +21,7 @@ from gemma2_grpo.task.prompts import INSTRUCTION
 
 @dataclass(frozen=True)
 class Exported:
-    """What a card is about."""
+    """Content of a model card."""
 
     run: Path
     config: Config
@@ -31,9 +31,9 @@ class Exported:
     dtype: str
     """Type that is stored."""
     name: str
-    """What transformers is told to load: the repository, or the name of the directory."""
+    """Name that transformers loads: the repository, or the directory."""
     verification: str
-    """What was checked, in words."""
+    """Result of the verification, as text."""
 
 
 def render_card(exported: Exported) -> str:

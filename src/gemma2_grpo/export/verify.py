@@ -28,7 +28,7 @@ NOT_VERIFIED = (
     "the tests of gemma2-grpo run exports of both formats there, and find float32 logits within "
     "1e-4 of the policy's."
 )
-"""What a card says of an export that was not verified."""
+"""Sentence of the model card for an export that was not verified."""
 
 Verify = Literal["auto", "always", "never"]
 
@@ -63,7 +63,7 @@ def obstacle(format: str, parameters: int) -> str | None:  # noqa: A002
 
     Args:
         format: `merged` or `peft`.
-        parameters: Of the whole model.
+        parameters: Parameters of the whole model.
     """
     import jax
 
@@ -116,7 +116,7 @@ def verify_export(folder: Path, opened: Opened, format: str, dtype: str) -> str:
 
     Args:
         folder: The export.
-        opened: What it was made from, the base in float32.
+        opened: Run or model that was exported, the base in float32.
         format: `merged` or `peft`.
         dtype: Type that is stored.
 
@@ -150,14 +150,14 @@ def verify_export(folder: Path, opened: Opened, format: str, dtype: str) -> str:
         )
     return (
         f"This export was run in transformers {metadata.version('transformers')} on the CPU, "
-        f"beside the policy of the run, both computing in float32, on {found.texts} prompts with "
+        f"compared with the policy of the run, both in float32, on {found.texts} prompts with "
         f"worked solutions: {measured}. The check allows {allowed}."
     )
 
 
 @dataclass(frozen=True)
 class Agreement:
-    """How far the logits of two models agree on the same tokens, both computed in float32."""
+    """Agreement of the logits of two models on the same tokens, both in float32."""
 
     texts: int
     tokens: int
@@ -180,10 +180,10 @@ def compare_with_transformers(
     """Runs an exported model on the CPU in transformers, and the policy here.
 
     Args:
-        policy: What was exported, its base in float32.
+        policy: Exported policy, its base in float32.
         files: The files of its base.
         folder: The export.
-        texts: What both read, special tokens included.
+        texts: Input of both, special tokens included.
         base: Directory of the base if the export is an adapter for PEFT.
 
     Raises:

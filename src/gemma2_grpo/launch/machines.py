@@ -1,4 +1,4 @@
-"""How the tools that rent accelerators lay them out on hosts.
+"""Accelerators and hosts as the tools for clusters lay them out.
 
 Sources: Google's tables of TPU v5e, v6e, v5p and v4 configurations; for GKE and xpk, the slices of
 `system_characteristics.py` in AI-Hypercomputer/xpk.
@@ -34,7 +34,7 @@ def find_machines(accelerator: str, hosts: int | None, launcher: Launcher) -> Ma
 
     Args:
         accelerator: A TPU slice such as `v5e-16`, or the GPUs of one host such as `H100:8`.
-        hosts: How many; None for what the slice comes with, or for one host of GPUs.
+        hosts: Number of hosts; None for what the slice comes with, or for one host of GPUs.
         launcher: The tool that rents it; they do not all divide a slice in the same way.
 
     Raises:

@@ -15,7 +15,7 @@ from gemma2_grpo.launch.machines import Launcher
 from gemma2_grpo.runtime.templates import templates_of
 
 MOUNT = "/runs"
-"""Where the storage is mounted on every host."""
+"""Directory at which the storage is mounted on every host."""
 _TEMPLATES: dict[Launcher, str] = {
     "xpk": "xpk.sh.j2",
     "jobset": "jobset.yaml.j2",
@@ -44,7 +44,7 @@ def render(
     Args:
         launcher: Whose recipe.
         run: The run directory.
-        notes: What the reader of the recipe should know.
+        notes: Comments for the reader of the recipe.
         storage: Bucket, volume claim or storage of xpk that holds the run.
         values: What else the templates name: `name` of the job, `machines` with one process on
             each host, `command` word by word, `tokens` (variables with the secrets of the model

@@ -40,11 +40,11 @@ class Sizes:
     attention: int
     """Query heads x head size, over all layers: 4 x this operations per pair of tokens."""
     item_bytes: int
-    """Of the type of weights and activations."""
+    """Bytes of a weight or an activation."""
 
     @property
     def weight_bytes(self) -> int:
-        """Of the base."""
+        """Bytes of the base weights."""
         return (self.decoder + self.head) * self.item_bytes
 
 
@@ -83,12 +83,12 @@ class _Forward:
     """Operations of one pass through the model."""
 
     prompts: float
-    """Of the layers' matrices and their adapters."""
+    """Operations of the layers' matrices and their adapters on prompts."""
     completions: float
     adapters: float
-    """Those of the adapters alone, of prompts and completions."""
+    """Operations of the adapters alone, on prompts and completions."""
     head: float
-    """Prompts need none."""
+    """Operations of the output head, which prompts do not need."""
     prompt_attention: float
     attention: float
 
@@ -113,7 +113,7 @@ def _forward(sizes: Sizes, config: Config, mean_tokens: float) -> _Forward:
 def step_work(sizes: Sizes, config: Config, mean_tokens: float) -> list[Work]:
     """The parts of a step whose completions have so many tokens on average.
 
-    Decoding goes on until the longest of a step's completions ends; here that is the limit.
+    Decoding continues until the longest of a step's completions ends; here that is the limit.
     """
     rollout, mu = config.rollout, config.grpo.num_iterations
     forward = _forward(sizes, config, mean_tokens)
@@ -144,7 +144,7 @@ def step_work(sizes: Sizes, config: Config, mean_tokens: float) -> list[Work]:
 
 
 def _update_operations(forward: _Forward, passes: float) -> float:
-    """Of one update. Prompts are run once more, before their completions."""
+    """Operations of one update. Prompts are run once more, before their completions."""
     return (
         passes * forward.completions
         + (passes + 1) * forward.prompts
@@ -156,7 +156,7 @@ def _update_operations(forward: _Forward, passes: float) -> float:
 
 
 def _micro_batches(config: Config, mean_tokens: float) -> int:
-    """Of a step, if they are full."""
+    """Micro-batches of a step, if they are full."""
     rows = config.rollout.prompts_per_step * config.rollout.num_generations
     return math.ceil(rows * mean_tokens / config.grpo.micro_batch_tokens)
 
@@ -201,15 +201,15 @@ class MemoryEstimate:
     gathered: float
     """The copy of the weights that sampling brings together over fsdp."""
     caches: Mapping[str, float]
-    """Of sampling at its largest, all rows alive, by program; two at once while it grows."""
+    """KV cache of sampling at its largest by program, all rows alive; two while it grows."""
     sampling_copy: float
-    """Of the weights with the adapters added, where sampling has one."""
+    """Copy of the weights with the adapters merged, if sampling uses one."""
     update_copy: float
-    """The same of an update."""
+    """Copy of the weights with the adapters merged, if an update uses one."""
     logits: float
     """One chunk in float32, with its exponentials and its gradient."""
     activations: float
-    """Of an update: one residual stream a layer, and the inside of one layer."""
+    """Activations of an update: a residual stream per layer, and the inside of one layer."""
 
     @property
     def decode(self) -> float:
@@ -226,7 +226,7 @@ class MemoryEstimate:
 
     @property
     def peak(self) -> float:
-        """Of the run."""
+        """Peak of the run."""
         return max(self.decode, self.update)
 
 
@@ -236,7 +236,7 @@ def estimate_memory(sizes: Sizes, architecture: Architecture, config: Config) ->
     rollout, tokens = config.rollout, config.grpo.micro_batch_tokens
     rows = rollout.prompts_per_step * rollout.num_generations
     weights = sizes.weight_bytes / (fsdp * tp)
-    # A matrix lies over both axes, but its adapters each over that of the side they share with it:
+    # A matrix is sharded over both axes, each adapter over the axis of the side that they share:
     # the width over fsdp, heads and MLP units over tp.
     a, own = architecture, tokens / fsdp
     sides = adapter_sides(axis_sizes(a))

@@ -1,4 +1,4 @@
-"""What a compiled program takes of each chip, by the account of its compiler."""
+"""Per-chip memory, FLOPs and collectives of a compiled program, as XLA reports them."""
 
 import hashlib
 import math
@@ -53,10 +53,10 @@ class Compiler:
     """Compiles programs ahead of time, each of them once."""
 
     def __init__(self, note: Callable[[str], None] = lambda _: None) -> None:
-        """Begins knowing nothing.
+        """Starts with nothing compiled.
 
         Args:
-            note: Is told before anything is compiled.
+            note: Called with a message before each compilation.
         """
         self._note = note
         self._known: dict[bytes, Footprint] = {}
@@ -101,7 +101,7 @@ def compile_program(name: str, lowered: jax.stages.Lowered) -> Footprint:
 
 
 def _collectives_of(compiled: jax.stages.Compiled) -> Mapping[str, tuple[int, int]] | None:
-    """Its collectives; None where jaxlib cannot read what the compiler wrote (v6e, v5p)."""
+    """Collectives of a program; None where jaxlib cannot read the program (v6e, v5p)."""
     try:
         return collectives(compiled.as_text() or "")
     except jax.errors.JaxRuntimeError:
@@ -159,7 +159,7 @@ def target_mesh(target: Target, shape: tuple[int, int]) -> Mesh:
 
 @dataclass(frozen=True)
 class Resident:
-    """What a run keeps on one chip for all of its time, in bytes."""
+    """Bytes that a run keeps on one chip from its start to its end."""
 
     weights: int
     adapters: int
@@ -169,11 +169,11 @@ class Resident:
 
     @property
     def total(self) -> int:
-        """All of it."""
+        """Bytes of weights, adapters and moments together."""
         return self.weights + self.adapters + self.moments
 
     def peak(self, program: Footprint) -> int:
-        """Of the run while a program runs, which counts some of the residents as arguments."""
+        """Peak memory while a program runs, which counts some of the residents as arguments."""
         name = program.name
         weights, adapters, moments = _RESIDENTS[name]
         if name in self.merged:  # The copy is the argument, or waits; the base waits in any case.
@@ -197,7 +197,7 @@ _RESIDENTS = {
     "update prompts, back": (1, 1, 0),
     "optimizer": (0, 1, 1),
 }
-"""Which of weights, adapters and moments are arguments of a program."""
+"""Whether weights, adapters and moments are arguments of a program, by its name."""
 _OF_ROLLOUT = ("prefill", "decode", "grow cache")
 _OF_UPDATE = ("update prompts", "update", "update prompts, back", "optimizer")
 

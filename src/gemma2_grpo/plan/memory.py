@@ -40,7 +40,7 @@ class Memory:
 
 
 def _cache_file(config: Config, target: str) -> Path:
-    """Where the memory of a configuration on a target is kept, for these versions and sources."""
+    """Path of the cached memory of a configuration on a target, for these versions and sources."""
     sources = hashlib.sha256()
     for room in _ROOMS:
         for path in sorted((Path(__file__).parents[1] / room).glob("*.*")):
@@ -56,7 +56,7 @@ def _cache_file(config: Config, target: str) -> Path:
 
 
 def kept_memory(config: Config, target: "Target", note: Progress, compiler: "Compiler") -> "Memory":
-    """What the compiler says, now or when it was asked before."""
+    """Memory as the compiler reports it, compiled now or read from the cache of plans."""
     file = _cache_file(config, target.name)
     try:
         return Memory(**json.loads(file.read_text(encoding="utf-8")))
@@ -71,7 +71,7 @@ def kept_memory(config: Config, target: "Target", note: Progress, compiler: "Com
 
 
 def find_architecture(config: Config) -> "Architecture":
-    """Of the model's files, or of Google's models, which are known without any.
+    """Architecture from the model's files; that of Google's models is known without any.
 
     Raises:
         UserError: if there is no such model, or it does not divide over the mesh.
@@ -88,7 +88,7 @@ def find_architecture(config: Config) -> "Architecture":
 
 
 def compiled_memory(config: Config, target: "Target", compiler: "Compiler") -> Memory:
-    """What the compiler says now."""
+    """Memory of the compiled programs, as the compiler reports it."""
     from gemma2_grpo.plan.footprint import resident, target_mesh
     from gemma2_grpo.plan.programs import Programs
 
@@ -122,7 +122,7 @@ def _parts(
     worst: "Footprint",
     peak: int,
 ) -> dict[str, int]:
-    """Where the memory goes while the most demanding program runs."""
+    """Bytes by purpose while the most demanding program runs."""
     from gemma2_grpo.plan.costs import estimate_memory, model_sizes
 
     estimate = estimate_memory(model_sizes(architecture, config), architecture, config)
@@ -138,7 +138,7 @@ def _parts(
 
 
 def estimated_memory(config: Config, target: "Target") -> Memory:
-    """What formulas say."""
+    """Memory estimated by formulas."""
     from gemma2_grpo.plan.costs import estimate_memory, model_sizes
 
     architecture = find_architecture(config)

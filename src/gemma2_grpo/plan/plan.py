@@ -37,7 +37,7 @@ Changes = dict[str, int | str]
 
 @dataclass(frozen=True, kw_only=True)
 class Plan(Memory):
-    """What was found, as `--json` prints it. Bytes are those of one chip."""
+    """Memory, time and fit of a run, as `--json` prints them. Bytes are those of one chip."""
 
     target: str
     chips: int
@@ -46,7 +46,7 @@ class Plan(Memory):
     is_provable: bool
     """Whether there is a compiler for the target."""
     memory_bytes: int | None
-    """What one chip has for programs; None where it is not known."""
+    """Memory of one chip for programs; None where it is not known."""
     seconds_per_step: float | None
     """Estimated; None where the speed of the target is not known."""
     work: list[Row]

@@ -1,4 +1,4 @@
-"""The programs of a run, lowered ahead of time from weights that do not exist.
+"""The programs of a run, lowered ahead of time from abstract weights (shapes and shardings).
 
 They are the project's own, with the shapes of the worst case: prompts and completions that all
 reach their limits. Nothing is computed, so that the mesh may be of devices that are not there.
@@ -85,7 +85,7 @@ class Programs:
         return self._rollout() | self._update()
 
     def _rollout(self) -> dict[str, Lower]:
-        """Of a rollout at its largest: all rows alive, the cache at its full length."""
+        """Programs of a rollout at its largest: all rows alive, the cache at its full length."""
         config, mesh = self.config.rollout, self.mesh
         prompts, limit = config.prompts_per_step, config.max_completion_tokens
         rows = prompts * config.num_generations
@@ -131,7 +131,7 @@ class Programs:
         return programs
 
     def _update(self) -> dict[str, Lower]:
-        """Of reference and update: full micro-batches, and all prompts of a step."""
+        """Programs of reference and update: full micro-batches, and all prompts of a step."""
         config, shapes = self.config, self.shapes
         lora, base = self.weights
         reference = Weights(nnx.State({}), base)

@@ -1,4 +1,4 @@
-"""What the charts of a report show: the metrics of one run, or of two, over their steps."""
+"""Charts of a report: the metrics of one run, or of two, over their steps."""
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
@@ -25,7 +25,7 @@ class Curve:
     steps: Sequence[float]
     values: Sequence[float]
     look: int = 0
-    """Which colour and dashes."""
+    """Index of colour and dashes."""
     intervals: Sequence[tuple[float, float]] = ()
     """Drawn as whiskers; the values are then points, joined but not averaged."""
 
@@ -35,14 +35,14 @@ class Chart:
     """One small plot."""
 
     name: str
-    """Of its file, and of the metric if it is of one."""
+    """Name of the file, and of the metric if the chart is of one."""
     title: str
     unit: str
     curves: Sequence[Curve] = ()
     limit: float | None = None
-    """Above which an alarm would be raised."""
+    """Threshold above which an alarm is raised."""
     top: float | None = None
-    """Where the axis ends, unless values are higher."""
+    """Upper end of the axis, unless values are higher."""
     note: str = ""
 
     @property
@@ -61,7 +61,7 @@ class Chart:
 
     @property
     def description(self) -> str:
-        """What the plot says, for those who cannot see it."""
+        """Text alternative of the plot, for screen readers."""
         parts = [
             f"{curve.label} from {self.show(curve.values[0])} at step {curve.steps[0]:.0f} to "
             f"{self.show(curve.values[-1])} at step {curve.steps[-1]:.0f}, lowest "
@@ -96,7 +96,7 @@ _REWARDS = {
 
 
 def charts_of_run(run: RunFiles) -> list[Chart]:
-    """How a run learned, in small plots; empty before its first step."""
+    """Charts of learning: rewards, accuracy and metrics; empty before the first step."""
     curves = [
         _curve(run, name, spoken, look)
         for look, (name, spoken) in enumerate(_REWARDS.items())
@@ -119,7 +119,7 @@ def charts_of_run(run: RunFiles) -> list[Chart]:
 
 
 def charts_of_runs(runs: Sequence[RunFiles], names: Sequence[str]) -> list[Chart]:
-    """The same of several runs, each plot with a curve for each of them."""
+    """Charts of learning of several runs, each with a curve for every run."""
     rewards = [
         Chart(name, f"Reward: {spoken}", "mean, before its weight")
         for name, spoken in _REWARDS.items()
@@ -129,7 +129,7 @@ def charts_of_runs(runs: Sequence[RunFiles], names: Sequence[str]) -> list[Chart
 
 
 def charts_of_speed(run: RunFiles) -> list[Chart]:
-    """What a step took, in small plots; the first steps, which compile, are left out."""
+    """Charts of the time of a step; the first steps, which compile, are left out."""
     run = replace(run, metrics=run.metrics[2:])
     names = ("rollout", "update", "reward")
     times = [_curve(run, f"{name}_seconds", name, look) for look, name in enumerate(names, 1)]

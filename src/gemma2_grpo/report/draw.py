@@ -1,4 +1,4 @@
-"""Draws charts: as SVG that takes its colours from the page it stands in, and as PNG."""
+"""Draws charts: as SVG that takes its colours from the page around it, and as PNG."""
 
 import io
 from pathlib import Path
@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 # As drawn, for PNG; in SVG each becomes the variable of the page's style sheet. The first is the
-# text's own; the others can be told apart by colour-blind people (Okabe and Ito).
+# text's own; colour-blind people can distinguish the others (Okabe and Ito).
 COLOURS = {
     "ink": "#1b1f24",
     "blue": "#0072b2",
@@ -34,7 +34,7 @@ _LOOKS: tuple[tuple[str, Any], ...] = (
 )
 _WIDTH, _HEIGHT = 360, 210  # Points; those of a phone's screen, so that text keeps its size there.
 _LEFT, _BOTTOM, _TOP = 40, 24, 12
-_CHAR_WIDTH = 6.1  # Of the widest letters that are likely; right of the axes there is only text.
+_CHAR_WIDTH = 6.1  # Width of the widest likely letters; right of the axes there is only text.
 _TEXT_SIZE = 11
 _MAX_LABEL = 15
 _LINE_HEIGHT = 14

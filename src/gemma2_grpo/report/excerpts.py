@@ -31,7 +31,7 @@ class Group:
 
     title: str
     total: int
-    """How many there are; `shown` and `folded` have the first of them."""
+    """Number of all answers; `shown` and `folded` have the first of them."""
     shown: Sequence[Pair]
     folded: Sequence[Pair]
 
@@ -40,8 +40,8 @@ def choose(pairs: Sequence[Pair], titles: Mapping[str, str] = BEFORE_AND_AFTER) 
     """The first pairs of each kind in the order of the data, what flipped before what did not.
 
     Args:
-        pairs: All of them.
-        titles: What the kinds are called.
+        pairs: All pairs of answers.
+        titles: Heading of each kind.
     """
     groups = []
     for kind, (shown, folded) in _COUNTS.items():
@@ -81,7 +81,7 @@ def mark(completion: str) -> list[Piece]:
 
 
 def _pieces(text: str, spans: Sequence[tuple[int, int, str]]) -> Iterator[Piece]:
-    """Cuts a text into its spans and what lies between them.
+    """Cuts a text into its spans and the text between them.
 
     Equations overlap in a chain, `A = B = C`; each then begins where the one before has ended.
     """

@@ -1,4 +1,4 @@
-"""What a report says of a run besides its results: where time went, and how to do it again."""
+"""Facts of a run besides its results: setup, time by phase, and how to reproduce it."""
 
 import json
 import re
@@ -14,7 +14,7 @@ from gemma2_grpo.run.outcome import percent
 from gemma2_grpo.run.schema import Numbers, Start, numbers
 from gemma2_grpo.task.rewards import COMPONENTS
 
-# Of other people's machines, which are nobody's business, and keys.
+# Home directories and keys, which do not belong into a report.
 _PRIVATE = (
     (re.compile(r"(?:/home|/Users)/[^/\s'\"]+|/root(?=/|$)"), "~"),
     (re.compile(r"\bhf_[A-Za-z0-9]{8,}"), "hf_…"),
@@ -32,7 +32,7 @@ _MAX_VALUE_CHARS = 300
 
 
 def status(run: RunFiles) -> str:
-    """How far it is."""
+    """Progress of the run: finished or not, and its steps."""
     steps = int(run.metrics[-1]["step"]) if run.metrics else 0
     planned = numbers(run.config).get("max_steps")
     is_finished = run.has_result and steps >= (planned or 0)
@@ -44,7 +44,7 @@ def setup(run: RunFiles) -> list[tuple[str, str]]:
     """The run in a few words, for the head of the page."""
     facts = []
     for name, text in _SETUP:
-        with suppress(KeyError):  # Of a damaged configuration.
+        with suppress(KeyError):  # A damaged configuration lacks fields.
             facts.append((name, plain(text.format_map(run.config))))
     devices = run.facts.devices
     return [*facts, ("Devices", f"{len(devices)} × {devices[0]}")] if devices else facts
@@ -64,7 +64,7 @@ def weights(run: RunFiles) -> str:
 
 
 def losses(run: RunFiles) -> list[str]:
-    """What was left out, if anything was."""
+    """Counts of completions and updates that were left out, as sentences."""
     counts = (
         (_sum(run.metrics, "num_unscored"), "completions had no reward and were left out"),
         (_sum(run.metrics, "num_updates_left_out"), "updates were not finite and were left out"),
@@ -110,7 +110,7 @@ def _sum(records: Iterable[Numbers], name: str) -> float:
 
 
 def starts(run: RunFiles) -> list[tuple[str, str]]:
-    """What was done when, and with which commands: training, going on, and evaluating."""
+    """Time and command of every start: training, resuming, and evaluating."""
     kinds = ["Started", *["Resumed"] * len(run.facts.starts)]
     done = list(zip(kinds, run.facts.starts, strict=False))
     if run.evaluation:
@@ -125,7 +125,7 @@ def starts(run: RunFiles) -> list[tuple[str, str]]:
 
 
 def _without_command(run: RunFiles, start: Start) -> str:
-    """What to say of a start from Python, and how to train with its configuration again."""
+    """Note for a start from Python, with the command for the same configuration."""
     said = "# No command was recorded, as where a notebook starts it."
     if start is run.evaluation or not run.config:
         return said

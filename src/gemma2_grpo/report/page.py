@@ -28,7 +28,7 @@ def render_page(template: str, **values: object) -> str:
 
     Args:
         template: Name of a file in `templates`.
-        values: What it is about. Functions that any page may use need not be given.
+        values: Values for the template. Functions that any page may use need not be given.
     """
     environment = templates_of(
         "gemma2_grpo.report",
@@ -73,7 +73,7 @@ def write_page(file: Path, text: str, charts: Sequence[Chart] = ()) -> Path:
 
     Args:
         file: The file.
-        text: What it is to say.
+        text: Content of the page.
         charts: Written as PNG into a folder `plots` next to it.
 
     Returns:

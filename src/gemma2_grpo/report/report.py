@@ -80,7 +80,7 @@ def render(run: RunFiles) -> str:
 
 
 def _names(runs: Sequence[RunFiles]) -> list[str]:
-    """What to call the runs: their directories, or their paths where those are alike."""
+    """Names of the runs: their directories, or their paths where those are alike."""
     names = [run.name for run in runs]
     if len(set(names)) < len(names):
         names = [str(run.path) for run in runs]
@@ -138,7 +138,8 @@ def _headline(both: Outcome | None, names: Sequence[str]) -> str:
         counts += ", not known to be the same for both"
     if not both.is_different:
         shares = " and ".join(percent(result.accuracy) for result in both.results)
-        return f"{names[0]} and {names[1]} cannot be told apart: {shares} are right of {counts}."
+        runs = " and ".join(names)
+        return f"{runs} do not differ significantly: {shares} are right of {counts}."
     worse, better = sorted(both.results, key=lambda result: result.accuracy)
     shares = f"{percent(better.accuracy)} against {percent(worse.accuracy)}"
     return f"{better.label} is right more often than {worse.label}: {shares} of {counts}."

@@ -171,7 +171,7 @@ class RunDirectory(LockedFolder):
 class EvaluationFolder(LockedFolder):
     """A folder with one evaluation, which can be stopped at any point and resumed.
 
-    It may be the directory of a run, which may go on training at the same time.
+    It may be the directory of a run, which may still be training.
     """
 
     def __init__(self, path: Path, *, overwrite: bool = False) -> None:

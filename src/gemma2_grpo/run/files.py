@@ -30,9 +30,9 @@ class RunFiles:
     config_text: str
     facts: RunFacts
     metrics: list[Numbers]
-    """In the order of their steps; of a step that was done again, the last record."""
+    """Metrics in the order of their steps; of a step that was repeated, the last record."""
     evaluations: list[Measurement]
-    """Likewise."""
+    """Measurements in the order of their steps; of a repeated one, the last record."""
     held_out: Mapping[int, Sequence[RunCompletion]]
     """Greedy completions of the first and the last measurement by step."""
     evaluation: Evaluation | None
@@ -44,7 +44,7 @@ class RunFiles:
 
     @property
     def name(self) -> str:
-        """What to call the run."""
+        """Name of the run, for people."""
         return self.path.resolve().name or str(self.path)
 
     @property
@@ -54,7 +54,7 @@ class RunFiles:
 
 
 def read_run(path: Path) -> RunFiles:
-    """Reads the directory of a run: finished, going on, crashed or damaged.
+    """Reads the directory of a run: finished, in progress, crashed or damaged.
 
     Raises:
         UserError: if it is no run, or its logs are of another version.
@@ -146,7 +146,7 @@ def _read_log(
 
 
 def _by_step(records: Iterable[_AtStep]) -> list[_AtStep]:
-    """In the order of their steps; of a step that was done again, the last record."""
+    """Metrics in the order of their steps; of a step that was repeated, the last record."""
     steps = {record.step: record for record in records}
     return [steps[step] for step in sorted(steps)]
 

@@ -22,21 +22,21 @@ _FOLLOWS = 0.5
 
 @dataclass(frozen=True)
 class Signal:
-    """Something to watch, and from where on it is worth a word."""
+    """A metric to watch, with the thresholds of its alarms."""
 
     name: str
     warning: float
     critical: float
-    """Infinite where there is no such level."""
+    """Threshold of the critical level; infinite if there is none."""
     what: str
     """Says `{value}` and `{threshold}`."""
     hint: str
-    """What to do about it."""
+    """Advice on what to change."""
     is_floor: bool = False
     """Too low is bad, not too high."""
 
     def level(self, value: float) -> Literal["warning", "critical"] | None:
-        """How bad a value is; None is fine."""
+        """Severity of a value; None if it is fine."""
 
         def is_beyond(threshold: float) -> bool:
             return value < threshold if self.is_floor else value >= threshold
@@ -124,17 +124,17 @@ class Alarm:
     signal: Signal
     level: Literal["warning", "critical"]
     step: int
-    """The first at this level."""
+    """First step at this level."""
     value: float
-    """The worst so far."""
+    """Worst value so far."""
     last_step: int = 0
-    """The last at which there was cause for any alarm."""
+    """Last step that gave cause for an alarm."""
     steps: int = 0
-    """How many gave cause."""
+    """Number of steps that gave cause for an alarm."""
 
     @property
     def what(self) -> str:
-        """What happened, in words."""
+        """Message of the alarm."""
         signal = self.signal
         threshold = signal.critical if self.level == "critical" else signal.warning
         return signal.what.format(value=self.value, threshold=threshold)
@@ -152,12 +152,12 @@ class Health:
 
     @property
     def alarms(self) -> list[Alarm]:
-        """All so far: critical ones first, then in the order of their steps."""
+        """All alarms so far: critical ones first, then in the order of their steps."""
         return sorted(self._alarms.values(), key=lambda a: (a.level != "critical", a.step))
 
     @property
     def active(self) -> list[Alarm]:
-        """Those that the last step gave cause for."""
+        """Alarms that the last step gave cause for."""
         return [alarm for alarm in self.alarms if alarm.last_step == self._step]
 
     def add(self, record: Mapping[str, object]) -> list[Alarm]:
@@ -201,7 +201,7 @@ class Health:
         return self._raise({OVERFITTING: train - held_out})
 
     def _mean(self, name: str) -> float | None:
-        """Of the last steps; None while they are too few."""
+        """Mean of a metric over the last steps; None while they are too few."""
         last = list(self._recent[name])[-WINDOW_STEPS:]
         return statistics.fmean(last) if len(last) == WINDOW_STEPS else None
 

@@ -50,7 +50,7 @@ class Run:
         self._memory = MemoryMonitor()
 
     def go(self) -> None:
-        """Goes from where the run stands to its result."""
+        """Trains from the last checkpoint to the result."""
         config, directory = self.session.config, self.directory
         self.display.plan(self.session.plan)
         first = self.session.finished_steps
@@ -78,7 +78,7 @@ class Run:
             return
         try:
             self.write_report(self.directory.path)
-        except Exception as error:  # Whatever it is, training goes on.
+        except Exception as error:  # Whatever it is, training continues.
             line = " ".join(str(error).split())
             self.display.note(f"the report cannot be written: {type(error).__name__}: {line}")
         self._reported = time.monotonic()

@@ -11,7 +11,7 @@ from gemma2_grpo.run.results import ADAPTER, BASE, StepsMeasures, System
 from gemma2_grpo.run.schema import ScoredCompletion
 from gemma2_grpo.task.statistics import Paired, compare_paired
 
-# What is called a difference is less likely than this without one.
+# Significance level below which a difference is reported.
 SIGNIFICANCE = 0.05
 
 _NO_BREAK = "\u00a0"
@@ -40,8 +40,8 @@ MEASURES = (
     Measure("greedy.mean_completion_tokens", "Tokens per completion", is_fraction=False),
     Measure("sampled.correct_fraction", "Right, sampled"),
     Measure("sampled.correct_fraction_interval", "  95 % interval, sampled"),
-    Measure("sampled.pass_at_k", "Right in at least one of {k} samples"),
-    Measure("sampled.maj_at_k", "Right by vote of {k} samples"),
+    Measure("sampled.pass_at_k", "Right in any of {k} samples (pass@{k})"),
+    Measure("sampled.maj_at_k", "Right by vote of {k} samples (maj@{k})"),
     Measure("sampled.perfect_format_fraction", "Perfect format, sampled"),
     Measure("sampled.true_equations_fraction", "True equations, sampled"),
     Measure("sampled.truncated_fraction", "Cut off, sampled"),
@@ -111,7 +111,7 @@ class Outcome:
     """Two measurements of the same problems, of which either may be missing."""
 
     problems: str
-    """Which they are, in words."""
+    """Name of the problems, for people."""
     before: Result | None
     after: Result | None
     paired: Paired | None
@@ -119,7 +119,7 @@ class Outcome:
 
     @property
     def results(self) -> list[Result]:
-        """Those that there are."""
+        """The measurements that exist, before and after."""
         return [result for result in (self.before, self.after) if result]
 
     @property
@@ -153,7 +153,7 @@ def during_run(run: RunFiles) -> Outcome | None:
 
 
 def by_evaluation(run: RunFiles) -> Outcome | None:
-    """What `evaluate` measured; None if it has not been run."""
+    """Result of `evaluate`; None if it has not been run."""
     evaluation = run.evaluation
     if evaluation is None:
         return None
@@ -173,8 +173,8 @@ def pair_up(before: Sequence[ScoredCompletion], after: Sequence[ScoredCompletion
     """Answers to the same questions side by side; none if the questions differ.
 
     Args:
-        before: Of all questions, or empty where they are not known.
-        after: Likewise.
+        before: Answers to all questions, or empty where they are not known.
+        after: Answers to the same questions, or empty.
     """
     questions = [[answer.question for answer in answers] for answers in (before, after) if answers]
     if len(questions) == 2 and questions[0] != questions[1]:
@@ -212,7 +212,7 @@ def _what_changed(outcome: Outcome | None) -> str:
     if outcome.paired:
         change += f"; {outcome.paired.num_fixed:,} fixed, {outcome.paired.num_broken:,} broken"
     if not outcome.is_different:
-        return f"No difference can be told apart from chance: accuracy went {change}."
+        return f"No significant difference: accuracy went {change}."
     return f"Accuracy {'rose' if after.accuracy > before.accuracy else 'fell'} {change}."
 
 

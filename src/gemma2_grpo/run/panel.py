@@ -112,7 +112,7 @@ def _text(value: float | None, spec: str) -> str:
 
 
 def step_line(record: StepRecord, total: int) -> str:
-    """The same in one line, for a log."""
+    """Results of a step in one line, for a log."""
     facts = "; ".join(
         f"{'' if name in ('policy', 'length') else name + ' '}{value}"
         for name, value in step_facts(record).items()

@@ -53,7 +53,7 @@ def is_moved(earlier: object, value: object, folder: Path) -> bool:
 
 
 def _find_moved(name: str, before: str, now: Path) -> str:
-    """Where a recorded path is, if it was moved or copied together with the run."""
+    """New location of a recorded path, if it was moved or copied together with the run."""
     if not Path(name).is_absolute():
         return name
     try:

@@ -44,7 +44,7 @@ def step_record(step: int, result: StepResult, **others: Any) -> StepRecord:
 
     Args:
         step: Finished steps before this one.
-        result: What the step did.
+        result: Result of the step.
         others: Fields that are known elsewhere, such as memory and programs.
     """
     scores, completions = result.scores, result.completions
@@ -87,7 +87,7 @@ def _update_metrics(updates: Sequence[Mapping[str, float]]) -> Mapping[str, floa
 
 
 def find_rises(records: Sequence[StepRecord]) -> list[Rise]:
-    """When each reward component had made half of its way.
+    """Step at which each reward component reached the middle of its rise.
 
     First and last are means of five steps; half-way is the first step from which on the mean of
     five steps stays at or above the middle of the two.

@@ -69,7 +69,7 @@ class StepsMeasures(Part):
     num_problems: int
     """Problems with such a solution."""
     num_correct: int
-    """Those of them whose greedy answer is right."""
+    """Problems whose greedy answer is right."""
     correct_fraction: Fraction
     """`num_correct` as a part of `num_problems`."""
     correct_fraction_interval: Interval
@@ -109,7 +109,7 @@ class SampledMeasures(Measures):
 
 
 class System(Part):
-    """What was measured of one model."""
+    """Measures of one model."""
 
     greedy: GreedyMeasures
     """Greedy completions."""
@@ -127,14 +127,14 @@ class Measurement(System, AtStep):
 
 
 class Rise(Part):
-    """How a reward component rose over the run."""
+    """Rise of a reward component over the run."""
 
     name: str
     """Name of the component."""
     first: float
-    """Its mean over the first five steps."""
+    """Mean of the component over the first five steps."""
     last: float
-    """Its mean over the last five steps."""
+    """Mean of the component over the last five steps."""
     half_way_step: int | None
     """Step from which its mean over five steps stays above the middle of both; null if none."""
 
@@ -149,7 +149,7 @@ class RunResult(Record):
     after: Measurement
     """Measurement after the last step, likewise."""
     rises: tuple[Rise, ...]
-    """When the components rose whose rise is reported."""
+    """Rises of the components for which they are reported."""
 
 
 class Evaluation(Start, Versioned):

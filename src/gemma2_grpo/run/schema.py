@@ -32,7 +32,7 @@ Numbers = Mapping[str, float]
 
 
 def _finite(value: object) -> object:
-    """JSON has no NaN and no infinity: what is no number is null."""
+    """JSON has no NaN and no infinity: they are written as null."""
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
@@ -105,7 +105,7 @@ class Data(Part):
 
 
 class RunFacts(Versioned):
-    """What a run was made with."""
+    """Data, model, devices and versions of a run."""
 
     FILE: ClassVar[str] = "run.json"
 

@@ -39,7 +39,7 @@ _STATE_BYTES_PER_PARAMETER = 12
 
 @dataclass(frozen=True)
 class Session:
-    """A policy with its data, restored to where the run stands."""
+    """A policy with its data, restored from the run's last checkpoint."""
 
     config: Config
     learner: Learner

@@ -25,11 +25,11 @@ _MAX_PROMPT_TOKENS = 512
 
 @dataclass(frozen=True)
 class Source:
-    """What `RUN|MODEL` on a command line names, known before JAX is imported."""
+    """The run or model that a command line names, resolved before JAX is imported."""
 
     name: str
     config: Config
-    """Of the run; for a model, what suits it."""
+    """Configuration of the run; for a model, one that suits it."""
     run: Path | None
     """The run directory; None for a model."""
     facts: RunFacts
@@ -37,7 +37,7 @@ class Source:
 
     @property
     def title(self) -> str:
-        """Name for people: of the run directory, or of the model."""
+        """Name of the run directory, or of the model."""
         return self.run.name if self.run else self.name
 
 
@@ -45,7 +45,7 @@ def find_source(name: str, adapter: str | None = None) -> Source:
     """Takes a run directory, a directory of a model, a Hugging Face or Kaggle id, or `embedded`.
 
     Args:
-        name: Of the run or model.
+        name: Name of the run or model.
         adapter: A saved adapter that goes with the model; its file says where it was made.
 
     Raises:
@@ -206,7 +206,7 @@ def trained_steps(source: Source) -> int:
 
 
 def _result(source: Source) -> RunResult | None:
-    """What a finished run measured, unless it has gone on since."""
+    """Result of a finished run, unless it has been continued since."""
     from gemma2_grpo.model.adapter import ADAPTER_FILE
     from gemma2_grpo.runtime.checkpoint import latest_step
 

@@ -76,7 +76,7 @@ def check_target(to: Path, needed_bytes: int = 0) -> None:
 
     Args:
         to: The directory, which need not exist.
-        needed_bytes: What will be written, if that is known.
+        needed_bytes: Size of the output, if it is known.
 
     Raises:
         UserError: naming what is in the way.

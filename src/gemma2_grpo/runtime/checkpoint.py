@@ -61,7 +61,7 @@ def restore_checkpoint(folder: Path, like: PyTree) -> tuple[int, PyTree] | None:
     A checkpoint that is incomplete or does not match its manifest is passed over with a warning.
 
     Args:
-        folder: Where checkpoints are saved.
+        folder: Directory of the checkpoints.
         like: A state of the same structure, whose shapes, types and shardings are taken.
 
     Returns:
@@ -151,7 +151,7 @@ def _hashes(folder: Path) -> dict[str, str]:
 
 
 def _problem(path: Path, step: int) -> str | None:
-    """What is wrong with a checkpoint on disk, or None."""
+    """Fault of a checkpoint on disk, as text; None if it verifies."""
     try:
         manifest = json.loads((path / _MANIFEST).read_text(encoding="utf-8"))
         written, expected = manifest["step"], dict(manifest["sha256"])

@@ -65,7 +65,7 @@ class TpuSlice:
 
     @property
     def chips(self) -> int:
-        """How many chips it has, each of which is a device of JAX."""
+        """Number of chips, each of which is a device of JAX."""
         return _chips(self.topology)
 
 
@@ -110,11 +110,11 @@ class Target:
     chips: int | None = None
     """None: as many as the mesh needs."""
     memory_bytes: int | None = None
-    """What one chip has for programs; None where it is the host's."""
+    """Memory of one chip in bytes; None where it is the host's."""
     flops: float | None = None
     """Peak of matrix products in bfloat16 of one chip, FLOP/s; None where unknown."""
     float32_flops: float | None = None
-    """The same in float32, as JAX multiplies it by default."""
+    """Peak operations per second in float32, as JAX multiplies it by default."""
     memory_bandwidth: float | None = None
     """Bytes/s of one chip."""
     link_bandwidth: float | None = None

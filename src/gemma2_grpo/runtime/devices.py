@@ -75,14 +75,14 @@ def start_jax(note: Callable[[str], None]) -> None:
 
 
 def cpu_warning(model: ModelConfig, name: str) -> str | None:
-    """What to say before a configuration for an accelerator trains on a CPU; else None.
+    """Warning before a configuration for an accelerator trains on a CPU; else None.
 
     Such configurations compute in bfloat16, which CPUs only imitate: that holds for all presets,
     for files that were derived from them, and for the defaults.
 
     Args:
-        model: Of the configuration.
-        name: What the configuration is called.
+        model: Section `[model]` of the configuration.
+        name: Name of the configuration.
     """
     import jax
 

@@ -64,8 +64,8 @@ def joined(
 
     Args:
         coordinator: Host and port of process 0.
-        num_processes: How many there are.
-        process_id: Which one this is, from 0.
+        num_processes: Number of processes.
+        process_id: Rank of this process, from 0.
 
     Yields:
         How many processes there are.
@@ -150,7 +150,7 @@ def _listen(own_number: int, is_leaving: threading.Event) -> None:
 
 
 def _tell(number: int, status: int, text: str) -> None:
-    """Tells the other processes why this one stops."""
+    """Sends the other processes the reason why this one stops."""
     with suppress(RuntimeError):  # Another one may have been first, or be gone.
         _client().key_value_set(_STOPPED, json.dumps([number, status, text]))
     _part(number)

@@ -63,8 +63,8 @@ class LockedFolder:
 
         Args:
             path: The folder.
-            kind: What it is, for messages.
-            option: What names another one on the command line, for messages.
+            kind: Kind of directory, for messages.
+            option: Command-line option that names another directory, for messages.
             lock: Name of the file that is locked.
             writes: Whether this process reads and writes it.
 

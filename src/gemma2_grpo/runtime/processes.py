@@ -46,7 +46,7 @@ def has_turn(number: int) -> bool:
 
 @contextmanager
 def _together() -> Iterator[None]:
-    """What all processes do at the same time, or none."""
+    """A collective operation: all processes take part in it, or none."""
     try:
         yield
     except Exception as error:  # Gloo's and XLA's come as several types.
@@ -54,7 +54,7 @@ def _together() -> Iterator[None]:
 
 
 def gather(value: T) -> list[T]:
-    """What each process gives, in their order. Only JSON's types go through."""
+    """Gathers a value from each process, in their order (all-gather). Only JSON's types."""
     if jax.process_count() == 1:
         return [value]
     data = np.frombuffer(json.dumps(value).encode(), np.uint8)
@@ -68,7 +68,7 @@ def gather(value: T) -> list[T]:
 
 
 def from_first(value: T) -> T:
-    """What process 0 gives."""
+    """The value of process 0, in all processes (broadcast)."""
     return gather(value)[0]
 
 

@@ -75,7 +75,7 @@ def complete(
         limits: Most tokens of each completion, N = B * G; 0 for one that is not wanted.
         key: Key of this call; row r has the key fold_in(key, first_row + r).
         max_tokens: The highest that any limit may be.
-        sampling: How tokens are drawn.
+        sampling: Temperature, top-p, top-k, and stop and padding tokens.
         mesh: Mesh of the weights.
         first_row: Number of the first row in a batch of which these are a part.
         on_tokens: Called every few tokens, while the device waits.

@@ -12,7 +12,7 @@ _BLOCK = 128
 
 @dataclass(frozen=True)
 class Sampling:
-    """How a token is drawn. A temperature of 0 takes the most likely one."""
+    """Settings of token sampling. A temperature of 0 takes the most likely token (greedy)."""
 
     temperature: float
     top_p: float
@@ -47,11 +47,8 @@ def pick(uniforms: Float[Array, " R"], weights: Float[Array, "R V"]) -> Int[Arra
     """Inverts the cumulative distribution of each row, first by blocks and then within one.
 
     One random number per row, where adding noise to the logits takes one for each of V tokens; on
-    a CPU that noise costs more than the output head.
-
-    Args:
-        uniforms: In [0, 1).
-        weights: Unnormalised probabilities, not all zero.
+    a CPU that noise costs more than the output head. The uniforms are in [0, 1), the weights
+    unnormalised probabilities, not all zero.
 
     Returns:
         Indices, never of a weight of zero. They never fall as the uniform rises.
@@ -61,6 +58,7 @@ def pick(uniforms: Float[Array, " R"], weights: Float[Array, "R V"]) -> Int[Arra
     sums = blocks.sum(axis=-1)
     cumulated = jnp.cumsum(sums, axis=-1)
     target = uniforms[:, None] * cumulated[:, -1:]
+    # Two passes over V / 128 and over 128 entries, where one cumulative sum takes log V over V.
     block = _first_above(cumulated, sums, target)
     before = jnp.take_along_axis(cumulated - sums, block, axis=-1)
     within = jnp.take_along_axis(blocks, block[..., None], axis=1)[:, 0]
@@ -87,11 +85,13 @@ def _first_above(
 def truncate(logits: Float[Array, "R V"], sampling: Sampling) -> Float[Array, "R V"]:
     """Sets the logits of tokens that top-k and top-p exclude to minus infinity."""
     if sampling.top_k:
+        # Equal logits at the border are all kept, so that none is preferred by its index.
         kth = jax.lax.top_k(logits, min(sampling.top_k, logits.shape[-1]))[0][:, -1:]
         logits = jnp.where(logits < kth, -jnp.inf, logits)
     if sampling.top_p < 1:
         descending = -jnp.sort(-logits, axis=-1)
         probabilities = jax.nn.softmax(descending)
+        # By the mass above a token, so that the token that crosses top_p is kept and one remains.
         before = jnp.cumsum(probabilities, axis=-1) - probabilities
         kept = jnp.where(before < sampling.top_p, descending, jnp.inf)
         logits = jnp.where(logits < kept.min(axis=-1, keepdims=True), -jnp.inf, logits)

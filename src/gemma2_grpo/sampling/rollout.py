@@ -49,7 +49,7 @@ class Completions:
 def is_truncated(
     tokens: Sequence[Int[np.ndarray, " T"]], stop_ids: Sequence[int]
 ) -> Bool[np.ndarray, " N"]:
-    """Which completions do not end with a stop token."""
+    """Whether each completion was cut off, and so does not end with a stop token."""
     return np.array([not len(row) or row[-1] not in stop_ids for row in tokens])
 
 

@@ -60,7 +60,7 @@ _LATEX_MARKUP = frozenset(
 
 _SIGN_IN_WORDS = re.compile(rf"{_OPENING}(?:minus|negative|{_DASH})\s*\Z", re.IGNORECASE)
 
-# What makes the one number something else than the answer. NUL stands for the number.
+# Context in which the one number is not the answer. NUL stands for the number.
 _ANY_WORD = "|".join(NUMBER_WORDS | SCALES)
 _HEDGE = re.compile(
     rf"""
@@ -201,7 +201,7 @@ def official_is_correct(completion_text: str, gold: str) -> bool:
 
 
 def _has_foreign_number(text: str) -> bool:
-    """Whether a character other than 0-9 stands for a number, such as "½" or "١"."""
+    """Whether a character other than 0-9 is a number, such as "½" or "١"."""
     return any(c.isnumeric() and not c.isascii() for c in text)
 
 

@@ -50,8 +50,9 @@ def load_held_out(config: DataConfig, limit: int | None = None) -> tuple[Example
 
     Args:
         config: Names the source, the split and the seed of the order.
-        limit: How many; by default the whole official test split. Procedural problems have no
-            end and validation problems are what training has left: of these, `num_test_samples`.
+        limit: Number of problems; by default the whole official test split. Procedural problems
+            have no end and validation problems are what training has left: of these,
+            `num_test_samples`.
 
     Raises:
         UserError: for a source that cannot be read, or that has fewer problems than are asked for.

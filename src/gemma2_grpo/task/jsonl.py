@@ -11,7 +11,7 @@ from gemma2_grpo.errors import UserError
 Content = TypeVar("Content")
 
 OnDamage = Callable[[str], object]
-"""What to do about a damaged line, of which it takes place and fault; the line is left out."""
+"""Callback for a damaged line, with its place and its fault; the line is left out."""
 
 
 class Line(NamedTuple, Generic[Content]):
@@ -85,8 +85,7 @@ def whole_bytes(path: Path) -> int:
 def json_object(fields: str) -> Callable[[bytes], dict[str, Any]]:
     """Makes a `parse` for files that people write: each line is a JSON object.
 
-    Args:
-        fields: What an object needs, for the error message.
+    The names of the required `fields` are for the error message.
     """
 
     def parse(line: bytes) -> dict[str, Any]:

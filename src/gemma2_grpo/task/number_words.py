@@ -33,7 +33,7 @@ class NumberPhrase(NamedTuple):
     value: int
     start: int
     end: int
-    """Offsets in the text."""
+    """Character offsets in the text."""
 
 
 def number_phrases(text: str) -> Iterator[NumberPhrase]:

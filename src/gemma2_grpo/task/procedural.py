@@ -1,7 +1,7 @@
 """Word problems of two or three operations with worked solutions, drawn without end.
 
 The embedded model learns on these, so they need no network and no licence. Every number given
-lies between 2 and 99 (no "1 books"), every result between 1 and 99.
+is between 2 and 99 (no "1 books"), every result between 1 and 99.
 """
 
 import hashlib

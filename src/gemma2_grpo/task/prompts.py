@@ -1,4 +1,4 @@
-"""What the model is asked, and the form its answer must have."""
+"""The prompt (instruction and chat template) and the form that the answer must have."""
 
 import re
 from dataclasses import dataclass
@@ -50,7 +50,7 @@ _ANSWER_TAGS = (ANSWER_START, ANSWER_END)
 
 @dataclass(frozen=True)
 class Completion:
-    """What the parser finds in one completion."""
+    """One completion, parsed."""
 
     reasoning: str | None
     """Text of the only reasoning block; None if there is none, or more than one."""
@@ -83,7 +83,7 @@ def parse_completion(text: str, *, is_truncated: bool = False) -> Completion:
 
 
 def _end_without_stops(text: str) -> int:
-    """Where a completion ends without the stop tokens at its end."""
+    """Offset at which a completion ends, trailing stop tokens excluded."""
     end = len(text)
     for stops in _STOPS.finditer(text):
         end = stops.start() if stops.end() == len(text) else len(text)

@@ -43,7 +43,7 @@ def ask_hub(repository: str, file: str, kind: Literal["model", "dataset"]) -> No
 
 
 def _hub_host() -> str:
-    """The host that stands for Hugging Face, and the proxy on the way to it, if there is one."""
+    """The host used for Hugging Face, and the proxy on the way to it, if there is one."""
     from urllib.parse import urlsplit
     from urllib.request import getproxies, proxy_bypass
 
@@ -89,7 +89,7 @@ def cached_by_kagglehub(place: str, versions: str = "", version: str | None = No
     """The newest version in kagglehub's cache that was downloaded whole, or the one asked for.
 
     Args:
-        place: Of the model or data set, in the cache.
+        place: Path of the model or data set in the cache.
         versions: Folder of its versions in that place.
         version: A number; None for any.
     """
@@ -120,7 +120,7 @@ def within(seconds: float, call: Callable[[], T]) -> T:
     """Returns what a function returns or raises, unless that takes too long.
 
     Raises:
-        TimeoutError: after so many seconds; the function goes on in a thread that is forgotten.
+        TimeoutError: after so many seconds; the function still runs, in an abandoned thread.
     """
     answer: Future[T] = Future()
 
@@ -158,7 +158,7 @@ def disk_is_full(error: BaseException) -> bool:
 
 
 def _seconds() -> float:
-    """How long to wait for an answer; who has a slow network sets the variable."""
+    """Timeout of a request in seconds; set the variable if the network is slow."""
     text = os.environ.get(_SECONDS_VARIABLE, "")
     return float(text) if re.fullmatch(r"\d+", text) else _SECONDS
 

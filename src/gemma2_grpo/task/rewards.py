@@ -64,7 +64,7 @@ class Solution:
     reasoning: str
     """Text of the reasoning block; empty if there is not exactly one."""
     format: float
-    """How far the form is kept, in [0, 1]."""
+    """Format score in [0, 1]: how many of the form's requirements are met."""
     answer: Fraction | None
     """The number of the answer block; None if it does not state exactly one."""
     correct: bool
@@ -91,7 +91,7 @@ class Component:
 
 @dataclass(frozen=True)
 class Score:
-    """What a completion earns and why."""
+    """Reward of a completion, with its components."""
 
     components: Mapping[str, float]
     """Each in [0, 1], before its weight, by its name in COMPONENTS."""
@@ -106,7 +106,7 @@ class Score:
     """The distinct equations of the reasoning."""
 
     def __getitem__(self, component: str) -> float:
-        """What a component gave, before its weight."""
+        """Score of a component, before its weight."""
         return self.components[component]
 
 
@@ -121,7 +121,7 @@ def score_completion(
     """Scores one completion. Never raises, whatever the model wrote, and takes linear time.
 
     Args:
-        completion: What the model generated, with or without its stop token.
+        completion: Generated text, with or without its stop token.
         answer: The right answer: a number, or a GSM8K solution.
         question: The problem, to see where numbers come from; without it all count as given.
         weights: Weights of the components.

@@ -39,11 +39,6 @@ class Scorer:
     ) -> Mapping[str, np.ndarray]:
         """Scores completions, aligned with their examples.
 
-        Args:
-            examples: The problem of each completion.
-            completions: What the model wrote.
-            is_truncated: Which of them ran into the limit; None if none did.
-
         Returns:
             Float64 arrays [N] by name: each component in [0, 1] before its weight; `total`, what
             is trained on, NaN where the user's reward gave none; `correct` and
@@ -72,14 +67,14 @@ class Scorer:
     def _custom(
         self, reward: Reward, examples: Sequence[Example], completions: Sequence[str]
     ) -> np.ndarray:
-        """What the user's reward gives, in float64 [N]."""
+        """Rewards of the user's function, in float64 [N]."""
         # A partial or an object with __call__ has no name of its own.
         name = f"reward {self.weights.reward or getattr(reward, '__name__', repr(reward))}"
         questions, answers = [e.question for e in examples], [e.answer for e in examples]
         try:
             # Copies: what the function does to its arguments must not change what is trained on.
             values = reward(questions, list(completions), answers)
-        # Whatever the user's function raises is the user's to mend, also if it ends the process:
+        # Whatever the user's function raises is the user's to fix, also if it ends the process:
         # where several train, the others would wait for it.
         except (Exception, SystemExit) as error:
             last = traceback.extract_tb(error.__traceback__)[-1]
@@ -98,12 +93,12 @@ def check_rewards(values: Any, expected: int, name: str = "reward") -> np.ndarra
     Raises:
         UserError: if the result is not one finite number or None per completion.
     """
-    mend = f"return one finite number, or None if unscorable, for each of {expected} completions"
+    fix = f"return one finite number, or None if unscorable, for each of {expected} completions"
     is_array = getattr(values, "ndim", 0) == 1  # NumPy's and JAX's; those of no axis have a len.
     if not is_array and not isinstance(values, list | tuple):
-        raise UserError(f"{name}: returned {_describe(values)}; {mend}")
+        raise UserError(f"{name}: returned {_describe(values)}; {fix}")
     if len(values) != expected:
-        raise UserError(f"{name}: returned {len(values)} values; {mend}")
+        raise UserError(f"{name}: returned {len(values)} values; {fix}")
     rewards = np.full(expected, np.nan)
     for i, value in enumerate(values):
         if value is None:
@@ -113,7 +108,7 @@ def check_rewards(values: Any, expected: int, name: str = "reward") -> np.ndarra
         except (TypeError, ValueError, OverflowError):
             rewards[i] = np.inf
         if np.isinf(rewards[i]):
-            raise UserError(f"{name}: value {i} is {value!r}; {mend}")
+            raise UserError(f"{name}: value {i} is {value!r}; {fix}")
     return rewards
 
 
@@ -146,7 +141,7 @@ def load_reward(spec: str) -> tuple[Reward, str]:
     try:
         with siblings.importable():
             module_spec.loader.exec_module(module)
-    except (Exception, SystemExit) as error:  # Whatever it raises is the user's to mend.
+    except (Exception, SystemExit) as error:  # Whatever it raises, the user has to fix it.
         raise UserError(f"reward = {spec!r}: {type(error).__name__}: {error}") from error
     function: Reward | None = getattr(module, name, None)
     if not callable(function):

@@ -1,4 +1,4 @@
-"""What a file of a user imports from its own folder, found, isolated and hashed."""
+"""Modules that a user's reward file imports from its own folder: found, isolated and hashed."""
 
 import ast
 import hashlib

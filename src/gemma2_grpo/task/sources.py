@@ -37,11 +37,6 @@ class Source:
 def read_source(dataset: str, counts: Counts, seed: int) -> Pools:
     """Reads the problems of a data set: all of each split, or of an endless one `counts`.
 
-    Args:
-        dataset: A name that an entry of SOURCES takes.
-        counts: How many problems of each split are wanted.
-        seed: Decides their order.
-
     Raises:
         UserError: for a source that cannot be reached or read.
     """

@@ -34,7 +34,7 @@ def interval_over_problems(correct: Sequence[int], samples: int) -> tuple[float,
 
     Samples of one problem are alike, so that n problems with K samples each tell less than n * K
     problems would. What varies here is the mean of each problem. As in Wilson's interval, z^2 / 2
-    problems that are always right and as many that never are stand beside those observed; so the
+    problems that are always right and as many that never are are added to those observed; so the
     interval does not vanish where all problems agree.
 
     Source: Agresti and Coull (1998), The American Statistician 52, 119-126, with means of problems
@@ -85,7 +85,7 @@ def majority_at_k(answers: Sequence[Hashable | None], right: Hashable, k: int) -
     Source: Wang et al. (arXiv:2203.11171), with the ties and subsets that it leaves open.
 
     Args:
-        answers: What was answered, equal where it counts as the same answer.
+        answers: Answers, equal where they count as the same answer.
         right: The right answer.
         k: At most the number of answers.
 
@@ -131,7 +131,7 @@ def _with_rival(ways: np.ndarray, rival: int, votes: int) -> np.ndarray:
 
 
 class Paired(BaseModel):
-    """How the answers of two systems to the same problems compare."""
+    """Paired comparison of the answers of two systems to the same problems."""
 
     model_config = ConfigDict(frozen=True, use_attribute_docstrings=True)
 

@@ -61,7 +61,7 @@ columns [N], of which `total` is trained on."""
 
 @dataclass(frozen=True)
 class StepResult:
-    """What one step did."""
+    """Completions, scores, advantages and metrics of one step."""
 
     examples: list[Example]
     """The example of each completion, [B * G]."""
@@ -166,10 +166,7 @@ class Learner:
     ) -> Packed:
         """Cuts a batch into micro-batches on the devices, and starts the reference on them.
 
-        Args:
-            prompts: Rendered prompts.
-            completions: A group for each.
-            chosen: Which prompts are wanted; by default all.
+        Prompts that are not `chosen` are left out with their completions; by default none is.
         """
         ids = [self.tokenizer.encode(prompt) for prompt in prompts]
         longest_prompt, longest = max(map(len, ids)), int(completions.lengths.max())
@@ -198,7 +195,7 @@ class Learner:
             packed: The completions of this process.
             lengths: Tokens of each completion of all processes, over which the loss is a mean.
             advantages: Advantages of all processes.
-            rows: Which of the completions are this process's.
+            rows: Slice of the completions that belong to this process.
         """
         is_scored = advantages.is_scored.ravel()
         if not is_scored.any() or not any(gather(len(packed.on_host))):

@@ -34,10 +34,6 @@ def group_advantages(rewards: Float[np.ndarray, "B G"], *, scale_by_std: bool) -
     Source: DeepSeekMath (arXiv:2402.03300), section 4.1.2, with the sample standard deviation;
     without the division, Dr. GRPO (arXiv:2503.20783), section 3.2. A reward that is not a finite
     number leaves its completion out; it is never taken for zero.
-
-    Args:
-        rewards: NaN where a completion could not be scored.
-        scale_by_std: Divide by the group's standard deviation, as the `Objective` says.
     """
     rewards = np.asarray(rewards, np.float64)
     is_scored = np.isfinite(rewards)
@@ -54,7 +50,7 @@ def group_advantages(rewards: Float[np.ndarray, "B G"], *, scale_by_std: bool) -
 
 
 Divisor = Callable[[Float[np.ndarray, " N"], int, int], Float[np.ndarray, " N"] | float]
-"""What the terms of a completion's tokens are divided by, from the tokens of each completion (0
+"""Divisor of the loss terms of a completion's tokens, from the tokens of each completion (0
 if it does not count), the number of completions that count, and the completion limit."""
 
 
@@ -111,12 +107,6 @@ def token_weights(
     The loss is the weighted sum over all tokens, so that micro-batches of any size add up to the
     same gradient.
 
-    Args:
-        lengths: Tokens of each completion.
-        is_scored: Completions that count.
-        loss_type: A name of `OBJECTIVES`.
-        max_tokens: The completion limit.
-
     Returns:
         Float32, zero for completions that do not count.
     """
@@ -168,12 +158,12 @@ def policy_loss(
     Args:
         policy: Log-probabilities under the policy that is trained, the only input with a
             gradient, and entropy, for the metrics.
-        old_logps: Under the policy before the batch's first update.
-        ref_logps: Under the reference; None without a KL penalty, whose value is then 0.
-        advantages: Of the completion that a token belongs to.
+        old_logps: Log-probabilities under the policy before the batch's first update.
+        ref_logps: Log-probabilities under the reference; None without a KL penalty, and KL is 0.
+        advantages: Advantage of the completion that a token belongs to.
         weights: Weight of each token, from `token_weights`; 0 for padding.
         segment_ids: Completion of each token.
-        rollout_logps: With which the tokens were drawn; NaN where that is not known.
+        rollout_logps: Log-probabilities at sampling; NaN where they are not known.
         config: Objective and its constants.
     """
     is_token = weights > 0

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from jaxtyping import Array, Float
 
 from gemma2_grpo.config import OptimizerConfig
 
@@ -19,7 +20,7 @@ def learning_rate_schedule(config: OptimizerConfig, num_updates: int) -> optax.S
 
     Args:
         config: Highest rate, warm-up, and what the rate falls to.
-        num_updates: Of the whole run.
+        num_updates: Updates of the whole run, for the schedule.
 
     Returns:
         The rate of the update before which so many were made.
@@ -28,7 +29,7 @@ def learning_rate_schedule(config: OptimizerConfig, num_updates: int) -> optax.S
     decay = num_updates + 1 - warmup
     lowest = config.final_lr_fraction
 
-    def rate(count: Any) -> jax.Array:
+    def rate(count: Any) -> Float[Array, ""]:
         rise = jnp.minimum((count + 1) / warmup, 1)
         left = jnp.clip((num_updates - count) / decay, 0, 1)
         fall = jnp.square(jnp.sin(jnp.pi / 2 * left))

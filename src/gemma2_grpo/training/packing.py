@@ -16,7 +16,7 @@ from gemma2_grpo.model.tokenizer import LEAST_TOKENS, bucket, pad_right
 _LONGEST_PER_ROW = 2
 
 
-# Arrays of numpy on the host, of JAX on the devices.
+# NumPy arrays on the host, JAX arrays on the devices.
 _Ids = Int[Any, "R W"]
 _Values = Float[Any, "R W"]
 
@@ -48,12 +48,12 @@ class PromptBatch(NamedTuple):
     prompts: Int[Any, "B P"]
     """Token ids without the last of each prompt, right-padded."""
     lengths: Int[Any, " B"]
-    """How many of them are real."""
+    """Tokens of each prompt that are not padding."""
     micro: list[MicroBatch]
 
 
 class Credit(NamedTuple):
-    """What the rewards say of each token of a micro-batch."""
+    """Advantage and loss weight of each token of a micro-batch."""
 
     advantages: _Values
     weights: _Values
@@ -98,7 +98,7 @@ class Shapes:
     prompts: int
     """Prompts that are run at one time."""
     prompt_tokens: int
-    """To which they are padded."""
+    """Length to which prompts are padded."""
     rows: int
     """Rows of completions that are run at one time."""
     row_tokens: int
@@ -112,16 +112,13 @@ def choose_shapes(
 ) -> Shapes:
     """Sizes of the micro-batches of a batch: as large as the token budget and its groups allow.
 
-    Args:
-        config: Says the budget, the group and the mesh.
-        prompts: Prompts of the batch.
-        prompt_tokens: Tokens of its longest prompt.
-        completion_tokens: Tokens of its longest completion.
+    The numbers of tokens are those of the longest prompt and the longest completion.
     """
     rollout, budget = config.rollout, config.grpo.micro_batch_tokens
     fsdp = config.model.mesh_shape[0]
     width = bucket(prompt_tokens, LEAST_TOKENS, rollout.max_prompt_tokens)
     longest = bucket(completion_tokens, LEAST_TOKENS, rollout.max_completion_tokens)
+    # fsdp shards the rows, so each of its devices must get one within the budget.
     row_tokens = min(_LONGEST_PER_ROW * longest, budget // fsdp)
     together = min(prompts, budget // width)
     fits = budget // row_tokens // fsdp
@@ -148,13 +145,7 @@ def prompt_batches(
 ) -> list[PromptBatch]:
     """Packs completions into micro-batches of few shapes, with the prompts that they follow.
 
-    Args:
-        prompts: Token ids of each prompt.
-        completions: Token ids of each completion; those of a prompt are neighbours.
-        chosen: Which prompts are wanted.
-        shapes: Sizes of the micro-batches.
-        pad_id: Id of the padding token.
-        logps: Log-probabilities with which the tokens were drawn, if they are known.
+    The completions of a prompt are neighbours. Prompts that are not `chosen` are left out.
     """
     if logps is None:
         logps = [np.full(len(ids), np.nan) for ids in completions]
@@ -163,7 +154,10 @@ def prompt_batches(
     batches = []
     for start in range(0, len(wanted), shapes.prompts):
         part = wanted[start : start + shapes.prompts]
+        # A short last batch is filled up with empty prompts: only a few sizes are compiled.
         size = bucket(len(part), 1, shapes.prompts)
+        # The last token of a prompt predicts the first of each completion, so it is run in the
+        # rows; what all completions of a prompt share ends before it.
         ids = [prompts[i][:-1] for i in part] + [[]] * (size - len(part))
         packed = [
             (i, [number + prompt * group for number in row])
@@ -213,8 +207,11 @@ def _micro_batch(
         for number in numbers:
             ids = completions[number]
             place = row, slice(start, start + len(ids))
+            # Shifted by one: every token of the completion is predicted, its last is not run.
             inputs[place] = [token, *ids[:-1]]
             targets[place] = ids
+            # From the start of the prompt, whatever precedes the completion in its row: RoPE and
+            # the sliding window see each completion as if it were alone.
             positions[place] = position + np.arange(len(ids))
             segment_ids[place] = number
             rollout_logps[place] = logps[number]

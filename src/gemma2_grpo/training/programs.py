@@ -33,17 +33,7 @@ class UpdatePrograms:
         config: Config,
         mesh: Mesh,
     ) -> None:
-        """Prepares the programs.
-
-        Args:
-            policy: How the policy is run where it is differentiated.
-            reference: How the reference is run.
-            policy_def: Graph of the policy as the optimizer knows it.
-            optimizer_def: Graph of the optimizer.
-            adapters: Shardings of the adapters.
-            config: Objective, temperature and size of chunks.
-            mesh: Mesh of the weights.
-        """
+        """Prepares the programs; `adapters` are the shardings of the adapters."""
         logps = partial(
             completion_logps,
             temperature=config.rollout.temperature,
@@ -166,14 +156,8 @@ def completion_logps(
 ) -> TokenLogps:
     """Log-probabilities of packed completions after the prompts that they belong to.
 
-    Args:
-        forward: How the model is run.
-        weights: Its variables.
-        prefix: KV cache of the prompts [B, P, K, H], without the last token of each.
-        lengths: How many of those tokens are real.
-        micro: The completions.
-        temperature: Divides the logits, as in sampling.
-        chunk_tokens: Completion tokens whose logits are materialised at once.
+    `prefix` is the KV cache [B, P, K, H] of the prompts without the last token of each, of which
+    `lengths` count the tokens that are not padding.
 
     Returns:
         Float32 values [R, W]; they mean nothing at padding.

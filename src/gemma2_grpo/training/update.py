@@ -103,9 +103,10 @@ class Updater:
         of all: the ratio is exactly 1 there at any temperature, without a pass of its own.
 
         Args:
-            batches: What `place` gave.
-            credit: Of each micro-batch; the token weights of all add up to one loss.
-            references: What `reference_logps` gave; None without a KL penalty.
+            batches: Packed prompts and completions, on the devices.
+            credit: Advantages and token weights of each micro-batch; the weights of all
+                micro-batches add up to one loss.
+            references: Log-probabilities under the reference; None without a KL penalty.
 
         Returns:
             Loss and metrics of each iteration by name, over all processes, with `grad_norm`, the

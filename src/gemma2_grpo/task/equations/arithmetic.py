@@ -102,10 +102,6 @@ def converted(calculation: list[Token], claim: Token) -> Iterator[Fraction]:
 
     Either one unit goes through it ("1/2 hour"), or each number of a sum has one of the same kind
     ("3 hours + 20 minutes").
-
-    Args:
-        calculation: Tokens with units.
-        claim: The number that states the result.
     """
     is_sum = all(token.text in "+-" for token in calculation if token.kind in "OS")
     for family, size in unit_sizes(claim.unit).items():
@@ -141,7 +137,7 @@ def mixes_units(calculation: list[Token], claim: list[Token]) -> bool:
 
 
 def percent_off(tokens: list[Token]) -> Fraction:
-    """Value of a calculation that ends in "- 20%", read as 20 % of what stands before it."""
+    """Value of a calculation that ends in "- 20%", read as 20 % of what precedes it."""
     *before, sign, last = tokens if len(tokens) > 2 else (*tokens, *tokens, *tokens)
     if last.scale != Fraction(1, 100) or sign.text not in ("+", "-"):
         return evaluate(tokens, True)

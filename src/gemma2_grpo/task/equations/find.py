@@ -63,7 +63,7 @@ class Equation:
 
     @property
     def key(self) -> tuple[str, Fraction]:
-        """What makes two equations the same."""
+        """Key that is equal for equal equations."""
         return self.expression, self.results[0]
 
     @property
@@ -104,7 +104,7 @@ def find_equations(text: str) -> list[Equation]:
 
 
 def _find(text: str, offset: int) -> list[Equation]:
-    """Equations of a text that stands at `offset` of the whole."""
+    """Equations of a part of the text that begins at `offset`."""
     signs = list(_EQUALS.finditer(text))
     if not signs:
         return []
@@ -199,7 +199,7 @@ def _judge(left: Side, right: list[Token], sign: Token, text: str) -> Equation |
 def _numbers_of(
     calculation: list[Token], claim: list[Token], found: "_Comparison"
 ) -> dict[str, Any]:
-    """What an equation starts from and arrives at, by the fields of `Equation`."""
+    """Operands and results of an equation, as fields of `Equation`."""
     letters = {n.text: n.value for n in numbers(calculation + claim) if n.text.isalpha()}
     terms = tuple(
         tuple(n.read(found.is_scaled) for n in numbers(term) if n.text not in letters)
@@ -225,12 +225,12 @@ def _numbers_of(
 
 
 class _Comparison(NamedTuple):
-    """How two sides compare in one reading of their scales and units."""
+    """Comparison of two sides in one reading of their scales and units."""
 
     value: Fraction
-    """Of the calculation."""
+    """Value of the calculation."""
     result: Fraction
-    """Of the claim."""
+    """Value of the claimed result."""
     is_true: bool
     is_scaled: bool
     """Scales were read as factors."""
@@ -252,7 +252,7 @@ def _compare(calculation: list[Token], claim: list[Token], sign: Token) -> _Comp
         result = evaluate(claim, is_scaled)
         unit = stated.scale if is_scaled else 1
         is_true = abs(value - result) <= half * unit
-        if stated.is_cut and not others:  # "16.66..." may go on with any digits.
+        if stated.is_cut and not others:  # "16.66..." may continue with any digits.
             is_true |= 0 <= (abs(value) - abs(result)) / unit < Fraction(1, 10**stated.decimals)
         return _Comparison(value, result, is_true, is_scaled, is_converted)
 
@@ -308,7 +308,7 @@ def _may_have_variable(tokens: list[Token]) -> bool:
 
 
 def _names_a_part(tokens: list[Token], calculation: list[Token], sign: Token) -> bool:
-    """Whether a fraction stands for a part of something: "2/3 of the tank = 16 gallons".
+    """Whether a fraction is a part of something: "2/3 of the tank = 16 gallons".
 
     "is equal to" says so of numbers and percentages as well: "1% is equal to $450 / 90".
     """

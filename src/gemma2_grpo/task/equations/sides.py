@@ -1,6 +1,6 @@
 """The expressions on both sides of the equals signs of a text.
 
-One letter stands for each token's kind, so that a regular expression over the kinds finds the
+One letter encodes each token's kind, so that a regular expression over the kinds finds the
 expressions with their units ("3 red hats + 2 hats").
 """
 
@@ -26,13 +26,13 @@ class Side(NamedTuple):
 
     tokens: list[Token]
     stands_alone: bool
-    """Only a break or an equals sign stands before it, and no unit after it."""
+    """Only a break or an equals sign precedes it, and no unit follows it."""
     is_certain: bool
     """Nothing around it allows another reading: what is false here is called false."""
     cuts: tuple[int, ...]
-    """Where the tokens may begin instead, as after the dash of "Step 2 - 5 + 3"."""
+    """Index at which the tokens may begin instead, as after the dash of "Step 2 - 5 + 3"."""
     claim_ends: tuple[int, ...]
-    """Where they may end instead, as before the word of "= 20 times 2 people"."""
+    """Index at which the tokens may end instead, as before the word of "= 20 times 2 people"."""
 
 
 def split_sides(tokens: list[Token]) -> list[Side | Token | None]:

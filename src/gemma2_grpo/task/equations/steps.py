@@ -53,11 +53,11 @@ def known_shares(
 
     A step counts by the share of its operands that the question states or an earlier true step
     has found, if its result is the answer or an operand of a later step; else it counts 0. A
-    corrected step stands where the error stood.
+    corrected step takes the place of the error.
 
     Args:
         steps: In their order, false ones as well.
-        answer: What the completion states.
+        answer: Number that the completion states.
         given: Numbers of the question; None if there is none, and all numbers count as known.
         is_strict: Only a step of which all is known makes its result known.
     """
@@ -78,7 +78,7 @@ def known_shares(
 
 
 class _Known:
-    """The numbers that a solution may calculate with, as it goes on.
+    """The numbers that a solution may calculate with, step by step.
 
     Calendar and metric numbers are welcome as factors, and one of them as an addend of the whole
     solution: with more of them any guess can be reached from any number.

@@ -30,7 +30,7 @@ class Token(NamedTuple):
     unit: str = ""
     """The sign or word next to a number that `unit_sizes` knows."""
     value: Fraction = Fraction(0)
-    """What the digits of a number say. This and what follows is filled in by read_number."""
+    """Value of the digits of a number. This and the fields below are filled in by read_number."""
     decimals: int = 0
     is_cut: bool = False
     """Dots follow its decimals, as in "16.66..."."""
@@ -107,7 +107,7 @@ def plain_latex(text: str) -> str:
 
 
 def _plain_command(match: re.Match[str]) -> str:
-    """What a LaTeX command means in plain text, padded to its length."""
+    """A LaTeX command in plain text, padded to its length."""
     top, bottom = match[1] or match[2], match[3] or match[4]
     plain = f"({top}/{bottom})" if top else _LATEX_MEANING.get(match[5], "")
     return plain.ljust(len(match[0]))
