@@ -6,7 +6,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from tunix.models.gemma import model as gemma
 
 from gemma2_grpo.errors import UserError
@@ -15,6 +14,9 @@ from gemma2_grpo.errors import UserError
 @dataclass(unsafe_hash=True)
 class Architecture(gemma.ModelConfig):
     """Sizes of a model, as Tunix names them; hashable, so that `jit` takes it as static."""
+
+    query_scalar: float = 256.0
+    """Queries are divided by its square root; for some models it is not the size of a head."""
 
     @property
     def is_sliding(self) -> tuple[bool, ...]:
@@ -165,6 +167,7 @@ def read_architecture(directory: Path) -> Architecture:
         attention_types=tuple(kinds[i % 2] for i in range(layers)),
         use_post_attn_norm=True,
         use_post_ffw_norm=True,
+        query_scalar=float(values.get("query_pre_attn_scalar", _QUERY_SCALAR)),
     )
 
 
@@ -176,17 +179,6 @@ def known_architecture(name: str) -> Architecture | None:
             # Tunix counts some entries of the vocabulary that the published weights lack.
             return replace(make(), num_embed=256_000)
     return None
-
-
-def query_scale(directory: Path) -> float:
-    """Factor on the query weights that makes Tunix's attention scale the model's own.
-
-    Tunix divides by sqrt(head_dim); Gemma 2 by sqrt(query_pre_attn_scalar), which is the same
-    number for 2B and 9B but not for 27B.
-    """
-    values = read_config(directory)
-    scalar = values.get("query_pre_attn_scalar", _QUERY_SCALAR)
-    return float(np.sqrt(values["head_dim"] / scalar))
 
 
 def read_config(directory: Path) -> dict[str, Any]:

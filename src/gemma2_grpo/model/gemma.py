@@ -165,7 +165,7 @@ def _project(
         for each in (queries, keys, values)
     )
     queries, keys = rotated(queries, positions), rotated(keys, positions)
-    return queries * forward.architecture.head_dim**-0.5, KeyValues(keys, values)
+    return queries * forward.architecture.query_scalar**-0.5, KeyValues(keys, values)
 
 
 def _heads(

@@ -184,14 +184,5 @@ def adapter_parameters(architecture: "Architecture", rank: int) -> int:
     return architecture.num_layers * rank * layer
 
 
-def query_factor(tensor: str, query_scale: float) -> float:
-    """Factor on the values of a tensor in Tunix: `query_scale` for queries, 1 for all others.
-
-    Tunix divides queries by sqrt(head_dim), whatever the model; `architecture.query_scale` says
-    what makes up for it.
-    """
-    return query_scale if _QUERIES in tensor else 1.0
-
-
 def _times(bound: int | None, size: int) -> int | None:
     return None if bound is None else bound * size

@@ -22,6 +22,7 @@ from tunix.rl.rl_cluster import ClusterConfig, RLCluster, RLTrainingConfig, Role
 from tunix.rl.rollout import base_rollout
 
 from gemma2_grpo.config import Config, ModelConfig
+from gemma2_grpo.errors import UserError
 from gemma2_grpo.model.architecture import Architecture, Model
 from gemma2_grpo.model.find import find_model
 from gemma2_grpo.model.gemma import rms_norm
@@ -50,6 +51,19 @@ def on_mesh(mesh: Mesh) -> Iterator[None]:
         yield
     finally:
         mesh.__exit__(None, None, None)
+
+
+def check_engine(engine: str, architecture: Architecture) -> None:
+    """Checks, without any weights, that an engine computes a model of this architecture.
+
+    Raises:
+        UserError: if it is one of Tunix's, whose layers would compute something else.
+    """
+    if engine != "group" and architecture.query_scalar != architecture.head_dim:
+        raise UserError(
+            f"engine = {engine}: Tunix's layers divide queries by sqrt({architecture.head_dim}), "
+            f"but this model by sqrt({architecture.query_scalar:g}); set engine = group"
+        )
 
 
 def tunix_model(model: Model, config: ModelConfig, mesh: Mesh) -> gemma.Gemma:
