@@ -57,7 +57,7 @@ def small_directory(goldens: ModuleType, tmp_path_factory: pytest.TempPathFactor
     return goldens.write_model(tmp_path_factory.mktemp("models") / "small", goldens.SMALL, seed=3)
 
 
-@pytest.mark.parametrize("name", ["grouped", "fused"])
+@pytest.mark.parametrize("name", ["grouped", "fused", "gemma3"])
 def test_logits_are_those_of_transformers(
     name: str,
     goldens: ModuleType,
@@ -354,13 +354,17 @@ class TestBadInput:
         values = {k: v for k, v in goldens.SMALL.items() if k not in ("head_dim", "hidden_size")}
         (directory / "config.json").write_text(json.dumps(values))
         assert refusal(load_weights, directory, "float32", mesh) == (
-            f"{directory}/config.json: lacks hidden_size, head_dim; is it a Gemma 2?"
+            f"{directory}/config.json: lacks hidden_size, head_dim; is it a Gemma 2 or 3?"
         )
 
     @pytest.mark.parametrize(
         ("name", "value", "problem"),
         [
-            ("model_type", "llama", "model_type = 'llama' is not supported; only 'gemma2' is"),
+            (
+                "model_type",
+                "llama",
+                "model_type = 'llama' is not supported; only 'gemma2' or 'gemma3_text' is",
+            ),
             ("rms_norm_eps", 1e-5, "rms_norm_eps = 1e-05 is not supported; only 1e-06 is"),
             ("attention_bias", True, "attention_bias = True is not supported; only False is"),
             (

@@ -14,9 +14,9 @@ from gemma2_grpo.errors import UserError
 from gemma2_grpo.task.prompts import render_prompt
 
 if TYPE_CHECKING:
-    from gemma2_grpo.model.architecture import Model
     from gemma2_grpo.model.open import ModelFiles
     from gemma2_grpo.model.tokenizer import Tokenizer
+    from gemma2_grpo.model.weights import Model
     from gemma2_grpo.run.console import Display
     from gemma2_grpo.training.supervised import Row
 

@@ -16,7 +16,7 @@ from jax.sharding import Mesh, Sharding
 from safetensors import SafetensorError, safe_open
 
 from gemma2_grpo.errors import UserError
-from gemma2_grpo.model.architecture import Architecture, Model, read_architecture
+from gemma2_grpo.model.architecture import Architecture, read_architecture
 from gemma2_grpo.model.find import read_index
 from gemma2_grpo.model.layout import (
     Index,
@@ -27,6 +27,7 @@ from gemma2_grpo.model.layout import (
     tensor_shapes,
 )
 from gemma2_grpo.model.mesh import check_mesh
+from gemma2_grpo.model.weights import Model
 from gemma2_grpo.runtime.memory import available_bytes
 
 _ITEM_BYTES = {"BF16": 2, "F16": 2, "F32": 4, "F64": 8}

@@ -17,7 +17,7 @@ from safetensors.numpy import save_file
 
 from gemma2_grpo.config import ModelConfig
 from gemma2_grpo.errors import UserError
-from gemma2_grpo.model.architecture import GENERATION_FIELDS, Model, read_config
+from gemma2_grpo.model.architecture import GENERATION_FIELDS, read_config
 from gemma2_grpo.model.layout import all_weights, tensor_shapes
 from gemma2_grpo.model.load import open_tensors
 from gemma2_grpo.model.lora import adapter_pairs, weight_change
@@ -27,6 +27,7 @@ from gemma2_grpo.model.tokenizer import (
     read_tokenizer,
     write_chat_template,
 )
+from gemma2_grpo.model.weights import Model
 
 MAX_SHARD_BYTES = 5_000_000_000
 # Of a base that has none; else transformers would take Gemma's class, which reads less of the file.
