@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from gemma2_grpo.model.architecture import GENERATION_FIELDS, query_scale, read_architecture
+from gemma2_grpo.model.architecture import GENERATION_FIELDS, read_architecture
 from gemma2_grpo.model.tokenizer import load_tokenizer
 
 # google/gemma-2-2b-it as transformers 4.42 wrote it.
@@ -185,7 +185,7 @@ def test_a_query_scalar_that_is_absent_is_that_of_transformers(
     values = json.loads((directory / "config.json").read_text())
     del values["query_pre_attn_scalar"]
     (directory / "config.json").write_text(json.dumps(values))
-    assert query_scale(directory) == 0.5
+    assert read_architecture(directory).query_scalar == 256
 
 
 @pytest.mark.oracle

@@ -39,7 +39,7 @@ def packed_logps(
     )
 
 
-@pytest.mark.parametrize("name", ["grouped", "fused"])
+@pytest.mark.parametrize("name", ["grouped", "fused", "gemma3"])
 def test_packed_completions_are_those_of_transformers(
     name: str, goldens: ModuleType, mesh: Mesh, tmp_path: Path
 ) -> None:

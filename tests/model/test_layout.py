@@ -7,6 +7,7 @@ import pytest
 from flax import nnx
 from tunix.models.gemma import model as gemma
 
+from gemma2_grpo.model.architecture import Architecture
 from gemma2_grpo.model.layout import (
     Weight,
     adapter_parameters,
@@ -22,9 +23,9 @@ FUSED = GROUPED | {"K": 4}
 MATRICES = [(sizes, weight) for sizes in (GROUPED, FUSED) for weight in layer_matrices(sizes)]
 
 
-def architecture(sizes: dict[str, int]) -> gemma.ModelConfig:
+def architecture(sizes: dict[str, int]) -> Architecture:
     return dataclasses.replace(
-        gemma.ModelConfig.gemma2_2b(),
+        Architecture.gemma2_2b(),
         num_layers=2,
         num_embed=sizes["V"],
         embed_dim=sizes["D"],

@@ -95,17 +95,17 @@ class TestValues:
             assert_same(load_weights(directory, dtype, mesh), tunix_loads(directory, dtype, mesh))
 
     @pytest.mark.parametrize("heads", [2, 4])
-    def test_of_scaled_queries_are_rounded_once(
+    def test_of_scaled_queries_are_the_stored_ones(
         self, heads: int, goldens: ModuleType, mesh: Mesh, tmp_path: Path
     ) -> None:
-        """A factor that is itself rounded to bfloat16 would be off by up to 1 in 512."""
+        """The scale belongs to attention; in the weights it would be rounded to bfloat16."""
         values = goldens.SMALL | {"query_pre_attn_scalar": 9, "num_key_value_heads": heads}
         directory = goldens.write_model(tmp_path, values, seed=0)
         attention = load_weights(directory, "bfloat16", mesh).layers[1].attn
         query = attention.qkv_einsum.w[0] if heads == 4 else attention.q_einsum.w.get_value()
         stored = load_file(directory / "model.safetensors")
         by_head = stored["model.layers.1.self_attn.q_proj.weight"].reshape(4, 8, 32)
-        expected = (by_head.transpose(0, 2, 1) * np.float32((8 / 9) ** 0.5)).astype(query.dtype)
+        expected = by_head.transpose(0, 2, 1).astype(query.dtype)
         np.testing.assert_array_equal(query, expected)
 
     def test_of_mixed_types_are_cast_one_by_one(self, directory: Path, mesh: Mesh) -> None:

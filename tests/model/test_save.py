@@ -18,7 +18,6 @@ from tunix.models.gemma import model as gemma
 
 from gemma2_grpo.config import ModelConfig
 from gemma2_grpo.errors import UserError
-from gemma2_grpo.model.architecture import query_scale
 from gemma2_grpo.model.gemma import run_from_start
 from gemma2_grpo.model.layout import tensor_shapes
 from gemma2_grpo.model.load import load_weights
@@ -65,15 +64,13 @@ def case(
 
 @pytest.fixture
 def peft(case: Case, tmp_path: Path) -> Path:
-    scale = query_scale(case.base)
-    save_peft(case.policy, tmp_path, case.config, "float32", base=str(case.base), query_scale=scale)
+    save_peft(case.policy, tmp_path, case.config, "float32", base=str(case.base))
     return tmp_path
 
 
 def merge(case: Case, folder: Path, dtype: str = "float32", **options: Any) -> float:
     folder.mkdir(exist_ok=True)
-    scales = {"query_scale": query_scale(case.base), "lora_scale": case.config.lora_scale}
-    return save_model(case.policy, folder, dtype, **scales, **options)
+    return save_model(case.policy, folder, dtype, lora_scale=case.config.lora_scale, **options)
 
 
 @jax.jit(static_argnames="forward")

@@ -1,4 +1,4 @@
-"""Makes tests/golden/*.npz: logits of random Gemma 2 models, computed by transformers.
+"""Makes tests/golden/*.npz: logits of random Gemma 2 and 3 models, computed by transformers.
 
     python tests/oracle/make_goldens.py
 
@@ -40,9 +40,24 @@ SMALL: dict[str, Any] = {
     "bos_token_id": 2,
     "eos_token_id": 1,
 }
+# The rotation of global layers is slow, so that positions are told apart by sliding ones.
+SMALL3: dict[str, Any] = SMALL | {
+    "architectures": ["Gemma3ForCausalLM"],
+    "model_type": "gemma3_text",
+    "num_hidden_layers": 6,
+    "num_key_value_heads": 1,
+    "query_pre_attn_scalar": 12,
+    "attn_logit_softcapping": None,
+    "final_logit_softcapping": None,
+    "rope_theta": 1000000.0,
+    "rope_local_base_freq": 10000.0,
+    "rope_scaling": {"rope_type": "linear", "factor": 8.0},
+    "sliding_window_pattern": 3,
+}
 MODELS: dict[str, dict[str, Any]] = {
     "grouped": SMALL,
     "fused": SMALL | {"num_key_value_heads": 4, "query_pre_attn_scalar": 12},
+    "gemma3": SMALL3,
 }
 LENGTHS = (20, 13)
 
@@ -82,6 +97,8 @@ def write_model(directory: Path, values: dict[str, Any], seed: int) -> Path:
             "pre_feedforward_layernorm": normal(0.3, width),
             "post_feedforward_layernorm": normal(0.3, width),
         }
+        if values["model_type"] == "gemma3_text":
+            layer |= {f"self_attn.{name}_norm": normal(0.3, head) for name in "qk"}
         tensors |= {f"model.layers.{i}.{name}.weight": value for name, value in layer.items()}
     directory.mkdir(parents=True, exist_ok=True)
     save_file(tensors, directory / "model.safetensors", metadata={"format": "pt"})
@@ -101,9 +118,9 @@ def transformers_logits(
 ) -> np.ndarray:
     """Logits of transformers' model of a directory, with eager attention."""
     import torch
-    from transformers import Gemma2ForCausalLM
+    from transformers import AutoModelForCausalLM
 
-    model = Gemma2ForCausalLM.from_pretrained(
+    model = AutoModelForCausalLM.from_pretrained(
         directory, attn_implementation="eager", dtype=getattr(torch, dtype)
     ).eval()
     with torch.no_grad():

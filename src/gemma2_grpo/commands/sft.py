@@ -14,9 +14,9 @@ from gemma2_grpo.errors import UserError
 from gemma2_grpo.task.prompts import render_prompt
 
 if TYPE_CHECKING:
-    from gemma2_grpo.model.architecture import Model
     from gemma2_grpo.model.open import ModelFiles
     from gemma2_grpo.model.tokenizer import Tokenizer
+    from gemma2_grpo.model.weights import Model
     from gemma2_grpo.run.console import Display
     from gemma2_grpo.training.supervised import Row
 
@@ -119,7 +119,6 @@ def _sft(
     make_phases: "Callable[[SftConfig, Tokenizer], list[Phase]]",
 ) -> None:
     """Trains the model of the configuration, and writes it to a directory."""
-    from gemma2_grpo.model.architecture import query_scale
     from gemma2_grpo.model.open import open_files
     from gemma2_grpo.model.save import save_model, write_settings
     from gemma2_grpo.runtime.atomic import staged
@@ -140,13 +139,7 @@ def _sft(
         trained = _train(config, files, phases, display)
     with staged(to) as folder:
         chat = write_settings(folder, files.directory, _STORED)
-        save_model(
-            trained,
-            folder,
-            _STORED,
-            query_scale=1.0 if config.sft.init == "random" else query_scale(files.directory),
-            lora_scale=config.model.lora_scale,
-        )
+        save_model(trained, folder, _STORED, lora_scale=config.model.lora_scale)
     display.note(str(programs))
     if chat:
         display.note(chat)

@@ -139,7 +139,6 @@ def _write(folder: Path, opened: Opened, wanted: Wanted) -> tuple[float, str]:
     Returns:
         What `save_model` and `write_tokenizer` return.
     """
-    from gemma2_grpo.model.architecture import query_scale
     from gemma2_grpo.model.layout import tensor_shapes
     from gemma2_grpo.model.save import (
         check_written,
@@ -150,10 +149,9 @@ def _write(folder: Path, opened: Opened, wanted: Wanted) -> tuple[float, str]:
     )
 
     assert opened.policy is not None  # A run has one.
-    model, scale = opened.config.model, query_scale(opened.files.directory)
+    model = opened.config.model
     if wanted.format == "peft":
-        base = wanted.base_path
-        shapes = save_peft(opened.policy, folder, model, wanted.dtype, base=base, query_scale=scale)
+        shapes = save_peft(opened.policy, folder, model, wanted.dtype, base=wanted.base_path)
         check_written(folder, shapes)
         return 0.0, write_tokenizer(folder, opened.files.directory)
     chat = write_settings(folder, opened.files.directory, wanted.dtype)
@@ -161,7 +159,6 @@ def _write(folder: Path, opened: Opened, wanted: Wanted) -> tuple[float, str]:
         opened.policy,
         folder,
         wanted.dtype,
-        query_scale=scale,
         lora_scale=model.lora_scale,
         max_shard_bytes=wanted.max_shard_bytes,
     )

@@ -18,9 +18,9 @@ from gemma2_grpo.task.procedural import generate
 from gemma2_grpo.task.prompts import render_prompt
 
 if TYPE_CHECKING:  # Missing packages are reported before JAX loads.
-    from gemma2_grpo.model.architecture import Model
     from gemma2_grpo.model.open import ModelFiles
     from gemma2_grpo.model.tokenizer import Tokenizer
+    from gemma2_grpo.model.weights import Model
 
 NOT_VERIFIED = (
     "Every tensor was read back after writing, and has its shape and finite values. This export "

@@ -13,7 +13,7 @@ from safetensors.numpy import save_file
 
 from gemma2_grpo.config import ModelConfig
 from gemma2_grpo.errors import UserError
-from gemma2_grpo.model.architecture import Model
+from gemma2_grpo.model.weights import Model
 from gemma2_grpo.runtime.atomic import whole_file
 
 ADAPTER_FILE = "adapter.safetensors"

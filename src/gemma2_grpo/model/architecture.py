@@ -1,12 +1,11 @@
-"""config.json: the sizes of a Gemma 2, and whether it is one that can be computed here."""
+"""config.json of a Gemma 2 or 3: its sizes, and whether it is one that is computed here."""
 
 import json
 import reprlib
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
-import numpy as np
 from tunix.models.gemma import model as gemma
 
 from gemma2_grpo.errors import UserError
@@ -16,25 +15,19 @@ from gemma2_grpo.errors import UserError
 class Architecture(gemma.ModelConfig):
     """Sizes of a model, as Tunix names them; hashable, so that `jit` takes it as static."""
 
+    query_scalar: float = 256.0
+    """Queries are divided by its square root; for some models it is not the size of a head."""
+    has_qk_norm: bool = False
+    """RMSNorm of each head's queries and keys before they are rotated, as Gemma 3 has it."""
+    global_rope: tuple[float, float] = (10_000.0, 1.0)
+    """Base of the rotary embedding (theta) in global layers, and what positions are divided by."""
+    sliding_rope: tuple[float, float] = (10_000.0, 1.0)
+    """The same in sliding layers."""
+
     @property
     def is_sliding(self) -> tuple[bool, ...]:
         """For each layer, whether its tokens attend only within the sliding window."""
         return tuple(kind == gemma.AttentionType.LOCAL_SLIDING for kind in self.attention_types)
-
-
-class Model(gemma.Gemma):
-    """Container of a model's variables under Tunix's paths, with or without adapters.
-
-    It is run by `model.gemma.hidden_states`, never by Tunix's layers.
-    """
-
-    config: Architecture
-    lora_scale: float = 1.0
-    """Factor of the adapters."""
-
-    def __call__(self, *_: Any, **__: Any) -> Any:
-        """Refuses Tunix's forward pass, which would leave the adapters out in silence."""
-        raise TypeError("a Model only holds variables: run gemma2_grpo.model.gemma.hidden_states")
 
 
 _SIZES = (
@@ -43,15 +36,24 @@ _SIZES = (
 ).split()
 _SOFTCAPS = ("final_logit_softcapping", "attn_logit_softcapping")
 _SLIDING, _FULL = "sliding_attention", "full_attention"
+# Base of the rotary embedding of Gemma 3, by kind of layer: its field up to transformers 4, and
+# what transformers takes where that is absent.
+_THETAS = {_SLIDING: ("rope_local_base_freq", 10_000.0), _FULL: ("rope_theta", 1_000_000.0)}
 # What transformers takes where the field is absent.
 _QUERY_SCALAR = 256
 
 # Fields that decide what is computed, with the values that are computed here. Other fields of that
 # kind are unknown, which is refused as well.
+_FAMILIES: dict[str, dict[str, tuple[Any, ...]]] = {
+    "gemma2": {
+        "architectures": (["Gemma2ForCausalLM"], None),
+        "sliding_window_pattern": (2,),
+        "_sliding_window_pattern": (2,),
+    },
+    "gemma3_text": {"architectures": (["Gemma3ForCausalLM"], None)},
+}
 _COMPUTED: dict[str, tuple[Any, ...]] = {
-    "model_type": ("gemma2",),
-    "architectures": (["Gemma2ForCausalLM"], None),
-    "rms_norm_eps": (1e-6,),
+    "rms_norm_eps": (1e-6, 9.99999997e-07, 9.999999974752427e-07),  # As float32, by some tools.
     "hidden_activation": ("gelu_pytorch_tanh",),
     "hidden_act": ("gelu_pytorch_tanh", None),
     "attention_bias": (False,),
@@ -60,8 +62,6 @@ _COMPUTED: dict[str, tuple[Any, ...]] = {
     "is_causal": (True,),
     "is_encoder_decoder": (False,),
     "add_cross_attention": (False,),
-    "sliding_window_pattern": (2,),
-    "_sliding_window_pattern": (2,),
     "partial_rotary_factor": (1.0, None),
     "pruned_heads": ({}, None),
     "quantization_config": (None,),
@@ -71,6 +71,7 @@ _ROPE: dict[str, tuple[Any, ...]] = {
     "type": ("default",),
     "partial_rotary_factor": (1.0, None),
 }
+_GEMMA3_ROPE = {"rope_type", "type", "rope_theta", "factor"}
 
 GENERATION_FIELDS = frozenset(
     (
@@ -116,11 +117,16 @@ _CHECKED = frozenset(
     (
         *_SIZES,
         *_COMPUTED,
+        "_sliding_window_pattern",
+        "architectures",
         "layer_types",
+        "model_type",
         "query_pre_attn_scalar",
+        "rope_local_base_freq",
         "rope_parameters",
         "rope_scaling",
         "rope_theta",
+        "sliding_window_pattern",
         "sliding_window_size",
     )
 )
@@ -128,7 +134,9 @@ _EMPTY = (None, "", [], {})
 
 
 def read_architecture(directory: Path) -> Architecture:
-    """Reads the architecture of a Gemma 2 of any size from its Hugging Face config.json.
+    """Reads the architecture of a Gemma 2 or Gemma 3 of any size from its Hugging Face config.json.
+
+    Of a Gemma 3 with vision, only the text model can be read, from a directory of its own.
 
     Raises:
         UserError: if the file is missing or describes what is not computed here, and for a field
@@ -136,12 +144,23 @@ def read_architecture(directory: Path) -> Architecture:
     """
     path = directory / "config.json"
     values = read_config(directory)
-    for name, computed in _COMPUTED.items():
+    family = values.get("model_type")
+    if family not in _FAMILIES:
+        _refuse(path, "model_type", family, " or ".join(map(repr, _FAMILIES)))
+    for name, computed in (_COMPUTED | _FAMILIES[family]).items():
         if values.get(name, computed[0]) not in computed:
             _refuse(path, name, values[name], repr(computed[0]))
+    is_gemma3 = family == "gemma3_text"
+    if is_gemma3:  # Which has no soft caps, and may leave them out.
+        for name in _SOFTCAPS:
+            values.setdefault(name, None)
     _check_sizes(path, values)
-    _check_rope(path, values)
-    _check_layers(path, values)
+    kinds = _layer_kinds(path, values)
+    ropes = dict.fromkeys(_THETAS, (10_000.0, 1.0))
+    if is_gemma3:
+        ropes = {kind: _gemma3_rope(path, values, kind) for kind in _THETAS}
+    else:
+        _check_rope(path, values)
     for name, value in values.items():
         is_known = name in _CHECKED or name in _HARMLESS or name.endswith("_version")
         if not is_known and value not in _EMPTY:
@@ -149,10 +168,9 @@ def read_architecture(directory: Path) -> Architecture:
                 f"{path}: {name} = {reprlib.repr(value)} is not known here and may change what "
                 "the model computes; if it does not, remove it from a copy of the model"
             )
-    kinds = (gemma.AttentionType.LOCAL_SLIDING, gemma.AttentionType.GLOBAL)
-    layers = values["num_hidden_layers"]
+    types = {_SLIDING: gemma.AttentionType.LOCAL_SLIDING, _FULL: gemma.AttentionType.GLOBAL}
     return Architecture(
-        num_layers=layers,
+        num_layers=len(kinds),
         num_embed=values["vocab_size"],
         embed_dim=values["hidden_size"],
         hidden_dim=values["intermediate_size"],
@@ -162,9 +180,13 @@ def read_architecture(directory: Path) -> Architecture:
         final_logit_softcap=values["final_logit_softcapping"],
         attn_logits_soft_cap=values["attn_logit_softcapping"],
         sliding_window_size=values["sliding_window"],
-        attention_types=tuple(kinds[i % 2] for i in range(layers)),
+        attention_types=tuple(types[kind] for kind in kinds),
         use_post_attn_norm=True,
         use_post_ffw_norm=True,
+        query_scalar=float(values.get("query_pre_attn_scalar", _QUERY_SCALAR)),
+        has_qk_norm=is_gemma3,
+        global_rope=ropes[_FULL],
+        sliding_rope=ropes[_SLIDING],
     )
 
 
@@ -176,17 +198,6 @@ def known_architecture(name: str) -> Architecture | None:
             # Tunix counts some entries of the vocabulary that the published weights lack.
             return replace(make(), num_embed=256_000)
     return None
-
-
-def query_scale(directory: Path) -> float:
-    """Factor on the query weights that makes Tunix's attention scale the model's own.
-
-    Tunix divides by sqrt(head_dim); Gemma 2 by sqrt(query_pre_attn_scalar), which is the same
-    number for 2B and 9B but not for 27B.
-    """
-    values = read_config(directory)
-    scalar = values.get("query_pre_attn_scalar", _QUERY_SCALAR)
-    return float(np.sqrt(values["head_dim"] / scalar))
 
 
 def read_config(directory: Path) -> dict[str, Any]:
@@ -220,7 +231,7 @@ def read_object(path: Path, fault: str) -> dict[str, Any]:
 def _check_sizes(path: Path, values: dict[str, Any]) -> None:
     missing = [name for name in _SIZES if name not in values]
     if missing:
-        raise UserError(f"{path}: lacks {', '.join(missing)}; is it a Gemma 2?")
+        raise UserError(f"{path}: lacks {', '.join(missing)}; is it a Gemma 2 or 3?")
     sizes = {name: values[name] for name in _SIZES}
     sizes["query_pre_attn_scalar"] = values.get("query_pre_attn_scalar", _QUERY_SCALAR)
     for name, value in sizes.items():
@@ -240,7 +251,7 @@ def _check_sizes(path: Path, values: dict[str, Any]) -> None:
 
 
 def _check_rope(path: Path, values: dict[str, Any]) -> None:
-    """Refuses other rotary embeddings than those of angle 10,000.
+    """Refuses other rotary embeddings for Gemma 2 than those of angle 10,000.
 
     Flat up to transformers 4; from 5 on in `rope_parameters`, which `rope_scaling` overrides.
     """
@@ -260,20 +271,49 @@ def _check_rope(path: Path, values: dict[str, Any]) -> None:
             _refuse(path, name, block, "rope_type default")
 
 
-def _check_layers(path: Path, values: dict[str, Any]) -> None:
-    """Refuses layers that do not take turns, and a window that is given twice."""
+def _gemma3_rope(path: Path, values: dict[str, Any], kind: str) -> tuple[float, float]:
+    """Theta and factor of the rotary embedding of a kind of layer of Gemma 3.
+
+    Flat up to transformers 4; from 5 on in a block for each kind of layer. `rope_scaling` is of
+    global layers alone.
+    """
+    field, default = _THETAS[kind]
+    parameters, scaling = values.get("rope_parameters") or {}, values.get("rope_scaling") or {}
+    for name, block in (("rope_parameters", parameters), ("rope_scaling", scaling)):
+        if not isinstance(block, dict):
+            _refuse(path, name, block, "an object")
+    if not parameters.keys() <= _THETAS.keys():
+        _refuse(path, "rope_parameters", parameters, f"a block for {' and '.join(_THETAS)}")
+    block = {**(parameters.get(kind) or {}), **(scaling if kind == _FULL else {})}
+    rope_type = block.get("rope_type", block.get("type", "default"))
+    if rope_type not in ("default", "linear") or not block.keys() <= _GEMMA3_ROPE:
+        name = "rope_scaling" if scaling else "rope_parameters"
+        _refuse(path, name, values[name], "rope_type default or linear")
+    theta = block.get("rope_theta", values.get(field, default))
+    factor = block.get("factor", 1.0) if rope_type == "linear" else 1.0
+    for name, number in ((field, theta), ("factor", factor)):
+        if type(number) not in (int, float) or not number > 0:
+            _refuse(path, name, number, "a number above 0")
+    return float(theta), float(factor)
+
+
+def _layer_kinds(path: Path, values: dict[str, Any]) -> list[str]:
+    """Kind of each layer: those of Gemma 2 take turns, of Gemma 3 every sixth is usually global."""
     layers, window = values["num_hidden_layers"], values["sliding_window"]
-    turns = [(_SLIDING, _FULL)[i % 2] for i in range(layers)]
-    if values.get("layer_types") not in (turns, None):
-        _refuse(
-            path,
-            "layer_types",
-            values["layer_types"],
-            f"{_SLIDING} in turn with {_FULL}, {layers} layers in all,",
-        )
+    is_gemma3 = values["model_type"] == "gemma3_text"
+    names = ("sliding_window_pattern", "_sliding_window_pattern") if is_gemma3 else ()
+    period = next((values[name] for name in names if values.get(name)), 6 if is_gemma3 else 2)
+    turns = [_SLIDING if (i + 1) % period else _FULL for i in range(layers)]
+    kinds = values.get("layer_types") or turns
+    if not is_gemma3 and kinds != turns:
+        only = f"{_SLIDING} in turn with {_FULL}, {layers} layers in all,"
+        _refuse(path, "layer_types", kinds, only)
+    if len(kinds) != layers or not set(kinds) <= {_SLIDING, _FULL}:
+        _refuse(path, "layer_types", kinds, f"a list of {layers}, each {_SLIDING} or {_FULL},")
     if values.get("sliding_window_size") not in (window, None):
         _refuse(path, "sliding_window_size", values["sliding_window_size"], str(window))
+    return kinds
 
 
-def _refuse(path: Path, name: str, value: Any, only: str) -> None:
+def _refuse(path: Path, name: str, value: Any, only: str) -> NoReturn:
     raise UserError(f"{path}: {name} = {reprlib.repr(value)} is not supported; only {only} is")

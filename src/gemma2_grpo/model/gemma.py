@@ -136,7 +136,8 @@ def _attention(
     cache: LayerCache,
 ) -> tuple[Stream, KeyValues]:
     """Attention to the rows' own tokens and to the prompts that they share."""
-    queries, own = _project(forward, layer, x, seen.positions)
+    rope = forward.architecture.sliding_rope if is_sliding else forward.architecture.global_rope
+    queries, own = _project(forward, layer, x, seen.positions, rope)
     if cache.own is not None:
         start = (0, seen.slot, 0, 0)
         own = KeyValues(
@@ -152,7 +153,11 @@ def _attention(
 
 
 def _project(
-    forward: Forward, layer: Variables, x: Stream, positions: Int[Array, "R T"]
+    forward: Forward,
+    layer: Variables,
+    x: Stream,
+    positions: Int[Array, "R T"],
+    rope: tuple[float, float],
 ) -> tuple[Float[Array, "R T N H"], KeyValues]:
     """Rotated and scaled queries, rotated keys, and values."""
     if "attn/qkv_einsum/w" in layer:
@@ -164,8 +169,11 @@ def _project(
         constrained(each, ("fsdp", None, "tp", None), forward.mesh)
         for each in (queries, keys, values)
     )
-    queries, keys = rotated(queries, positions), rotated(keys, positions)
-    return queries * forward.architecture.head_dim**-0.5, KeyValues(keys, values)
+    if forward.architecture.has_qk_norm:
+        queries = rms_norm(queries, layer["attn/q_norm/scale"])
+        keys = rms_norm(keys, layer["attn/k_norm/scale"])
+    queries, keys = rotated(queries, positions, *rope), rotated(keys, positions, *rope)
+    return queries * forward.architecture.query_scalar**-0.5, KeyValues(keys, values)
 
 
 def _heads(
@@ -230,11 +238,18 @@ def rms_norm(x: Float[Array, "... D"], scale: Float[Array, " D"]) -> Float[Array
 
 
 def rotated(
-    x: Float[Array, "R T N H"], positions: Int[Array, "R T"], theta: float = 10_000
+    x: Float[Array, "R T N H"], positions: Int[Array, "R T"], theta: float, factor: float
 ) -> Float[Array, "R T N H"]:
-    """Rotary position embedding (RoPE, arXiv:2104.09864), on halves instead of neighbours."""
+    """Rotary position embedding (RoPE, arXiv:2104.09864), on halves instead of neighbours.
+
+    Args:
+        x: Queries or keys.
+        positions: Position of each token.
+        theta: Base of the wavelengths.
+        factor: Positions are divided by it (linear interpolation, arXiv:2306.15595).
+    """
     size = x.shape[-1]
-    wavelengths = theta ** (2 * jnp.arange(size // 2) / size)
+    wavelengths = factor * theta ** (2 * jnp.arange(size // 2) / size)
     angles = positions[:, :, None, None] / wavelengths
     sin, cos = jnp.sin(angles), jnp.cos(angles)
     first, second = jnp.split(x, 2, axis=-1)

@@ -1,4 +1,4 @@
-"""One table of Gemma 2's weights: names, shapes and transposes in Tunix and on Hugging Face.
+"""One table of Gemma's weights: names, shapes and transposes in Tunix and on Hugging Face.
 
 Loading, saving, adapters, initialisation and the estimates of costs read it. Axes are letters:
 V vocabulary, D width, F MLP units, N query heads, K key and value heads, H the size of a head. On
@@ -119,6 +119,10 @@ _NORMS = (
     Weight("pre_ffw_norm/scale", ("pre_feedforward_layernorm",), "D", "D"),
     Weight("post_ffw_norm/scale", ("post_feedforward_layernorm",), "D", "D"),
 )
+_HEAD_NORMS = (
+    Weight("attn/q_norm/scale", ("self_attn.q_norm",), "H", "H"),
+    Weight("attn/k_norm/scale", ("self_attn.k_norm",), "H", "H"),
+)
 _OUTSIDE = (
     Weight("embedder/input_embedding", ("model.embed_tokens.weight",), "VD", "V", "D"),
     Weight("final_norm/scale", ("model.norm.weight",), "D", "D"),
@@ -146,6 +150,8 @@ def matrix_at(path: "PathParts") -> Weight:
 def all_weights(architecture: "Architecture") -> "dict[PathParts, Weight]":
     """All weights of a model by their paths, in the order in which their tensors are stored."""
     layer = (*layer_matrices(axis_sizes(architecture)), *_NORMS)
+    if architecture.has_qk_norm:
+        layer += _HEAD_NORMS
     found: dict[PathParts, Weight] = {tuple(w.variable.split("/")): w for w in _OUTSIDE}
     for i in range(architecture.num_layers):
         for weight in layer:
@@ -182,15 +188,6 @@ def adapter_parameters(architecture: "Architecture", rank: int) -> int:
     """Parameters of a model's adapters, if all matrices of its layers have one."""
     layer = sum(size for _, size in adapter_sides(axis_sizes(architecture)))
     return architecture.num_layers * rank * layer
-
-
-def query_factor(tensor: str, query_scale: float) -> float:
-    """Factor on the values of a tensor in Tunix: `query_scale` for queries, 1 for all others.
-
-    Tunix divides queries by sqrt(head_dim), whatever the model; `architecture.query_scale` says
-    what makes up for it.
-    """
-    return query_scale if _QUERIES in tensor else 1.0
 
 
 def _times(bound: int | None, size: int) -> int | None:

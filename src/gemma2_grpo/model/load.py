@@ -16,7 +16,7 @@ from jax.sharding import Mesh, Sharding
 from safetensors import SafetensorError, safe_open
 
 from gemma2_grpo.errors import UserError
-from gemma2_grpo.model.architecture import Architecture, Model, query_scale, read_architecture
+from gemma2_grpo.model.architecture import Architecture, read_architecture
 from gemma2_grpo.model.find import read_index
 from gemma2_grpo.model.layout import (
     Index,
@@ -24,10 +24,10 @@ from gemma2_grpo.model.layout import (
     Weight,
     all_weights,
     axis_sizes,
-    query_factor,
     tensor_shapes,
 )
 from gemma2_grpo.model.mesh import check_mesh
+from gemma2_grpo.model.weights import Model
 from gemma2_grpo.runtime.memory import available_bytes
 
 _ITEM_BYTES = {"BF16": 2, "F16": 2, "F32": 4, "F64": 8}
@@ -50,7 +50,6 @@ def load_weights(directory: Path, dtype: str, mesh: Mesh) -> Model:
     check_mesh(architecture, mesh)
     graphdef, variables = _abstract(architecture, dtype, mesh)
     weights, sizes = all_weights(architecture), axis_sizes(architecture)
-    scale = query_scale(directory)
     with open_tensors(directory) as tensors:
         check_tensors(directory, tensors, architecture)
         check_host_memory(directory, tensors, [like.get_value() for _, like in variables])
@@ -58,7 +57,7 @@ def load_weights(directory: Path, dtype: str, mesh: Mesh) -> Model:
         def place(path: PathParts, like: jax.ShapeDtypeStruct) -> jax.Array:
             def read(index: Index | None) -> np.ndarray:
                 assert index is not None
-                return _read(tensors, weights[path], index, sizes, like.dtype, scale)
+                return _read(tensors, weights[path], index, sizes, like.dtype)
 
             placed = jax.make_array_from_callback(like.shape, like.sharding, read, like.dtype)
             # Else the host would hold whatever has not been transferred yet.
@@ -69,18 +68,12 @@ def load_weights(directory: Path, dtype: str, mesh: Mesh) -> Model:
 
 
 def _read(
-    tensors: Tensors, weight: Weight, index: Index, sizes: Sizes, dtype: Any, scale: float
+    tensors: Tensors, weight: Weight, index: Index, sizes: Sizes, dtype: np.dtype
 ) -> np.ndarray:
-    """Reads a slice of a variable and casts it; queries are multiplied by `scale` in float32."""
+    """Reads a slice of a variable and casts it."""
 
     def read(name: str, index: Index) -> np.ndarray:
-        factor = query_factor(name, scale)
-
-        def take(span: Index) -> np.ndarray:
-            values = tensors[name][span]
-            return values if factor == 1.0 else values.astype(np.float32) * np.float32(factor)
-
-        return weight.read(take, index, sizes).astype(dtype, copy=False)
+        return weight.read(tensors[name].__getitem__, index, sizes).astype(dtype, copy=False)
 
     if len(weight.tensors) == 1:
         return read(weight.tensors[0], index)

@@ -15,9 +15,9 @@ from jaxtyping import Array, Float
 
 from gemma2_grpo.config import Config, ModelConfig
 from gemma2_grpo.errors import UserError
-from gemma2_grpo.model.architecture import Architecture, Model
+from gemma2_grpo.model.architecture import Architecture
 from gemma2_grpo.model.layout import Weight, all_weights, matrix_at
-from gemma2_grpo.model.weights import Weights
+from gemma2_grpo.model.weights import Model, Weights
 
 _INITIALIZERS = {
     # As PEFT's `reset_lora_parameters` calls kaiming_uniform_, with a = sqrt(5): uniform within

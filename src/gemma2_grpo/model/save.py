@@ -17,8 +17,8 @@ from safetensors.numpy import save_file
 
 from gemma2_grpo.config import ModelConfig
 from gemma2_grpo.errors import UserError
-from gemma2_grpo.model.architecture import GENERATION_FIELDS, Model, read_config
-from gemma2_grpo.model.layout import all_weights, query_factor, tensor_shapes
+from gemma2_grpo.model.architecture import GENERATION_FIELDS, read_config
+from gemma2_grpo.model.layout import all_weights, tensor_shapes
 from gemma2_grpo.model.load import open_tensors
 from gemma2_grpo.model.lora import adapter_pairs, weight_change
 from gemma2_grpo.model.tokenizer import (
@@ -27,6 +27,7 @@ from gemma2_grpo.model.tokenizer import (
     read_tokenizer,
     write_chat_template,
 )
+from gemma2_grpo.model.weights import Model
 
 MAX_SHARD_BYTES = 5_000_000_000
 # Of a base that has none; else transformers would take Gemma's class, which reads less of the file.
@@ -98,7 +99,6 @@ def save_model(
     folder: Path,
     dtype: str,
     *,
-    query_scale: float = 1.0,
     lora_scale: float = 0.0,
     max_shard_bytes: int = MAX_SHARD_BYTES,
 ) -> float:
@@ -110,7 +110,6 @@ def save_model(
         model: A Gemma 2, with or without adapters.
         folder: Existing directory; it gets model.safetensors, or shards and their index.
         dtype: Type to store, `bfloat16` or `float32`.
-        query_scale: What `load_weights` multiplied the queries by, undone here.
         lora_scale: Factor of the adapters, `lora_scale` of the configuration; 0 leaves them out.
         max_shard_bytes: Largest size of a file, unless one tensor alone is larger.
 
@@ -129,8 +128,7 @@ def save_model(
     shard: dict[str, np.ndarray] = {}
     for path, weight in all_weights(model.config).items():
         for name, value in weight.write(merged.read(path)):
-            unscaled = value / query_factor(name, query_scale)
-            shard[name] = np.ascontiguousarray(unscaled.astype(kind))
+            shard[name] = np.ascontiguousarray(value.astype(kind))
             file = split.tensor_to_filename[name]
             if shard.keys() == set(split.filename_to_tensors[file]):
                 save_file(shard, folder / file, metadata={"format": "pt"})
@@ -205,7 +203,6 @@ def save_peft(
     dtype: str,
     *,
     base: str,
-    query_scale: float = 1.0,
 ) -> dict[str, tuple[int, ...]]:
     """Writes adapter_model.safetensors and adapter_config.json.
 
@@ -215,14 +212,13 @@ def save_peft(
         config: What the adapters were made with.
         dtype: Type to store, `bfloat16` or `float32`.
         base: Hugging Face id or directory of the base, from which PEFT loads it.
-        query_scale: What `load_weights` multiplied the queries by.
 
     Returns:
         Shapes of what was written, by name.
     """
     tensors: dict[str, np.ndarray] = {}
     adapted: list[str] = []
-    for module, a, b in _linear_adapters(policy, query_scale):
+    for module, a, b in _linear_adapters(policy):
         adapted.append(module)
         for name, value in (("lora_A", a), ("lora_B", b)):
             stored = np.ascontiguousarray(value.astype(host_dtype(dtype)))
@@ -244,14 +240,11 @@ def save_peft(
     return {name: value.shape for name, value in tensors.items()}
 
 
-def _linear_adapters(
-    policy: Model, query_scale: float
-) -> Iterator[tuple[str, np.ndarray, np.ndarray]]:
+def _linear_adapters(policy: Model) -> Iterator[tuple[str, np.ndarray, np.ndarray]]:
     """Each adapted linear layer of transformers, with its A [r, in] and B [out, r] in float32.
 
     Qwix keeps the rank last in A and first in B, and gives the fused queries, keys and values one
-    A; PEFT adapts each by itself, so that A is written once for each. Tunix's attention expects
-    queries multiplied by `query_scale`, which transformers does by itself; so B is divided by it.
+    A; PEFT adapts each by itself, so that A is written once for each.
     """
     weights = all_weights(policy.config)
     for path, pair in adapter_pairs(nnx.state(policy, nnx.LoRAParam)).items():
@@ -259,9 +252,7 @@ def _linear_adapters(
         tensors, rank = weights[path].tensors, a.shape[-1]
         parts = b.reshape(rank, len(tensors), -1)
         for i, tensor in enumerate(tensors):
-            module = tensor.removesuffix(".weight")
-            scale = query_factor(tensor, query_scale)
-            yield module, a.reshape(-1, rank).T, parts[:, i].T / scale
+            yield tensor.removesuffix(".weight"), a.reshape(-1, rank).T, parts[:, i].T
 
 
 def _targets(adapted: list[str], layers: int) -> list[str]:

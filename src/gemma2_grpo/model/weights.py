@@ -1,17 +1,42 @@
 """A model's variables, and what a forward pass has to know besides them."""
 
-from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from dataclasses import dataclass, replace
+from typing import Any, Literal, NamedTuple
 
 import jax
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Float
+from tunix.models.gemma import model as gemma
 
-from gemma2_grpo.model.architecture import Architecture, Model
+from gemma2_grpo.model.architecture import Architecture
 from gemma2_grpo.model.mesh import constrained
 
 Remat = Literal["none", "block", "decoder"]
+
+
+class Model(gemma.Gemma):
+    """Container of a model's variables under Tunix's paths, with or without adapters.
+
+    It is run by `model.gemma.hidden_states`, never by Tunix's layers.
+    """
+
+    config: Architecture
+    lora_scale: float = 1.0
+    """Factor of the adapters."""
+
+    def __init__(self, architecture: Architecture, *, rngs: nnx.Rngs) -> None:
+        """Makes Tunix's modules, and the norms of heads where the architecture has them."""
+        super().__init__(architecture, rngs=rngs)
+        everywhere = replace(architecture.shd_config, rms_norm_weight=(None,))
+        for layer in self.layers if architecture.has_qk_norm else ():
+            for name in ("q_norm", "k_norm"):
+                norm = gemma.RMSNorm(architecture.head_dim, rngs=rngs, shd_config=everywhere)
+                setattr(layer.attn, name, norm)
+
+    def __call__(self, *_: Any, **__: Any) -> Any:
+        """Refuses Tunix's forward pass, which would leave the adapters out in silence."""
+        raise TypeError("a Model only holds variables: run gemma2_grpo.model.gemma.hidden_states")
 
 
 class Weights(NamedTuple):

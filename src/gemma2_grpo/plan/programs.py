@@ -16,10 +16,10 @@ from jax.typing import DTypeLike
 from jaxtyping import PyTree
 
 from gemma2_grpo.config import Config
-from gemma2_grpo.model.architecture import Architecture, Model
+from gemma2_grpo.model.architecture import Architecture
 from gemma2_grpo.model.lora import add_lora, merge_adapters, samples_merged, updates_merged
 from gemma2_grpo.model.mesh import batch_sharding
-from gemma2_grpo.model.weights import Weights, forward_of, weights_of
+from gemma2_grpo.model.weights import Model, Weights, forward_of, weights_of
 from gemma2_grpo.sampling.decode import decode_until, prefill
 from gemma2_grpo.sampling.decoding_batch import (
     DecodingBatch,

@@ -30,6 +30,7 @@ from gemma2_grpo.runtime.processes import (
     from_first,
     total,
 )
+from gemma2_grpo.sampling.tunix import check_engine
 from gemma2_grpo.task.examples import Example, Splits, drop_long
 from gemma2_grpo.training.learner import Learner
 
@@ -92,6 +93,7 @@ def open_session(config: Config, splits: Splits, directory: RunDirectory) -> Ses
         UserError: for every mistake of the user, before the weights load.
     """
     files = open_files(config.model)
+    check_engine(config.rollout.engine, files.architecture)
 
     def count_tokens(prompt: str) -> int:
         return len(files.tokenizer.encode(prompt))

@@ -14,8 +14,8 @@ from gemma2_grpo.run.results import RunResult
 from gemma2_grpo.run.schema import RunFacts
 
 if TYPE_CHECKING:  # A source is found without JAX.
-    from gemma2_grpo.model.architecture import Model
     from gemma2_grpo.model.open import ModelFiles
+    from gemma2_grpo.model.weights import Model
     from gemma2_grpo.sampling.rollout import Sample
 
 ADAPTER = "adapter"

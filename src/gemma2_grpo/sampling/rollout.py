@@ -11,11 +11,10 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float, Int, Key
 
 from gemma2_grpo.config import Config, RolloutConfig
-from gemma2_grpo.model.architecture import Model
 from gemma2_grpo.model.lora import merge_adapters, samples_merged
 from gemma2_grpo.model.mesh import batch_sharding
 from gemma2_grpo.model.tokenizer import LEAST_TOKENS, Tokenizer, bucket, pad_right
-from gemma2_grpo.model.weights import Weights, forward_of, weights_of
+from gemma2_grpo.model.weights import Model, Weights, forward_of, weights_of
 from gemma2_grpo.sampling.decode import complete
 from gemma2_grpo.sampling.draw import Sampling
 

@@ -22,10 +22,12 @@ from tunix.rl.rl_cluster import ClusterConfig, RLCluster, RLTrainingConfig, Role
 from tunix.rl.rollout import base_rollout
 
 from gemma2_grpo.config import Config, ModelConfig
-from gemma2_grpo.model.architecture import Architecture, Model
+from gemma2_grpo.errors import UserError
+from gemma2_grpo.model.architecture import Architecture
 from gemma2_grpo.model.find import find_model
 from gemma2_grpo.model.gemma import rms_norm
 from gemma2_grpo.model.tokenizer import Tokenizer
+from gemma2_grpo.model.weights import Model
 from gemma2_grpo.sampling.rollout import Completions, is_truncated
 
 
@@ -50,6 +52,26 @@ def on_mesh(mesh: Mesh) -> Iterator[None]:
         yield
     finally:
         mesh.__exit__(None, None, None)
+
+
+def check_engine(engine: str, architecture: Architecture) -> None:
+    """Checks, without any weights, that an engine computes a model of this architecture.
+
+    Raises:
+        UserError: if it is one of Tunix's, whose layers would compute something else.
+    """
+    if engine == "group":
+        return
+    if architecture.has_qk_norm:
+        raise UserError(
+            f"engine = {engine}: not compared with Gemma 3's norms of queries and keys; "
+            "set engine = group"
+        )
+    if architecture.query_scalar != architecture.head_dim:
+        raise UserError(
+            f"engine = {engine}: Tunix's layers divide queries by sqrt({architecture.head_dim}), "
+            f"but this model by sqrt({architecture.query_scalar:g}); set engine = group"
+        )
 
 
 def tunix_model(model: Model, config: ModelConfig, mesh: Mesh) -> gemma.Gemma:

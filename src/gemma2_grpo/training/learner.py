@@ -14,9 +14,9 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Bool, Float, Int
 
 from gemma2_grpo.config import Config
-from gemma2_grpo.model.architecture import Model
 from gemma2_grpo.model.lora import adapters_of, set_adapters
 from gemma2_grpo.model.tokenizer import Tokenizer
+from gemma2_grpo.model.weights import Model
 from gemma2_grpo.runtime.processes import gather, gather_rows, share
 from gemma2_grpo.sampling.rollout import Completions, Sample, sampler
 from gemma2_grpo.sampling.tunix import TunixEngine

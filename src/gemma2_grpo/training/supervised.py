@@ -11,11 +11,10 @@ import optax
 from flax import nnx
 from jax.sharding import Mesh
 
-from gemma2_grpo.model.architecture import Model
 from gemma2_grpo.model.gemma import run_from_start
 from gemma2_grpo.model.logprobs import map_chunks, output_logits
 from gemma2_grpo.model.mesh import batch_sharding
-from gemma2_grpo.model.weights import Forward, Remat, Weights, forward_of, weights_of
+from gemma2_grpo.model.weights import Forward, Model, Remat, Weights, forward_of, weights_of
 
 
 @dataclass(frozen=True)

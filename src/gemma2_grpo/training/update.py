@@ -10,10 +10,9 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Float
 
 from gemma2_grpo.config import Config
-from gemma2_grpo.model.architecture import Model
 from gemma2_grpo.model.lora import merge_adapters, updates_merged
 from gemma2_grpo.model.mesh import batch_sharding
-from gemma2_grpo.model.weights import Weights, forward_of, weights_of
+from gemma2_grpo.model.weights import Model, Weights, forward_of, weights_of
 from gemma2_grpo.runtime.processes import gather, total
 from gemma2_grpo.training.loss import LossTerms, combine
 from gemma2_grpo.training.packing import Credit, PromptBatch
