@@ -3,6 +3,7 @@
 import errno
 import os
 import shutil
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -12,6 +13,9 @@ from safetensors import SafetensorError
 from gemma2_grpo.errors import UserError
 
 _PARTIAL = ".partial"
+# Orbax raises the first error of its threads while others still write, and make the folder anew.
+_REMOVALS = 20
+_SETTLING_SECONDS = 0.1
 
 
 @contextmanager
@@ -128,7 +132,11 @@ def _move(partial: Path, target: Path) -> None:
 
 def _remove(partial: Path, made: list[Path]) -> None:
     """Removes what was written, and the directories made for it if nothing else is in them."""
-    shutil.rmtree(partial, ignore_errors=True)
+    for _ in range(_REMOVALS):
+        shutil.rmtree(partial, ignore_errors=True)
+        time.sleep(_SETTLING_SECONDS)
+        if not partial.exists():
+            break
     for path in made:
         try:
             path.rmdir()
