@@ -30,7 +30,7 @@ from gemma2_grpo.export.model_card import Exported, render_card
 from gemma2_grpo.export.verify import compare_with_transformers
 from gemma2_grpo.model import tokenizer as tokenizers
 from gemma2_grpo.model.adapter import fingerprint, save_adapter
-from gemma2_grpo.model.find import hub_id
+from gemma2_grpo.model.hub.find import hub_id
 from gemma2_grpo.model.load import load_weights
 from gemma2_grpo.model.lora import adapters_of, add_lora
 from gemma2_grpo.model.mesh import make_mesh

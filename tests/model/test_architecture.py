@@ -8,7 +8,8 @@ from typing import Any
 
 import pytest
 
-from gemma2_grpo.model.architecture import GENERATION_FIELDS, read_architecture
+from gemma2_grpo.model.architecture import read_architecture
+from gemma2_grpo.model.config_json import GENERATION_FIELDS
 from gemma2_grpo.model.tokenizer import load_tokenizer
 
 # google/gemma-2-2b-it as transformers 4.42 wrote it.

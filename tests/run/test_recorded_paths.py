@@ -17,7 +17,7 @@ from gemma2_grpo.commands.evaluate import Evaluate
 from gemma2_grpo.commands.export import Export
 from gemma2_grpo.config import Config, EvaluateConfig
 from gemma2_grpo.errors import UserError
-from gemma2_grpo.model.find import check_model
+from gemma2_grpo.model.hub.find import check_model
 from gemma2_grpo.presets import read_toml
 from gemma2_grpo.run.directory import RunDirectory, read_config
 from gemma2_grpo.run.recorded_paths import with_absolute_paths

@@ -16,7 +16,7 @@ import pytest
 
 from gemma2_grpo.config import DataConfig
 from gemma2_grpo.errors import UserError
-from gemma2_grpo.model.find import check_model, find_model
+from gemma2_grpo.model.hub.find import check_model, find_model
 from gemma2_grpo.task import reach
 from gemma2_grpo.task.examples import load_splits
 

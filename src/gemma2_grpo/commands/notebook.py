@@ -134,7 +134,7 @@ def _can_be_had(model: str) -> bool:
     """Whether a model is attached, in a cache, or can be asked for with a token."""
     from huggingface_hub import get_token
 
-    from gemma2_grpo.model.find import check_model
+    from gemma2_grpo.model.hub.find import check_model
 
     if get_token():
         return True

@@ -93,7 +93,7 @@ class Sft:
             UserError: for anything that the user can correct.
         """
         config = check_sft(self.config)
-        from gemma2_grpo.model.find import check_model
+        from gemma2_grpo.model.hub.find import check_model
         from gemma2_grpo.run.console import Display
         from gemma2_grpo.runtime.atomic import check_target
         from gemma2_grpo.runtime.devices import require_jax, start_jax

@@ -83,7 +83,7 @@ def _run(
     display: "Display",
     cluster: "Cluster | None",
 ) -> None:
-    from gemma2_grpo.model.find import check_model
+    from gemma2_grpo.model.hub.find import check_model
     from gemma2_grpo.run.trackers import check_trackers, tracking
     from gemma2_grpo.runtime.devices import start_jax
     from gemma2_grpo.task.examples import load_splits

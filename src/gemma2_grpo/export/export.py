@@ -63,7 +63,7 @@ def open_run(
     verify: Verify,
 ) -> tuple[Opened, Wanted]:
     """Loads base and adapters, once it is known what will be written and that it fits."""
-    from gemma2_grpo.model.find import hub_id
+    from gemma2_grpo.model.hub.find import hub_id
     from gemma2_grpo.model.layout import adapter_parameters, tensor_shapes
     from gemma2_grpo.model.load import stored_dtype
     from gemma2_grpo.model.save import host_dtype

@@ -10,7 +10,7 @@ from huggingface_hub import ModelCardData
 
 from gemma2_grpo import __version__
 from gemma2_grpo.config import Config
-from gemma2_grpo.model.find import EMBEDDED, hub_id
+from gemma2_grpo.model.hub.find import EMBEDDED, hub_id
 from gemma2_grpo.report import facts as report_facts
 from gemma2_grpo.run.files import RunFiles, read_run
 from gemma2_grpo.run.outcome import Outcome, by_evaluation, during_run, headline, measure_rows

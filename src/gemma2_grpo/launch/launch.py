@@ -10,6 +10,7 @@ from gemma2_grpo.config import Config, flat, replaced
 from gemma2_grpo.errors import UserError
 from gemma2_grpo.launch.machines import Launcher, Machines
 from gemma2_grpo.launch.recipes import MOUNT, split_bucket
+from gemma2_grpo.model.hub.google import known_config
 from gemma2_grpo.presets import load_config, nearest_preset, preset_names
 from gemma2_grpo.runtime.chips import mesh_for
 
@@ -40,8 +41,8 @@ _NAME = re.compile(r"[a-z]([-a-z0-9]{0,38}[a-z0-9])?", re.ASCII)
 _CLAIM = re.compile(r"[a-z0-9]([-.a-z0-9]*[a-z0-9])?", re.ASCII)
 _BUCKET = re.compile(r"[a-z0-9]+://[\w.-]+(/[^\s?#]*)?", re.ASCII)
 _HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*", re.ASCII)
-# Gemma 2 by size: the heads that tensor parallelism divides. All are multiples of 4.
-_KV_HEADS = {"2b": 4, "9b": 8, "27b": 16}
+# KV heads of a model that is not known by name: every Gemma 2 has a multiple of 4.
+_KV_HEADS = 4
 
 
 def job_name(name: str | None, config_name: str) -> str:
@@ -71,6 +72,8 @@ def fit_to_host(config: Config, start: Config, machines: Machines) -> Config:
         UserError: if the mesh, the heads or the prompts do not divide.
     """
     chips = machines.chips_per_host
+    known = known_config(config.model.model) or {}
+    heads = known.get("num_key_value_heads", _KV_HEADS)
     shape = config.model.mesh_shape
     if math.prod(shape) != chips:
         if shape != start.model.mesh_shape:
@@ -79,13 +82,13 @@ def fit_to_host(config: Config, start: Config, machines: Machines) -> Config:
                 f"{machines.accelerator} has {chips}; the mesh is that of one host, so change "
                 "--mesh-shape or leave it out"
             )
-        shape = mesh_for(chips)
-    size = re.search(r"gemma-?2-(2b|9b|27b)", config.model.model.lower())
-    heads = _KV_HEADS[size[1]] if size else 4
+        shape = mesh_for(chips, heads)
     if heads % shape[1]:
+        *rest, last = (str(tp) for tp in range(1, heads + 1) if math.gcd(heads, chips) % tp == 0)
+        fitting = " or ".join([", ".join(rest), last] if rest else [last])
         raise UserError(
             f"mesh_shape = {shape}: tp = {shape[1]} does not divide the {heads} KV heads of "
-            f"{config.model.model}; give tp (the second) as 1, 2 or 4"
+            f"{config.model.model}; give tp (the second) as {fitting}"
         )
     prompts = config.rollout.prompts_per_step
     if prompts % machines.hosts:

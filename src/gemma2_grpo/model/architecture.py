@@ -1,14 +1,14 @@
 """config.json of a Gemma 2 or 3: its sizes, and whether it is one that is computed here."""
 
-import json
-import reprlib
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 from tunix.models.gemma import model as gemma
 
 from gemma2_grpo.errors import UserError
+from gemma2_grpo.model.config_json import EMPTY, check_known, read_config, refuse
+from gemma2_grpo.model.hub.google import known_config
 
 
 @dataclass(unsafe_hash=True)
@@ -73,45 +73,6 @@ _ROPE: dict[str, tuple[Any, ...]] = {
 }
 _GEMMA3_ROPE = {"rope_type", "type", "rope_theta", "factor"}
 
-GENERATION_FIELDS = frozenset(
-    (
-        "assistant_confidence_threshold assistant_early_exit assistant_lookbehind bad_words_ids "
-        "begin_suppress_tokens cache_config compile_config constraints continuous_batching_config "
-        "disable_compile diversity_penalty do_sample dola_layers early_stopping "
-        "encoder_no_repeat_ngram_size "
-        "encoder_repetition_penalty epsilon_cutoff eta_cutoff exponential_decay_length_penalty "
-        "force_words_ids forced_bos_token_id forced_decoder_ids forced_eos_token_id guidance_scale "
-        "is_assistant length_penalty low_memory max_length max_matching_ngram_size max_new_tokens "
-        "max_time min_length min_new_tokens min_p no_repeat_ngram_size num_assistant_tokens "
-        "num_assistant_tokens_schedule num_beam_groups num_beams num_return_sequences "
-        "output_logits output_scores penalty_alpha prefill_chunk_size prompt_lookup_num_tokens "
-        "remove_invalid_values renormalize_logits repetition_penalty return_dict_in_generate "
-        "return_legacy_cache sequence_bias stop_strings suppress_tokens target_lookbehind "
-        "task_specific_params temperature token_healing top_h top_k top_p typical_p "
-        "watermarking_config"
-    ).split()
-)
-"""Settings of `generate`, which old versions of transformers kept in config.json."""
-
-_HARMLESS = GENERATION_FIELDS | frozenset(
-    (
-        # Where it is from, and for whom.
-        "_attn_implementation _attn_implementation_autoset _attn_implementation_internal "
-        "_commit_hash _experts_implementation _experts_implementation_internal "
-        "_flash_attn_2_enabled _from_model_config _name_or_path attn_implementation base_model "
-        "finetuning_task id2label label2id language library_name license model_name name_or_path "
-        "num_labels pipeline_tag problem_type tags tokenizer_class transformers.js_config "
-        "unsloth_fixed "
-        # How it is stored, run and trained.
-        "attention_dropout cache_implementation chunk_size_feed_forward dtype "
-        "gradient_checkpointing hidden_dropout initializer_range is_decoder "
-        "keys_to_ignore_at_inference max_position_embeddings neftune_noise_alpha "
-        "output_attentions output_hidden_states return_dict tf_legacy_loss tie_encoder_decoder "
-        "torch_dtype torchscript use_bfloat16 use_cache use_return_dict "
-        # Special tokens: their ids are those of the tokenizer.
-        "bos_token_id decoder_start_token_id eos_token_id pad_token_id sep_token_id unk_token_id"
-    ).split()
-)
 # Those that have a check of their own.
 _CHECKED = frozenset(
     (
@@ -130,7 +91,6 @@ _CHECKED = frozenset(
         "sliding_window_size",
     )
 )
-_EMPTY = (None, "", [], {})
 
 
 def read_architecture(directory: Path) -> Architecture:
@@ -142,14 +102,27 @@ def read_architecture(directory: Path) -> Architecture:
         UserError: if the file is missing or describes what is not computed here, and for a field
             that is not known, since it might.
     """
-    path = directory / "config.json"
-    values = read_config(directory)
+    return architecture_of(read_config(directory), directory / "config.json")
+
+
+def known_architecture(name: str) -> Architecture | None:
+    """The architecture of one of Google's text models by its name; None for all others."""
+    values = known_config(name)
+    return architecture_of(values, Path(name)) if values else None
+
+
+def architecture_of(values: dict[str, Any], path: Path) -> Architecture:
+    """The architecture that the fields of a config.json describe; `path` is named in errors.
+
+    Raises:
+        UserError: as `read_architecture`.
+    """
     family = values.get("model_type")
     if family not in _FAMILIES:
-        _refuse(path, "model_type", family, " or ".join(map(repr, _FAMILIES)))
+        refuse(path, "model_type", family, " or ".join(map(repr, _FAMILIES)))
     for name, computed in (_COMPUTED | _FAMILIES[family]).items():
         if values.get(name, computed[0]) not in computed:
-            _refuse(path, name, values[name], repr(computed[0]))
+            refuse(path, name, values[name], repr(computed[0]))
     is_gemma3 = family == "gemma3_text"
     if is_gemma3:  # Which has no soft caps, and may leave them out.
         for name in _SOFTCAPS:
@@ -161,13 +134,7 @@ def read_architecture(directory: Path) -> Architecture:
         ropes = {kind: _gemma3_rope(path, values, kind) for kind in _THETAS}
     else:
         _check_rope(path, values)
-    for name, value in values.items():
-        is_known = name in _CHECKED or name in _HARMLESS or name.endswith("_version")
-        if not is_known and value not in _EMPTY:
-            raise UserError(
-                f"{path}: {name} = {reprlib.repr(value)} is not known here and may change what "
-                "the model computes; if it does not, remove it from a copy of the model"
-            )
+    check_known(path, values, _CHECKED)
     types = {_SLIDING: gemma.AttentionType.LOCAL_SLIDING, _FULL: gemma.AttentionType.GLOBAL}
     return Architecture(
         num_layers=len(kinds),
@@ -190,44 +157,6 @@ def read_architecture(directory: Path) -> Architecture:
     )
 
 
-def known_architecture(name: str) -> Architecture | None:
-    """The architecture of one of Google's Gemma 2, known without its files."""
-    sizes = {"2b": Architecture.gemma2_2b, "9b": Architecture.gemma2_9b}
-    for size, make in sizes.items():
-        if f"gemma-2-{size}" in name:
-            # Tunix counts some entries of the vocabulary that the published weights lack.
-            return replace(make(), num_embed=256_000)
-    return None
-
-
-def read_config(directory: Path) -> dict[str, Any]:
-    """Reads config.json.
-
-    Raises:
-        UserError: if it is missing or holds no JSON object.
-    """
-    return read_object(directory / "config.json", "not a readable model configuration ({})")
-
-
-def read_object(path: Path, fault: str) -> dict[str, Any]:
-    """Reads a JSON object from a file of a model.
-
-    Args:
-        path: The file.
-        fault: What is said of a file that cannot be read, with braces for the reason.
-
-    Raises:
-        UserError: if there is none.
-    """
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-        if not isinstance(values, dict):
-            raise ValueError("it holds no object")
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path}: {fault.format(error)}") from None
-    return values
-
-
 def _check_sizes(path: Path, values: dict[str, Any]) -> None:
     missing = [name for name in _SIZES if name not in values]
     if missing:
@@ -244,10 +173,10 @@ def _check_sizes(path: Path, values: dict[str, Any]) -> None:
         may_be_broken = name in _SOFTCAPS or name == "query_pre_attn_scalar"
         if not value > 0 or not (may_be_broken or isinstance(value, int)):
             kind = "number" if may_be_broken else "whole number"
-            _refuse(path, name, value, f"a {kind} above 0")
+            refuse(path, name, value, f"a {kind} above 0")
     heads, kv_heads = values["num_attention_heads"], values["num_key_value_heads"]
     if heads % kv_heads:
-        _refuse(path, "num_key_value_heads", kv_heads, f"what divides the {heads} heads")
+        refuse(path, "num_key_value_heads", kv_heads, f"what divides the {heads} heads")
 
 
 def _check_rope(path: Path, values: dict[str, Any]) -> None:
@@ -262,13 +191,13 @@ def _check_rope(path: Path, values: dict[str, Any]) -> None:
         if theta not in (10_000, None):
             raise UserError(f"{path}: rope_theta = {theta} is not supported")
     for name, block in blocks.items():
-        if block in _EMPTY:
+        if block in EMPTY:
             continue
         is_default = isinstance(block, dict) and all(
             value in _ROPE.get(field, ()) for field, value in block.items() if field != "rope_theta"
         )
         if not is_default:
-            _refuse(path, name, block, "rope_type default")
+            refuse(path, name, block, "rope_type default")
 
 
 def _gemma3_rope(path: Path, values: dict[str, Any], kind: str) -> tuple[float, float]:
@@ -281,19 +210,19 @@ def _gemma3_rope(path: Path, values: dict[str, Any], kind: str) -> tuple[float, 
     parameters, scaling = values.get("rope_parameters") or {}, values.get("rope_scaling") or {}
     for name, block in (("rope_parameters", parameters), ("rope_scaling", scaling)):
         if not isinstance(block, dict):
-            _refuse(path, name, block, "an object")
+            refuse(path, name, block, "an object")
     if not parameters.keys() <= _THETAS.keys():
-        _refuse(path, "rope_parameters", parameters, f"a block for {' and '.join(_THETAS)}")
+        refuse(path, "rope_parameters", parameters, f"a block for {' and '.join(_THETAS)}")
     block = {**(parameters.get(kind) or {}), **(scaling if kind == _FULL else {})}
     rope_type = block.get("rope_type", block.get("type", "default"))
     if rope_type not in ("default", "linear") or not block.keys() <= _GEMMA3_ROPE:
         name = "rope_scaling" if scaling else "rope_parameters"
-        _refuse(path, name, values[name], "rope_type default or linear")
+        refuse(path, name, values[name], "rope_type default or linear")
     theta = block.get("rope_theta", values.get(field, default))
     factor = block.get("factor", 1.0) if rope_type == "linear" else 1.0
     for name, number in ((field, theta), ("factor", factor)):
         if type(number) not in (int, float) or not number > 0:
-            _refuse(path, name, number, "a number above 0")
+            refuse(path, name, number, "a number above 0")
     return float(theta), float(factor)
 
 
@@ -307,13 +236,9 @@ def _layer_kinds(path: Path, values: dict[str, Any]) -> list[str]:
     kinds = values.get("layer_types") or turns
     if not is_gemma3 and kinds != turns:
         only = f"{_SLIDING} in turn with {_FULL}, {layers} layers in all,"
-        _refuse(path, "layer_types", kinds, only)
+        refuse(path, "layer_types", kinds, only)
     if len(kinds) != layers or not set(kinds) <= {_SLIDING, _FULL}:
-        _refuse(path, "layer_types", kinds, f"a list of {layers}, each {_SLIDING} or {_FULL},")
+        refuse(path, "layer_types", kinds, f"a list of {layers}, each {_SLIDING} or {_FULL},")
     if values.get("sliding_window_size") not in (window, None):
-        _refuse(path, "sliding_window_size", values["sliding_window_size"], str(window))
+        refuse(path, "sliding_window_size", values["sliding_window_size"], str(window))
     return kinds
-
-
-def _refuse(path: Path, name: str, value: Any, only: str) -> NoReturn:
-    raise UserError(f"{path}: {name} = {reprlib.repr(value)} is not supported; only {only} is")

@@ -17,7 +17,7 @@ from safetensors import SafetensorError, safe_open
 
 from gemma2_grpo.errors import UserError
 from gemma2_grpo.model.architecture import Architecture, read_architecture
-from gemma2_grpo.model.find import read_index
+from gemma2_grpo.model.hub.find import read_index
 from gemma2_grpo.model.layout import (
     Index,
     Sizes,

@@ -9,7 +9,7 @@ from jax.sharding import Mesh
 from gemma2_grpo.config import ModelConfig
 from gemma2_grpo.model.adapter import check_adapter, fingerprint, load_adapter
 from gemma2_grpo.model.architecture import Architecture, read_architecture
-from gemma2_grpo.model.find import find_model
+from gemma2_grpo.model.hub.find import find_model
 from gemma2_grpo.model.load import load_weights, random_weights
 from gemma2_grpo.model.lora import add_lora, check_patterns
 from gemma2_grpo.model.mesh import check_mesh, make_mesh, mesh_shape_at_hand

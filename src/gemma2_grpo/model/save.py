@@ -17,7 +17,7 @@ from safetensors.numpy import save_file
 
 from gemma2_grpo.config import ModelConfig
 from gemma2_grpo.errors import UserError
-from gemma2_grpo.model.architecture import GENERATION_FIELDS, read_config
+from gemma2_grpo.model.config_json import GENERATION_FIELDS, read_config
 from gemma2_grpo.model.layout import all_weights, tensor_shapes
 from gemma2_grpo.model.load import open_tensors
 from gemma2_grpo.model.lora import adapter_pairs, weight_change

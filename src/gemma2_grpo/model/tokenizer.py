@@ -11,7 +11,8 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 from tokenizers import Tokenizer as HfTokenizer
 
 from gemma2_grpo.errors import UserError
-from gemma2_grpo.model.architecture import read_architecture, read_object
+from gemma2_grpo.model.architecture import read_architecture
+from gemma2_grpo.model.config_json import read_object
 from gemma2_grpo.task.prompts import INSTRUCTION, STOP_TOKENS, render_prompt
 
 # Rows and prompts are padded to this, or to a power of two of it; each width is more programs.

@@ -77,11 +77,12 @@ def find_architecture(config: Config) -> "Architecture":
         UserError: if there is no such model, or it does not divide over the mesh.
     """
     from gemma2_grpo.model.architecture import known_architecture, read_architecture
-    from gemma2_grpo.model.find import find_model
+    from gemma2_grpo.model.hub.find import find_model
     from gemma2_grpo.model.mesh import check_mesh_shape
 
     model = config.model
-    known = known_architecture(model.model)
+    # A directory may be called as it likes.
+    known = None if Path(model.model).is_dir() else known_architecture(model.model)
     architecture = known or read_architecture(find_model(model.model, needs_weights=False))
     check_mesh_shape(architecture, model.mesh_shape, math.prod(model.mesh_shape))
     return architecture

@@ -89,7 +89,8 @@ class Programs:
         config, mesh = self.config.rollout, self.mesh
         prompts, limit = config.prompts_per_step, config.max_completion_tokens
         rows = prompts * config.num_generations
-        sampling = Sampling(config.temperature, config.top_p, config.top_k, (1, 107), 0)
+        # Which ids end an answer makes no difference to the memory.
+        sampling = Sampling(config.temperature, config.top_p, config.top_k, (1, 2), 0)
         forward, weights = forward_of(self.policy, is_sampling=True), self.weights
         if self.samples_merged:
             weights = Weights(nnx.State({}), weights.base)

@@ -5,7 +5,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from gemma2_grpo.config import Config, replaced
-from gemma2_grpo.model.find import EMBEDDED
+from gemma2_grpo.model.hub.find import EMBEDDED
 from gemma2_grpo.task.sources import GSM8K, KAGGLE_PREFIX, PROCEDURAL
 
 _NAMES = (EMBEDDED, PROCEDURAL, GSM8K)

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from gemma2_grpo.config import Config, EvaluateConfig, replaced
 from gemma2_grpo.errors import UserError
-from gemma2_grpo.model.find import EMBEDDED, check_model
+from gemma2_grpo.model.hub.find import EMBEDDED, check_model
 from gemma2_grpo.presets import load_config
 from gemma2_grpo.run.directory import read_config
 from gemma2_grpo.run.recorded_paths import with_absolute_paths

@@ -92,7 +92,7 @@ def mesh_for(chips: int, heads: int = 4) -> tuple[int, int]:
 
     Args:
         chips: All of them are used.
-        heads: KV heads of the model; those of Gemma 2 are a multiple of 4.
+        heads: KV heads of the model; those of every Gemma 2 are a multiple of 4.
     """
     tp = math.gcd(chips, heads)
     return chips // tp, tp

@@ -24,8 +24,8 @@ from tunix.rl.rollout import base_rollout
 from gemma2_grpo.config import Config, ModelConfig
 from gemma2_grpo.errors import UserError
 from gemma2_grpo.model.architecture import Architecture
-from gemma2_grpo.model.find import find_model
 from gemma2_grpo.model.gemma import rms_norm
+from gemma2_grpo.model.hub.find import find_model
 from gemma2_grpo.model.tokenizer import Tokenizer
 from gemma2_grpo.model.weights import Model
 from gemma2_grpo.sampling.rollout import Completions, is_truncated

@@ -20,7 +20,7 @@ from kagglehub.exceptions import DataCorruptionError, KaggleApiHTTPError
 
 from gemma2_grpo.errors import UserError
 from gemma2_grpo.model import find as fetch
-from gemma2_grpo.model.find import check_files, find_model
+from gemma2_grpo.model.hub.find import check_files, find_model
 
 FLAGSHIP = "google/gemma-2-2b-it"
 ON_KAGGLE = "kaggle:google/gemma-2/transformers/gemma-2-2b-it"
@@ -343,7 +343,7 @@ def offline(home: Path, name: str) -> subprocess.CompletedProcess[str]:
     """Looks for a model in a process of its own, where the library reads its environment."""
     script = (
         "import sys; from gemma2_grpo.errors import UserError\n"
-        "from gemma2_grpo.model.find import find_model\n"
+        "from gemma2_grpo.model.hub.find import find_model\n"
         "try: print(find_model(sys.argv[1]))\n"
         "except UserError as error: print(error)"
     )
@@ -524,7 +524,7 @@ def test_a_download_that_breaks_off(monkeypatch, error, explained):
 def test_nothing_expensive_is_imported_before_it_is_needed(tmp_path):
     heavy = {"huggingface_hub", "kagglehub", "jax", "tunix", "safetensors"}
     script = (
-        "import sys; from gemma2_grpo.model.find import find_model; find_model(sys.argv[1]); "
+        "import sys; from gemma2_grpo.model.hub.find import find_model; find_model(sys.argv[1]); "
         f"print({heavy} & set(sys.modules))"
     )
     command = [sys.executable, "-c", script, str(make_model(tmp_path))]

@@ -6,13 +6,12 @@ from importlib import resources
 from pathlib import Path
 
 from gemma2_grpo.errors import UserError, first_line
-from gemma2_grpo.model.kaggle import check_on_kaggle, find_attached, from_kaggle, google_id
+from gemma2_grpo.model.hub.google import google_family
+from gemma2_grpo.model.hub.kaggle import check_on_kaggle, find_attached, from_kaggle, google_id
 from gemma2_grpo.task.reach import ask_hub, disk_is_full, http_status, quiet
 from gemma2_grpo.task.sources import KAGGLE_PREFIX
 
 EMBEDDED = "embedded"
-# Gated on Hugging Face: whoever has no token need not ask the network.
-_GEMMA_2 = "google/gemma-2-"
 _HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*", re.ASCII)
 _WANTED = [
     "config.json",
@@ -151,7 +150,7 @@ def _find_local(name: str) -> Path | None:
 
 def _is_on_hub(name: str) -> bool:
     """Whether a name is known, without a network, to be that of a Hugging Face repository."""
-    if name.startswith(_GEMMA_2):
+    if google_family(name):
         return True
     from huggingface_hub import try_to_load_from_cache
 
@@ -192,18 +191,20 @@ def _check_on_hub(name: str) -> None:
 
 def _attached_for(name: str) -> Path | None:
     """What is attached on Kaggle in place of a model of Hugging Face."""
-    if not name.startswith(_GEMMA_2):
+    family = google_family(name)
+    if family is None:
         return None
     variation = name.removeprefix("google/")
-    return find_attached("google", f"gemma-2*/transformers/{variation}")
+    return find_attached("google", f"{family}*/transformers/{variation}")
 
 
 def _lacks_token(name: str) -> bool:
     """Whether Hugging Face need not be asked; a mirror may give Gemma to anybody."""
     from huggingface_hub import constants, get_token
 
-    is_gated = name.startswith(_GEMMA_2) and constants.ENDPOINT == constants._HF_DEFAULT_ENDPOINT
-    return is_gated and get_token() is None
+    if google_family(name) is None or constants.ENDPOINT != constants._HF_DEFAULT_ENDPOINT:
+        return False
+    return get_token() is None
 
 
 def _is_cached(name: str) -> bool:
@@ -240,7 +241,7 @@ def _explain_hub(error: Exception, name: str) -> str:
             "not complete in the cache of Hugging Face while HF_HUB_OFFLINE is set; unset it, "
             "or pass a local directory as model"
         )
-    is_refused = status == 403 or (status == 401 and name.startswith(_GEMMA_2))
+    is_refused = status == 403 or (status == 401 and google_family(name) is not None)
     gated = isinstance(error, hub.GatedRepoError) or is_refused
     if (gated and get_token() is None) or (uncached and _lacks_token(name)):
         return (
