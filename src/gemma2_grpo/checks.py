@@ -7,14 +7,14 @@ from typing import Any, TypeVar, get_type_hints
 from pydantic import TypeAdapter, ValidationError
 from pydantic_core import ErrorDetails
 
-from gemma2_grpo.config import Config, EvaluateConfig, SftConfig
+from gemma2_grpo.config import Config, EvaluateConfig
 from gemma2_grpo.errors import ConfigError
 from gemma2_grpo.ranges import demand
 
 _OUT_OF_RANGE = (
     "finite_number greater_than greater_than_equal less_than less_than_equal too_short".split()
 )
-_AnyConfig = TypeVar("_AnyConfig", Config, SftConfig, EvaluateConfig)
+_AnyConfig = TypeVar("_AnyConfig", Config, EvaluateConfig)
 
 
 def check(config: Config) -> Config:
@@ -25,6 +25,7 @@ def check(config: Config) -> Config:
     """
     config = check_fields(config)
     model, data, rollout, grpo = config.model, config.data, config.rollout, config.grpo
+    _check_supervised(config)
     if grpo.epsilon_high is not None and grpo.epsilon_high < grpo.epsilon:
         raise ConfigError(
             f"epsilon_high = {grpo.epsilon_high} is below epsilon = {grpo.epsilon}; raise it"
@@ -50,24 +51,26 @@ def check(config: Config) -> Config:
     return config
 
 
-def check_sft(config: SftConfig) -> SftConfig:
-    """Refuses what cannot run, in one line that names the field and the fix.
-
-    Raises:
-        ConfigError: for the first impossible value or combination.
-    """
-    config = check_fields(config)
-    if config.sft.batch_size % config.model.mesh_shape[0]:
+def _check_supervised(config: Config) -> None:
+    """Refuses a mixture of GRPO and supervised training, whose solutions make no groups."""
+    rollout, grpo = config.rollout, config.grpo
+    if (rollout.engine == "solutions") != (grpo.loss_type == "nll"):
         raise ConfigError(
-            f"mesh_shape[0] = {config.model.mesh_shape[0]} does not divide batch_size = "
-            f"{config.sft.batch_size}; change one of them"
+            f"engine = {rollout.engine!r} does not go with loss_type = {grpo.loss_type!r}; run "
+            "gemma2-grpo sft, which sets both"
         )
-    if config.sft.train_base and config.model.dtype != "float32":
-        raise ConfigError(
-            f"train_base = true with dtype = {config.model.dtype!r} would round small updates "
-            'away; set dtype = "float32", or train adapters'
-        )
-    return config
+    if rollout.engine != "solutions":
+        if rollout.num_generations < 2:
+            raise ConfigError(f"num_generations = {rollout.num_generations} must be at least 2")
+        return
+    for name, value, only in (
+        ("num_generations", rollout.num_generations, 1),
+        ("num_iterations", grpo.num_iterations, 1),
+        ("beta", grpo.beta, 0),
+        ("temperature", rollout.temperature, 1),
+    ):
+        if value != only:
+            raise ConfigError(f"{name} = {value}: supervised training takes {only}; set that")
 
 
 def check_fields(config: _AnyConfig) -> _AnyConfig:

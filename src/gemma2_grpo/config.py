@@ -1,7 +1,7 @@
 """Run configuration: frozen dataclasses with the range of each field. Imports no JAX."""
 
 from dataclasses import asdict, dataclass, field, replace
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal
 
 from pydantic import ConfigDict
 
@@ -9,7 +9,6 @@ from gemma2_grpo.errors import ConfigError
 from gemma2_grpo.ranges import (
     AtLeast0,
     AtLeast1,
-    AtLeast2,
     Decay,
     Fraction,
     MeshShape,
@@ -18,6 +17,9 @@ from gemma2_grpo.ranges import (
     Positive,
     TopP,
 )
+
+OWN_ENGINES = ("group", "solutions")
+"""Engines with which completions are sampled by this package, not by one of Tunix's."""
 
 
 class _Checked:
@@ -85,15 +87,16 @@ class DataConfig(_Checked):
 class RolloutConfig(_Checked):
     """How completions are sampled."""
 
-    engine: Literal["group", "vanilla", "vllm", "sglang_jax"] = "group"
-    """`group` is ours; the others are Tunix's. `vanilla` is slow and plain, for comparison; `vllm`
-    and `sglang_jax` need their packages."""
+    engine: Literal["group", "solutions", "vanilla", "vllm", "sglang_jax"] = "group"
+    """`group` is ours; `vanilla`, `vllm` and `sglang_jax` are Tunix's. `vanilla` is slow and plain,
+    for comparison; the others need their packages. `solutions`, which `gemma2-grpo sft` sets, takes
+    the worked solutions of the data in place of samples."""
     kv_cache_tokens: int | None = None
     """Room for one sequence in the cache of Tunix's engines; by default for the longest prompt
     and completion. That of `group` grows with the completions."""
 
-    num_generations: AtLeast2 = 16
-    """Completions per prompt, the group of GRPO."""
+    num_generations: AtLeast1 = 16
+    """Completions per prompt, the group of GRPO: at least 2."""
     prompts_per_step: AtLeast1 = 8
     """Prompts in one batch of rollouts."""
     max_prompt_tokens: AtLeast1 = 256
@@ -126,8 +129,9 @@ class GrpoConfig(_Checked):
     epsilon_high: float | None = None
     """Clip range above 1 (clip-higher, DAPO)."""
     loss_type: str = "grpo"
-    """Objective: `grpo`, `drgrpo` (no division by length or deviation), `token_mean` (DAPO) or
-    `gspo` (ratio of the sequence); the names of OBJECTIVES in training/loss.py."""
+    """Objective: `grpo`, `drgrpo` (no division by length or deviation), `token_mean` (DAPO),
+    `gspo` (ratio of the sequence) or `nll` (likelihood, which `gemma2-grpo sft` sets); the names of
+    OBJECTIVES in training/loss.py."""
     micro_batch_tokens: AtLeast1 = 12_288
     """Completion tokens whose gradient is computed at one time; the rest is accumulated."""
 
@@ -221,36 +225,6 @@ class Config(_Checked):
 
 
 @dataclass(frozen=True, kw_only=True)
-class SupervisedConfig(_Checked):
-    """Batches, steps and initial weights of supervised training."""
-
-    init: Literal["pretrained", "random"] = "pretrained"
-    """`random` takes only architecture and tokenizer from the model, and draws its weights."""
-    steps: AtLeast1 = 500
-    """Updates."""
-    batch_size: AtLeast1 = 24
-    """Solutions in each."""
-    max_tokens: AtLeast1 = 1024
-    """Prompt and solution together; longer ones are cut."""
-    train_base: bool = False
-    """Train all weights; else adapters, which are merged into the base at the end."""
-    seed: AtLeast0 = 0
-    """Seed of weights, adapters and the order of problems."""
-    compilation_cache: bool = True
-    """Keep compiled programs for the next launch, in the user's cache directory."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class SftConfig(_Checked):
-    """A whole `sft` run: supervised training on worked solutions."""
-
-    model: ModelConfig = field(default_factory=ModelConfig)
-    data: DataConfig = field(default_factory=DataConfig)
-    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
-    sft: SupervisedConfig = field(default_factory=SupervisedConfig)
-
-
-@dataclass(frozen=True, kw_only=True)
 class EvaluateConfig(_Checked):
     """Settings of `evaluate`. Unset fields are taken from the run."""
 
@@ -277,15 +251,12 @@ class EvaluateConfig(_Checked):
     """Directory of a saved adapter of the model, to compare the model with and without it."""
 
 
-ConfigT = TypeVar("ConfigT", Config, SftConfig)
-
-
-def flat(config: Config | SftConfig) -> dict[str, Any]:
+def flat(config: Config) -> dict[str, Any]:
     """Values of all fields by name. Sections share no field name."""
     return {name: value for own in asdict(config).values() for name, value in own.items()}
 
 
-def replaced(config: ConfigT, **values: Any) -> ConfigT:
+def replaced(config: Config, **values: Any) -> Config:
     """A configuration with other values of some fields, whichever section they are in.
 
     Raises:

@@ -12,15 +12,15 @@ from typing import Any, TypeVar, get_type_hints
 import tomli_w
 from pydantic import TypeAdapter, ValidationError
 
-from gemma2_grpo.checks import check, check_sft, explain, is_out_of_range
-from gemma2_grpo.config import Config, SftConfig, flat
+from gemma2_grpo.checks import check, explain, is_out_of_range
+from gemma2_grpo.config import Config, flat
 from gemma2_grpo.errors import ConfigError
 
 ConfigT = TypeVar("ConfigT")
 
 
 def preset_names() -> list[str]:
-    """Names of the TOML files that the package ships; those for `sft` begin with `sft-`."""
+    """Names of the TOML files that the package ships."""
     folder = resources.files("gemma2_grpo") / "configs"
     return sorted(entry.name.removesuffix(".toml") for entry in folder.iterdir())
 
@@ -92,17 +92,8 @@ def load_config(name_or_path: str = "tiny") -> Config:
     return check(from_mapping(Config, read_toml(name_or_path), name_or_path))
 
 
-def load_sft_config(name_or_path: str) -> SftConfig:
-    """Loads and checks a preset or a TOML file for `sft`.
-
-    Raises:
-        ConfigError: if it cannot be read or cannot run.
-    """
-    return check_sft(from_mapping(SftConfig, read_toml(name_or_path), name_or_path))
-
-
 def nearest_preset(values: Mapping[str, object]) -> tuple[str, Config]:
-    """The preset of `train` from which the fewest fields differ, with its name.
+    """The preset from which the fewest fields differ, with its name.
 
     Args:
         values: Fields without their sections; lists may stand for tuples.
@@ -113,8 +104,7 @@ def nearest_preset(values: Mapping[str, object]) -> tuple[str, Config]:
         given = json.loads(json.dumps(values, default=str))
         return sum(own.get(name) != given.get(name) for name in own | given)
 
-    names = (name for name in preset_names() if not name.startswith("sft-"))
-    presets = [(name, load_config(name)) for name in names]
+    presets = [(name, load_config(name)) for name in preset_names()]
     return min(presets, key=lambda preset: differing(preset[1]))
 
 

@@ -1,245 +1,165 @@
-"""Supervised training on worked solutions, and the model directory that it writes."""
+"""`sft` and `train --init-from`: a warm start, from its run, its adapter or the model it wrote."""
 
 import dataclasses
+import io
 import json
 import shutil
 from collections.abc import Callable
-from importlib import resources
 from pathlib import Path
 from typing import Any
 
-import jax
 import numpy as np
 import pytest
 from rich.console import Console
 from safetensors.numpy import load_file
-from tokenizers import Tokenizer
 
-from gemma2_grpo.checks import check_sft
 from gemma2_grpo.commands.sft import Sft
-from gemma2_grpo.config import SftConfig
+from gemma2_grpo.commands.train import Train
+from gemma2_grpo.config import Config
 from gemma2_grpo.errors import UserError
 from gemma2_grpo.model import open as opening
-from gemma2_grpo.model import save
-from gemma2_grpo.model.gemma import run_from_start
-from gemma2_grpo.model.load import load_weights
-from gemma2_grpo.model.logprobs import output_logits
-from gemma2_grpo.model.mesh import make_mesh
-from gemma2_grpo.model.tokenizer import load_tokenizer
-from gemma2_grpo.model.weights import split_model
-from gemma2_grpo.presets import from_mapping
 from gemma2_grpo.run.console import Display
-from gemma2_grpo.task.prompts import render_prompt
-from gemma2_grpo.training import supervised
+from gemma2_grpo.run.results import Measurement, RunResult
+from gemma2_grpo.run.schema import StepRecord
 
-ROWS = [
-    {
-        "question": f"Ann has {i} eggs and finds {i + 2} more. How many eggs has she?",
-        "answer": f"{i} + {i + 2} = <<{i}+{i + 2}={2 * i + 2}>>{2 * i + 2}\n#### {2 * i + 2}",
-    }
-    for i in range(40)
-]
-SHIPPED = Path(str(resources.files("gemma2_grpo") / "assets" / "tiny-gemma2"))
-COPIED = ["special_tokens_map.json", "tokenizer.json", "tokenizer_config.json"]
-Make = Callable[..., SftConfig]
+ADAPTER = "adapter/adapter.safetensors"
 
 
-class Losses(Display):
-    """A display that only keeps the losses."""
+def lines(path: Path, kind: Any) -> list[Any]:
+    return [kind(**json.loads(line)) for line in (path / kind.FILE).read_text().splitlines()]
 
-    def __init__(self) -> None:
-        with Path("/dev/null").open("w") as nowhere:
-            super().__init__(Console(file=nowhere, quiet=True))
-        self.phases: dict[str, list[float]] = {}
 
-    def supervising(self, label: str, total: int) -> Any:
-        del total
-        losses = self.phases.setdefault(label, [])
-
-        class Steps:
-            def __enter__(self) -> Callable[[int, float], None]:
-                return lambda step, loss: losses.append(loss)
-
-            def __exit__(self, *_: object) -> None:
-                pass
-
-        return Steps()
+def shown() -> tuple[Display, io.StringIO]:
+    text = io.StringIO()
+    return Display(Console(file=text, width=100, highlight=False)), text
 
 
 @pytest.fixture(scope="module")
-def make(tiny_model_dir: Path) -> Make:
-    def make(**changes: dict[str, Any]) -> SftConfig:
-        values: dict[str, dict[str, Any]] = {
-            "model": {
-                "model": str(tiny_model_dir),
-                "dtype": "float32",
-                "mesh_shape": [1, 1],
-                "remat": "none",
-                "lora_rank": 4,
-                "lora_alpha": 4.0,
-            },
-            "data": {"dataset": "procedural", "num_train_samples": 40, "num_test_samples": 1},
-            "sft": {"steps": 12, "batch_size": 4, "max_tokens": 96},
-            "optimizer": {"learning_rate": 1e-2, "max_grad_norm": 1.0},
-        }
-        for name, section in changes.items():
-            values[name] |= section
-        return check_sft(from_mapping(SftConfig, values, "test"))
-
-    return make
-
-
-@pytest.fixture(scope="module")
-def rows_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    file = tmp_path_factory.mktemp("data") / "train_rows.jsonl"
-    file.write_text("".join(json.dumps(row) + "\n" for row in ROWS))
-    return file
-
-
-def losses_of(config: SftConfig, to: Path) -> dict[str, list[float]]:
-    display = Losses()
-    assert Sft("test", to, config)(display) == to
-    return display.phases
-
-
-@pytest.fixture(scope="module")
-def adapted(
-    make: Make, rows_file: Path, tmp_path_factory: pytest.TempPathFactory
-) -> tuple[SftConfig, Path, dict[str, list[float]]]:
-    """Adapters on the solutions of a file, merged."""
-    data = {"dataset": str(rows_file), "num_train_samples": 20, "num_test_samples": 1}
-    config = make(data=data)
-    to = tmp_path_factory.mktemp("sft") / "adapted"
-    return config, to, losses_of(config, to)
-
-
-@pytest.fixture(scope="module")
-def from_scratch(
-    make: Make, tmp_path_factory: pytest.TempPathFactory
-) -> tuple[SftConfig, Path, dict[str, list[float]]]:
-    """All weights from random ones, on generated problems."""
-    config = make(sft={"init": "random", "train_base": True})
-    to = tmp_path_factory.mktemp("sft") / "scratch"
-    return config, to, losses_of(config, to)
-
-
-@pytest.fixture(params=["adapted", "from_scratch"])
-def trained(request: pytest.FixtureRequest) -> tuple[SftConfig, Path, dict[str, list[float]]]:
-    return request.getfixturevalue(request.param)
-
-
-def our_logits(folder: Path, ids: list[int]) -> np.ndarray:
-    """Float32 logits [L, V] of our loader."""
-    forward, weights = split_model(load_weights(folder, "float32", make_mesh((1, 1))))
-    hidden, _ = run_from_start(forward, weights, np.array([ids]))
-    return np.asarray(output_logits(forward, weights, hidden)[0])
-
-
-def test_a_whole_model_is_written(trained, tiny_model_dir):
-    _, folder, _ = trained
-    names = [*COPIED, "config.json", "generation_config.json", "model.safetensors"]
-    assert sorted(path.name for path in folder.iterdir()) == sorted(names)
-    for name in COPIED:
-        assert (folder / name).read_bytes() == (tiny_model_dir / name).read_bytes()
-    config = json.loads((tiny_model_dir / "config.json").read_text())
-    assert json.loads((folder / "config.json").read_text()) == config | {"torch_dtype": "bfloat16"}
-    generation = json.loads((folder / "generation_config.json").read_text())
-    assert generation == {"bos_token_id": 2, "eos_token_id": [1, 107], "pad_token_id": 0}
-    before = load_file(tiny_model_dir / "model.safetensors")
-    after = load_file(folder / "model.safetensors")
-    assert {name: x.shape for name, x in after.items()} == {n: x.shape for n, x in before.items()}
-    assert {str(x.dtype) for x in after.values()} == {"bfloat16"}
-
-
-def test_the_loss_falls(trained):
-    config, _, phases = trained
-    losses = phases["solutions"]
-    assert len(losses) == config.sft.steps
-    assert np.mean(losses[-3:]) < 0.9 * np.mean(losses[:3])
-
-
-def test_adapters_change_the_matrices_they_are_on_and_nothing_else(adapted, tiny_model_dir):
-    before = load_file(tiny_model_dir / "model.safetensors")
-    after = load_file(adapted[1] / "model.safetensors")
-    rounded = {name: x.astype(after[name].dtype) for name, x in before.items()}
-    changed = {name for name in after if (after[name] != rounded[name]).any()}
-    assert changed == {name for name in after if "self_attn" in name or "mlp" in name}
-
-
-def test_random_weights_owe_nothing_to_the_model(from_scratch, tiny_model_dir):
-    before = load_file(tiny_model_dir / "model.safetensors")
-    after = load_file(from_scratch[1] / "model.safetensors")
-    name = "model.layers.0.mlp.up_proj.weight"
-    a, b = before[name].astype(np.float32).ravel(), after[name].astype(np.float32).ravel()
-    assert abs(np.corrcoef(a, b)[0, 1]) < 0.1
-
-
-@pytest.mark.oracle
-def test_transformers_loads_it_and_agrees(trained):
-    torch = pytest.importorskip("torch")
-    transformers = pytest.importorskip("transformers")
-    _, folder, _ = trained
-    model = transformers.AutoModelForCausalLM.from_pretrained(
-        folder, dtype=torch.float32, attn_implementation="eager"
+def sft_config(make_config: Callable[..., Config]) -> Config:
+    return make_config(
+        data={"num_train_samples": 40, "num_test_samples": 3},
+        rollout={"prompts_per_step": 4, "max_completion_tokens": 64},
+        optimizer={"learning_rate": 5e-2},
+        run={"max_steps": 12, "eval_samples": 0, "eval_every_steps": 6},
+        rewards={"reward": None},
     )
-    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
-    prompt = render_prompt(ROWS[3]["question"])
-    ids = tokenizer(prompt, add_special_tokens=False).input_ids
-    assert ids == load_tokenizer(folder).encode(prompt)
-    with torch.no_grad():
-        theirs = model(torch.tensor([ids])).logits[0].numpy()
-    np.testing.assert_allclose(our_logits(folder, ids), theirs, atol=1e-4)
 
 
-def test_training_is_seen_in_the_model_that_is_written(adapted, tiny_model_dir):
-    """The likeliest first token of an answer is the tag that every solution begins with."""
-    tokenizer = load_tokenizer(adapted[1])
-    ids = tokenizer.encode(render_prompt(ROWS[0]["question"]))
-    [tag] = tokenizer.encode("<reasoning>")[:1]
-
-    def surprise(folder: Path) -> float:
-        logits = our_logits(folder, ids)[-1]
-        return float(np.log(np.exp(logits - logits.max()).sum()) + logits.max() - logits[tag])
-
-    assert surprise(adapted[1]) < surprise(tiny_model_dir) - 1
+@pytest.fixture(scope="module")
+def trained(sft_config: Config, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path, str]:
+    """The run, the model that it wrote, and what it showed."""
+    folder = tmp_path_factory.mktemp("sft")
+    display, text = shown()
+    run = Sft("test", folder / "run", config=sft_config, to=folder / "model")(display)
+    assert run == folder / "run"
+    return run, folder / "model", text.getvalue()
 
 
-@pytest.mark.parametrize("kind", ["adapted", "from_scratch"])
-def test_the_same_seed_gives_the_same_bytes(kind, request, tmp_path):
-    config, folder, phases = request.getfixturevalue(kind)
-    assert losses_of(config, tmp_path / "again") == phases
-    weights = (folder / "model.safetensors").read_bytes()
-    assert (tmp_path / "again" / "model.safetensors").read_bytes() == weights
+def test_it_is_a_run_whose_loss_falls(trained: tuple[Path, Path, str]) -> None:
+    run, _, text = trained
+    losses = [record.loss for record in lines(run, StepRecord)]
+    assert len(losses) == 12 and losses[-1] < 0.9 * losses[0]
+    held_out = [(each.step, each.solution_nll) for each in lines(run, Measurement)]
+    assert [step for step, _ in held_out] == [0, 6, 12]
+    assert held_out[2][1] < 0.9 * held_out[0][1]
+    assert f"loss {held_out[2][1]:.4f}" in text
+    assert RunResult.read(run) is not None
+    for name in (ADAPTER, "report.html", "checkpoints/step_000012", "config.toml"):
+        assert (run / name).exists()
+    # The data's own solutions are what was trained on, and they earn the reward in full.
+    assert {record.correct_fraction for record in lines(run, StepRecord)} == {1.0}
 
 
-def test_another_seed_gives_other_weights(from_scratch, tmp_path):
-    config, folder, _ = from_scratch
-    other = dataclasses.replace(config, sft=dataclasses.replace(config.sft, seed=1))
-    losses_of(other, tmp_path / "other")
-    weights = (folder / "model.safetensors").read_bytes()
-    assert (tmp_path / "other" / "model.safetensors").read_bytes() != weights
+def test_resuming_gives_the_same_run(
+    trained: tuple[Path, Path, str], sft_config: Config, tmp_path: Path
+) -> None:
+    """From the checkpoint before the last one."""
+    run = tmp_path / "run"
+    shutil.copytree(trained[0], run)
+    shutil.rmtree(run / "checkpoints" / "step_000012")
+    shutil.rmtree(run / "adapter")
+    (run / "result.json").unlink()
+    Sft("test", run, config=sft_config)(shown()[0])
+    for a, b in zip(lines(run, StepRecord), lines(trained[0], StepRecord), strict=True):
+        assert (a.loss, a.grad_norm) == (b.loss, b.grad_norm)
+    assert (run / ADAPTER).read_bytes() == (trained[0] / ADAPTER).read_bytes()
 
 
-def test_a_base_as_tools_leave_it_gives_a_model_that_chats(
-    make, tiny_model_dir, tmp_path, monkeypatch
-):
-    """No chat template, a fixed length, one stop token."""
-    monkeypatch.setattr(supervised, "train_supervised", lambda *_, **__: None)
-    base, to = tmp_path / "base", tmp_path / "to"
-    shutil.copytree(tiny_model_dir, base)
-    settings = json.loads((base / "tokenizer_config.json").read_text())
-    del settings["chat_template"]
-    (base / "tokenizer_config.json").write_text(json.dumps(settings))
-    backend = Tokenizer.from_file(str(base / "tokenizer.json"))
-    backend.enable_truncation(30)
-    backend.save(str(base / "tokenizer.json"))
-    (base / "generation_config.json").write_text('{"eos_token_id": 1, "temperature": 2.0}')
-    display = Losses()
-    Sft("test", to, make(model={"model": str(base)}))(display)
-    assert (to / "chat_template.jinja").is_file()
-    assert json.loads((to / "tokenizer.json").read_text())["truncation"] is None
-    generation = json.loads((to / "generation_config.json").read_text())
-    assert generation == {"bos_token_id": 2, "eos_token_id": [1, 107], "pad_token_id": 0}
+def test_run_adapter_and_model_are_the_same_start(
+    trained: tuple[Path, Path, str], make_config: Callable[..., Config], tmp_path: Path
+) -> None:
+    run, model, _ = trained
+    config = make_config(run={"max_steps": 1, "eval_every_steps": 0})
+    accuracies = []
+    for name, place in (("run", run), ("adapter", run / "adapter"), ("model", model)):
+        display, text = shown()
+        made = Train("test", tmp_path / name, init_from=str(place), config=config)(display)
+        merged = model if name == "model" else made / "warm_start"
+        assert f'model = "{merged}"' in (made / "config.toml").read_text()
+        weights = load_file(merged / "model.safetensors")
+        assert len(weights) == 13
+        accuracies.append(lines(made, Measurement)[0].greedy)
+        if name != "model":
+            assert f"into {merged}" in text.getvalue()
+            assert str(weights["model.norm.weight"].dtype) == "float32"
+    assert accuracies[0] == accuracies[1]
+    once, twice = (
+        load_file(tmp_path / name / "warm_start" / "model.safetensors")
+        for name in ("run", "adapter")
+    )
+    written = load_file(model / "model.safetensors")
+    for name, value in once.items():
+        # The adapter's own mesh takes all devices, which changes the order of sums.
+        np.testing.assert_allclose(value, twice[name], rtol=1e-5, atol=1e-7)
+        np.testing.assert_allclose(
+            value, written[name].astype(np.float32), rtol=2**-8, atol=1e-6, err_msg=name
+        )
+
+
+def test_a_second_start_of_a_run_merges_nothing(
+    trained: tuple[Path, Path, str], make_config: Callable[..., Config], tmp_path: Path
+) -> None:
+    config = make_config(run={"max_steps": 1, "eval_every_steps": 0})
+    for max_steps in (1, 2):
+        more = dataclasses.replace(config.run, max_steps=max_steps)
+        display, text = shown()
+        Train(
+            "test",
+            tmp_path / "run",
+            init_from=str(trained[0]),
+            allow_config_change=True,
+            config=dataclasses.replace(config, run=more),
+        )(display)
+        assert ("merging" in text.getvalue()) == (max_steps == 1)
+
+
+@pytest.mark.parametrize(
+    ("place", "message"),
+    [
+        (
+            "nowhere",
+            "--init-from {0}: neither a run (no config.toml in it), nor an adapter (no "
+            "adapter.safetensors), nor a model (no config.json); name the run directory of `sft`",
+        ),
+        ("empty", "run {0}: has no checkpoint yet"),
+    ],
+)
+def test_what_cannot_be_started_from_is_one_line(
+    place: str,
+    message: str,
+    trained: tuple[Path, Path, str],
+    make_config: Callable[..., Config],
+    tmp_path: Path,
+) -> None:
+    folder = tmp_path / place
+    if place == "empty":
+        folder.mkdir()
+        shutil.copy(trained[0] / "config.toml", folder)
+    with pytest.raises(UserError) as refusal:
+        Train("test", tmp_path / "run", init_from=str(folder), config=make_config())(shown()[0])
+    assert str(refusal.value).startswith(message.format(folder))
+    assert "\n" not in str(refusal.value)
+    assert not (tmp_path / "run").exists()
 
 
 # --- Mistakes ---
@@ -249,86 +169,51 @@ def test_a_base_as_tools_leave_it_gives_a_model_that_chats(
 def refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[..., str]:
     """Gives a configuration that must fail before weights load; returns what it says."""
 
-    def run(config: SftConfig, to: Path | None = None) -> str:
+    def run(config: Config, to: Path | None = None) -> str:
         def fail(*_: Any) -> None:
             raise AssertionError("weights are made")
 
-        for name in ("load_weights", "random_weights"):
-            monkeypatch.setattr(opening, name, fail)
-        before = sorted(tmp_path.rglob("*"))
+        monkeypatch.setattr(opening, "load_weights", fail)
         with pytest.raises(UserError) as refusal:
-            Sft("test", to or tmp_path / "to", config)(Losses())
-        assert sorted(tmp_path.rglob("*")) == before
+            Sft("test", tmp_path / "run", config=config, to=to)(shown()[0])
         assert "\n" not in str(refusal.value)
         return str(refusal.value)
 
     return run
 
 
-@pytest.mark.parametrize("name", ["model.safetensors", "model-00001-of-00002.safetensors"])
-def test_a_directory_that_holds_a_model_is_refused(name, make, refused, tmp_path):
+def test_a_target_with_something_in_it_is_refused_before_training(
+    refused: Callable[..., str], sft_config: Config, tmp_path: Path
+) -> None:
     to = tmp_path / "model"
     to.mkdir()
-    (to / name).write_bytes(b"weights")
-    assert refused(make(), to) == f"{to}: holds a model already; choose another --to"
-    assert (to / name).read_bytes() == b"weights"
-
-
-def test_a_directory_that_cannot_be_written_is_refused(make, refused, tmp_path):
+    (to / "model.safetensors").write_bytes(b"weights")
+    assert refused(sft_config, to) == f"{to}: is not empty; choose another --to"
     (tmp_path / "file").write_text("")
     to = tmp_path / "file" / "model"
-    expected = f"{to}: cannot be written (Not a directory); choose another --to"
-    assert refused(make(), to) == expected
-
-
-def test_data_without_solutions_are_refused(make, refused, tmp_path):
-    file = tmp_path / "answers.jsonl"
-    rows = [{"question": row["question"], "answer": str(i)} for i, row in enumerate(ROWS)]
-    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    config = make(data={"dataset": str(file), "num_train_samples": 20})
-    assert refused(config) == f"dataset = {file}: has no worked solutions to train on"
-
-
-def test_a_model_without_weights_will_do_for_random_ones(make, tiny_model_dir, refused, tmp_path):
-    bare = tmp_path / "bare"
-    shutil.copytree(tiny_model_dir, bare)
-    (bare / "model.safetensors").unlink()
-    assert "no *.safetensors file in it" in refused(make(model={"model": str(bare)}))
-    config = make(model={"model": str(bare)}, sft={"init": "random"})
-    with pytest.raises(AssertionError, match="weights are made"):
-        Sft("test", tmp_path / "to", config)(Losses())
-
-
-@pytest.mark.parametrize("is_new", [True, False])
-def test_a_disk_that_fills_up_leaves_no_half_model(is_new, make, tmp_path, monkeypatch):
-    def full(*args: Any, **_: Any) -> None:
-        (args[1] / "model.safetensors").write_bytes(b"half")
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(save, "save_model", full)
-    monkeypatch.setattr(supervised, "train_supervised", lambda *_, **__: None)
-    to = tmp_path / "models" / "to"
-    if not is_new:
-        to.mkdir(parents=True)
-        (to / "notes").write_text("mine")
-    before = sorted(tmp_path.rglob("*"))
-    with pytest.raises(UserError) as refusal:
-        Sft("test", to, make())(Losses())
-    assert str(refusal.value) == (
-        f"{to}: could not be written (No space left on device); nothing is left of it"
+    assert refused(sft_config, to) == (
+        f"{to}: cannot be written (Not a directory); choose another --to"
     )
-    assert sorted(tmp_path.rglob("*")) == before
+    assert not (tmp_path / "run").exists()
 
 
-@pytest.mark.slow
-def test_a_mesh_of_eight_devices_gives_the_same_model(make, tmp_path):
-    """Rows over fsdp and heads over tp change rounding only."""
-    if jax.device_count() < 8:
-        pytest.skip("needs 8 devices")
-    options = {"init": "random", "train_base": True, "steps": 2}
-    for name, shape in (("one", [1, 1]), ("eight", [2, 4])):
-        losses_of(make(model={"mesh_shape": shape}, sft=options), tmp_path / name)
-    one, eight = (load_file(tmp_path / n / "model.safetensors") for n in ("one", "eight"))
-    for name, value in one.items():
-        a, b = value.astype(np.float32), eight[name].astype(np.float32)
-        np.testing.assert_allclose(a, b, atol=2e-2, err_msg=name)
+def test_data_without_usable_solutions_are_refused(
+    refused: Callable[..., str],
+    sft_config: Config,
+    changed: Callable[..., Config],
+    tmp_path: Path,
+) -> None:
+    file = tmp_path / "train_rows.jsonl"
+    rows = [
+        {"question": f"{i} + 1?", "answer": f"{i} + 1 = {i + 1}\n#### {i + 1}"} for i in range(50)
+    ]
+    bare = [{**row, "answer": row["answer"].split("#### ")[1]} for row in rows]
+
+    def config(content: list[dict[str, str]], **fields: Any) -> Config:
+        file.write_text("".join(json.dumps(row) + "\n" for row in content))
+        return changed(sft_config, dataset=str(file), **fields)
+
+    assert refused(config(bare)) == f"dataset = {file}: has no worked solutions to train on"
+    assert refused(config(rows, max_completion_tokens=8)) == (
+        "max_completion_tokens = 8 leaves 0 of 40 worked solutions where 4 are needed; raise it"
+    )

@@ -10,15 +10,14 @@ from typing import Any
 
 import numpy as np
 import pytest
+from tools.tiny_gemma2 import training
 from tools.tiny_gemma2.__main__ import main, make
 from tools.tiny_gemma2.lessons import bare_equations, tiny_phases
+from tools.tiny_gemma2.training import Recipe
 
-from gemma2_grpo.config import SftConfig
 from gemma2_grpo.model.tokenizer import Tokenizer, load_tokenizer
-from gemma2_grpo.presets import load_sft_config
 from gemma2_grpo.task.procedural import OPERATIONS, generate
 from gemma2_grpo.task.prompts import INSTRUCTION
-from gemma2_grpo.training import supervised
 
 SHIPPED = Path(str(resources.files("gemma2_grpo") / "assets" / "tiny-gemma2"))
 EQUATION = re.compile(r"(\d+) ([-+x]) (\d+) = (\d+)")
@@ -34,10 +33,10 @@ def tokenizer() -> Tokenizer:
     return load_tokenizer(SHIPPED)
 
 
-def tiny(problems: int) -> SftConfig:
-    config = load_sft_config("sft-tiny")
-    data = dataclasses.replace(config.data, num_train_samples=problems)
-    return dataclasses.replace(config, data=data)
+def tiny(problems: int) -> Recipe:
+    recipe = Recipe()
+    data = dataclasses.replace(recipe.data, num_train_samples=problems)
+    return dataclasses.replace(recipe, data=data)
 
 
 def test_rows_are_those_that_made_the_embedded_model(tokenizer: Tokenizer) -> None:
@@ -51,7 +50,7 @@ def test_rows_are_those_that_made_the_embedded_model(tokenizer: Tokenizer) -> No
             rows = [[row.tokens, row.is_target] for row in phase.draw(step)]
             digest.update(json.dumps(rows).encode())
         assert digest.hexdigest() == ROWS[phase.name]
-    assert phases[0].optimizer == load_sft_config("sft-tiny").optimizer
+    assert phases[0].optimizer == Recipe().optimizer
     last = phases[1].optimizer
     assert (last.learning_rate, last.warmup_fraction, last.final_lr_fraction) == (1e-3, 0.0, 0.05)
 
@@ -94,10 +93,8 @@ def test_one_command_writes_tokenizer_architecture_and_weights(
     def count(_: Any, batches: Any, *__: Any, **___: Any) -> None:
         trained.extend((step, len(rows)) for step, rows in enumerate(batches))
 
-    monkeypatch.setattr(supervised, "train_supervised", count)
-    config = tiny(400)
-    short = dataclasses.replace(config, sft=dataclasses.replace(config.sft, steps=1))
-    make(tmp_path / "made", short)
+    monkeypatch.setattr(training, "train_supervised", count)
+    make(tmp_path / "made", dataclasses.replace(tiny(400), steps=1))
     assert trained == [(0, 24), *((step, 24) for step in range(160))]
     for name in ("tokenizer.json", "special_tokens_map.json", "tokenizer_config.json"):
         assert (tmp_path / "made" / name).read_bytes() == (SHIPPED / name).read_bytes()

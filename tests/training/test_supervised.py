@@ -1,8 +1,7 @@
-"""Supervised training: the loss is that of the targets alone, and it goes down."""
+"""Supervised fine-tuning: the loss and its gradient are those of the solutions' tokens alone."""
 
-import re
-from collections.abc import Callable
-from pathlib import Path
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -14,294 +13,217 @@ from flax import nnx
 from jax.sharding import Mesh
 from tunix.models.gemma import model as gemma
 
-from gemma2_grpo.model.load import load_weights
-from gemma2_grpo.model.weights import Forward, Weights, forward_of, weights_of
-from gemma2_grpo.training.supervised import Row, next_token_loss, pack, train_supervised
+from gemma2_grpo.commands.sft import supervised
+from gemma2_grpo.config import Config
+from gemma2_grpo.model.lora import add_lora
+from gemma2_grpo.model.tokenizer import Tokenizer
+from gemma2_grpo.task.examples import Example
+from gemma2_grpo.task.procedural import generate
+from gemma2_grpo.task.prompts import render_prompt
+from gemma2_grpo.training.supervised import SupervisedLearner, solutions_of
 
-WIDTH = 16
-AsTunix = Callable[[gemma.Gemma], gemma.Gemma]
+STEPS = 2
+PROMPTS = 6
+Make = Callable[..., SupervisedLearner]
 
 
 @pytest.fixture(scope="module")
-def rows() -> list[Row]:
-    """Prompts of 3 to 6 tokens with completions of 4 to 8; the last is longer than the width."""
-    random = np.random.default_rng(4)
-    made = []
-    for prompt, completion in [(3, 8), (6, 4), (4, 6), (6, 14)]:
-        tokens = random.integers(3, 496, prompt + completion).tolist()
-        made.append(Row(tokens, [False] * prompt + [True] * completion))
-    return made
-
-
-@jax.jit(static_argnames=("forward", "chunk_tokens"))
-def loss_of(
-    forward: Forward, weights: Weights, tokens: jax.Array, targets: jax.Array, chunk_tokens: int
-) -> jax.Array:
-    return next_token_loss(forward, weights, tokens, targets, chunk_tokens)
-
-
-def stock_loss(stock: gemma.Gemma, weights: Weights, tokens: Any, targets: Any) -> jax.Array:
-    """The same loss by way of all logits of a model of Tunix's own layers."""
-    rows, length = tokens.shape
-    mask = jnp.broadcast_to(jnp.tri(length, dtype=bool), (rows, length, length))
-    lora = jax.tree.map(lambda x: x.astype(weights.embedding.dtype), weights.lora)
-    stock = nnx.merge(nnx.split(stock)[0], lora, weights.base)
-    positions = jnp.broadcast_to(jnp.arange(length), tokens.shape)
-    logits, _ = stock(tokens, positions, None, mask)
-    wide = logits[:, :-1].astype(jnp.float32)
-    losses = optax.softmax_cross_entropy_with_integer_labels(wide, tokens[:, 1:])
-    return (losses * targets[:, 1:]).sum() / targets[:, 1:].sum()
-
-
-def all_gradients(model: gemma.Gemma, rows: list[Row]) -> dict[str, np.ndarray]:
-    """Of the loss in all weights, by path."""
-    tokens, targets = pack(rows, WIDTH, 0)
-    forward, weights = forward_of(model), weights_of(model)
-
-    def loss(base: nnx.State) -> jax.Array:
-        return next_token_loss(forward, Weights(weights.lora, base), tokens, targets, 7)
-
-    return by_path(jax.jit(jax.grad(loss))(weights.base))
-
-
-def by_path(state: Any) -> dict[str, np.ndarray]:
-    return {
-        "/".join(map(str, path)): np.asarray(v.get_value(), np.float32)
-        for path, v in nnx.to_flat_state(state)
-    }
-
-
-def distance(actual: np.ndarray, expected: np.ndarray) -> float:
-    return float(np.linalg.norm(actual - expected) / np.linalg.norm(expected))
-
-
-class TestLoss:
-    def test_rows_are_padded_or_cut(self) -> None:
-        tokens, targets = pack(
-            [Row([5, 6, 7], [False, True, True]), Row([8, 9, 1, 2, 3], [False] * 3 + [True] * 2)],
-            width=4,
-            pad_id=0,
-        )
-        assert tokens.tolist() == [[5, 6, 7, 0], [8, 9, 1, 2]]
-        assert targets.tolist() == [[False, True, True, False], [False, False, False, True]]
-
-    @pytest.mark.parametrize("chunk_tokens", [7, 128])
-    def test_by_hand(
-        self,
-        chunk_tokens: int,
-        base: gemma.Gemma,
-        rows: list[Row],
-        full_logits: Callable[..., np.ndarray],
-    ) -> None:
-        tokens, targets = pack(rows, WIDTH, 0)
-        logits = full_logits(base, tokens).astype(np.float64)
-        logps = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
-        losses = [
-            -logps[i, t - 1, tokens[i, t]]
-            for i, row in enumerate(rows)
-            for t in range(1, WIDTH)
-            if t < len(row.tokens) and row.is_target[t]
-        ]
-        assert len(losses) == 8 + 4 + 6 + 10
-        forward, weights = forward_of(base), weights_of(base)
-        loss = loss_of(forward, weights, tokens, targets, chunk_tokens)
-        assert float(loss) == pytest.approx(np.mean(losses), rel=1e-6)
-
-    def test_prompts_and_padding_carry_none(self, base: gemma.Gemma, rows: list[Row]) -> None:
-        tokens, targets = pack(rows[:1], WIDTH, 0)
-        forward, weights = forward_of(base), weights_of(base)
-
-        def of(embedding: jax.Array, tokens: np.ndarray) -> jax.Array:
-            base = jax.tree.map(lambda x: x, weights.base)
-            base["embedder"]["input_embedding"].set_value(embedding)
-            return next_token_loss(forward, Weights(weights.lora, base), tokens, targets, 7)
-
-        # What follows the last target is not seen by it.
-        other = tokens.copy()
-        other[0, 11:] = 400
-        losses = [float(of(weights.embedding, t)) for t in (tokens, other)]
-        assert losses[0] == losses[1]
-        only = np.zeros_like(targets)
-        assert float(loss_of(forward, weights, tokens, only, 7)) == 0  # Not 0 / 0.
-        only[0, 3] = True
-        first = float(loss_of(forward, weights, tokens, only, 7))
-        only[0, :3] = True
-        only[0, 3] = False
-        prompt = float(loss_of(forward, weights, tokens, only, 7))
-        assert first > 0 and prompt > 0 and first != pytest.approx(prompt)
-
-
-class TestGradients:
-    """Completions of 8 and more tokens after prompts of up to 6: a window of 10 binds."""
-
-    def test_in_float32_they_are_those_of_tunix_layers(
-        self, base: gemma.Gemma, rows: list[Row], as_tunix: AsTunix
-    ) -> None:
-        tokens, targets = pack(rows, WIDTH, 0)
-        weights, tunix = weights_of(base), as_tunix(base)
-
-        def loss(trained: nnx.State) -> jax.Array:
-            return stock_loss(tunix, Weights(weights.lora, trained), tokens, targets)
-
-        expected = by_path(jax.jit(jax.grad(loss))(weights.base))
-        found = all_gradients(base, rows)
-        assert found.keys() == expected.keys() and len(found) == 22
-        for name, gradient in expected.items():
-            assert distance(found[name], gradient) < 1e-5, name
-
-    @pytest.mark.oracle
-    def test_in_float32_they_are_those_of_transformers(
-        self, base: gemma.Gemma, tiny_directory: Path, rows: list[Row]
-    ) -> None:
-        torch = pytest.importorskip("torch")
-        transformers = pytest.importorskip("transformers")
-        model = transformers.Gemma2ForCausalLM.from_pretrained(
-            tiny_directory, attn_implementation="eager", dtype=torch.float32
-        )
-        tokens, targets = pack(rows, WIDTH, 0)
-        labels = torch.tensor(np.where(targets, tokens, -100), dtype=torch.long)
-        model(input_ids=torch.tensor(tokens), labels=labels).loss.backward()
-        theirs = {name: x.grad.numpy() for name, x in model.named_parameters()}
-        ours = all_gradients(base, rows)
-        layer, theirs_layer = "layers/1/", "model.layers.1."
-        queries = ours[f"{layer}attn/q_einsum/w"].transpose(0, 2, 1).reshape(64, 32)
-        output = ours[f"{layer}attn/attn_vec_einsum/w"].reshape(64, 32).T
-        keys, values = ours[f"{layer}attn/kv_einsum/w"].transpose(0, 1, 3, 2).reshape(2, 32, 32)
-        for found, name in [
-            (ours["embedder/input_embedding"], "model.embed_tokens.weight"),
-            (queries, f"{theirs_layer}self_attn.q_proj.weight"),
-            (keys, f"{theirs_layer}self_attn.k_proj.weight"),
-            (values, f"{theirs_layer}self_attn.v_proj.weight"),
-            (output, f"{theirs_layer}self_attn.o_proj.weight"),
-            (ours[f"{layer}mlp/gate_proj/kernel"].T, f"{theirs_layer}mlp.gate_proj.weight"),
-            (ours[f"{layer}mlp/down_proj/kernel"].T, f"{theirs_layer}mlp.down_proj.weight"),
-        ]:
-            assert distance(found, theirs[name]) < 2e-5, name
-
-    def test_in_bfloat16_attention_is_that_of_grpo(
-        self,
-        make_policy: Callable[..., gemma.Gemma],
-        mesh: Mesh,
-        rows: list[Row],
-        as_tunix: AsTunix,
-    ) -> None:
-        """Tunix's layers, whose softmax would run in bfloat16, give another gradient."""
-        model = in_bfloat16(make_policy(filled=3, scale=0.05))
-        tokens, targets = pack(rows, WIDTH, 0)
-        forward, weights, tunix = forward_of(model), weights_of(model), as_tunix(model)
-
-        @jax.jit
-        @jax.grad
-        def ours(lora: nnx.State) -> jax.Array:
-            return next_token_loss(forward, Weights(lora, weights.base), tokens, targets, 7)
-
-        @jax.jit
-        @jax.grad
-        def stock(lora: nnx.State) -> jax.Array:
-            return stock_loss(tunix, Weights(lora, weights.base), tokens, targets)
-
-        expected, other = by_path(ours(weights.lora)), by_path(stock(weights.lora))
-        before = by_path(weights.lora)
-        train_supervised(
-            model,
-            [rows],
-            optax.sgd(1.0),
-            mesh,
-            width=WIDTH,
-            pad_id=0,
-            chunk_tokens=7,
-            train_base=False,
-        )
-        after = by_path(weights_of(model).lora)
-        for name, gradient in expected.items():
-            found = distance(before[name] - after[name], gradient)
-            assert found < 1e-4 < 3e-3 < distance(other[name], gradient), name
-
-    def test_in_bfloat16_every_exponential_is_in_float32(
-        self, make_policy: Callable[..., gemma.Gemma], rows: list[Row], as_tunix: AsTunix
-    ) -> None:
-        model = in_bfloat16(make_policy())
-        tokens, targets = pack(rows, WIDTH, 0)
-        forward, weights = forward_of(model), weights_of(model)
-        text = str(
-            jax.make_jaxpr(lambda w: next_token_loss(forward, w, tokens, targets, 7))(weights)
-        )
-        tunix = as_tunix(model)
-        stock = str(jax.make_jaxpr(lambda w: stock_loss(tunix, w, tokens, targets))(weights))
-        exponential = re.compile(r"(\w+)\[[^]]*\] = exp ")
-        assert set(exponential.findall(text)) == {"f32"}
-        assert "bf16" in exponential.findall(stock)
-
-
-def in_bfloat16(model: gemma.Gemma) -> gemma.Gemma:
-    """The same model with its base in bfloat16."""
-    base = nnx.state(model, nnx.Not(nnx.LoRAParam))
-    nnx.update(model, jax.tree.map(lambda x: x.astype(jnp.bfloat16), base))
-    return model
-
-
-def train(
-    model: gemma.Gemma, rows: list[Row], mesh: Mesh, steps: int, *, train_base: bool
-) -> list[float]:
-    seen: list[tuple[int, float]] = []
-    train_supervised(
-        model,
-        (rows for _ in range(steps)),
-        optax.adam(3e-3 if train_base else 1e-2),
-        mesh,
-        width=WIDTH,
-        pad_id=0,
-        chunk_tokens=7,
-        train_base=train_base,
-        on_step=lambda step, loss: seen.append((step, loss)),
+def sft_config(config: Config, changed: Callable[..., Config]) -> Config:
+    return changed(
+        supervised(config),
+        prompts_per_step=PROMPTS,
+        max_prompt_tokens=64,
+        max_completion_tokens=64,
+        micro_batch_tokens=512,
+        max_steps=STEPS,
     )
-    assert [step for step, _ in seen] == list(range(1, steps + 1))
-    return [loss for _, loss in seen]
 
 
-def values(model: gemma.Gemma, kind: Any) -> list[np.ndarray]:
-    return [np.asarray(leaf) for leaf in jax.tree.leaves(nnx.state(model, kind))]
+@pytest.fixture(scope="module")
+def problems() -> list[Example]:
+    """Problems of different lengths with worked solutions."""
+    return [Example(p.question, p.answer, p.solution) for p in generate("train", 2 * PROMPTS, 5)]
 
 
-class TestTraining:
-    def test_all_weights(
-        self, tiny_directory: Path, mesh: Mesh, wide_mesh: Mesh, rows: list[Row]
-    ) -> None:
-        results = []
-        for where in (mesh, wide_mesh):
-            model = load_weights(tiny_directory, "float32", where)
-            before = values(model, nnx.Param)
-            shardings = [x.sharding for x in jax.tree.leaves(nnx.state(model))]
-            results.append(train(model, rows, where, 10, train_base=True))
-            after = values(model, nnx.Param)
-            assert all((a != b).any() for a, b in zip(before, after, strict=True))
-            for leaf, sharding in zip(jax.tree.leaves(nnx.state(model)), shardings, strict=True):
-                assert leaf.sharding.is_equivalent_to(sharding, leaf.ndim)
-        one, wide = results
-        assert one[-1] < 0.5 * one[0]
-        np.testing.assert_allclose(wide, one, rtol=1e-3)
+@pytest.fixture(scope="module")
+def make(
+    base: gemma.Gemma, mesh: Mesh, tokenizer: Tokenizer, make_policy: Callable[..., gemma.Gemma]
+) -> Make:
+    def make(config: Config, filled: int | None = 3) -> SupervisedLearner:
+        return SupervisedLearner(config, make_policy(filled=filled), base, tokenizer, mesh)
 
-    def test_adapters_alone(
-        self,
-        make_policy: Callable[..., gemma.Gemma],
-        base: gemma.Gemma,
-        mesh: Mesh,
-        rows: list[Row],
-    ) -> None:
-        policy = make_policy()
-        before = values(base, nnx.Param)
-        losses = train(policy, rows, mesh, 15, train_base=False)
-        assert losses[-1] < 0.7 * losses[0]
-        for model in (base, policy):
-            for one, other in zip(values(model, nnx.Not(nnx.LoRAParam)), before, strict=True):
-                np.testing.assert_array_equal(one, other)
-        assert all(value.any() for value in values(policy, nnx.LoRAParam))
+    return make
 
-    def test_a_bfloat16_base_keeps_its_type(
-        self, make_policy: Callable[..., gemma.Gemma], mesh: Mesh, rows: list[Row]
-    ) -> None:
-        model = in_bfloat16(make_policy())
-        losses = train(model, rows, mesh, 6, train_base=False)
-        assert losses[-1] < losses[0]
-        assert {v.dtype for v in values(model, nnx.LoRAParam)} == {jnp.dtype("float32")}
-        assert {v.dtype for v in values(model, nnx.Not(nnx.LoRAParam))} == {jnp.dtype("bfloat16")}
+
+def no_score(_: Sequence[Example], texts: Sequence[str], __: Any) -> Mapping[str, np.ndarray]:
+    """Rewards play no part, not even those that are missing."""
+    return {"total": np.full(len(texts), np.nan)}
+
+
+def plain_losses(
+    model: gemma.Gemma, lora: nnx.State, problems: Sequence[Example], tokenizer: Tokenizer
+) -> list[jax.Array]:
+    """Of each solution token, one problem after the other, by Tunix's own layers."""
+    graph, old, base = nnx.split(model, nnx.LoRAParam, ...)
+    del old
+    losses = []
+    for problem in problems:
+        prompt = tokenizer.encode(render_prompt(problem.question))
+        target = [*tokenizer.encode(problem.solution), tokenizer.eos_id()]
+        tokens = jnp.array([prompt + target])
+        length = tokens.shape[1]
+        mask = jnp.tri(length, dtype=bool)[None]
+        logits, _ = nnx.merge(graph, lora, base)(tokens, jnp.arange(length)[None], None, mask)
+        each = optax.softmax_cross_entropy_with_integer_labels(logits[:, :-1], tokens[:, 1:])
+        losses.append(each[0, len(prompt) - 1 :])
+    return losses
+
+
+def test_loss_and_gradient_are_those_of_each_problem_alone(
+    make: Make,
+    sft_config: Config,
+    problems: list[Example],
+    tokenizer: Tokenizer,
+    as_tunix: Callable[[gemma.Gemma], gemma.Gemma],
+) -> None:
+    learner = make(sft_config)
+    stock = as_tunix(learner.policy)
+    lora = nnx.state(stock, nnx.LoRAParam)
+    part = problems[:PROMPTS]
+
+    def mean_loss(lora: nnx.State) -> jax.Array:
+        return jnp.concatenate(plain_losses(stock, lora, part, tokenizer)).mean()
+
+    loss, gradients = jax.jit(jax.value_and_grad(mean_loss))(lora)
+    result = learner.step(0, part, no_score)
+    [metrics] = result.updates
+    assert metrics["loss"] == pytest.approx(float(loss), rel=1e-5)
+    assert metrics["grad_norm"] == pytest.approx(float(optax.tree.norm(gradients)), rel=1e-4)
+    assert result.completions.texts == [problem.solution for problem in part]
+
+
+def test_updates_are_those_of_plain_adam(
+    make: Make,
+    sft_config: Config,
+    problems: list[Example],
+    tokenizer: Tokenizer,
+    as_tunix: Callable[[gemma.Gemma], gemma.Gemma],
+    adapters: Callable[[gemma.Gemma], dict[str, np.ndarray]],
+) -> None:
+    from gemma2_grpo.training.optimizer import make_optimizer
+
+    learner = make(sft_config, filled=None)
+    stock = as_tunix(learner.policy)
+    lora = nnx.state(stock, nnx.LoRAParam)
+    transform = make_optimizer(sft_config.optimizer, STEPS)
+    moments = transform.init(lora)
+    for step in range(STEPS):
+        part = problems[step * PROMPTS : (step + 1) * PROMPTS]
+
+        def mean_loss(lora: nnx.State, part: Sequence[Example] = part) -> jax.Array:
+            return jnp.concatenate(plain_losses(stock, lora, part, tokenizer)).mean()
+
+        updates, moments = transform.update(jax.jit(jax.grad(mean_loss))(lora), moments, lora)
+        lora = optax.apply_updates(lora, updates)
+        learner.step(step, part, no_score)
+    expected = {
+        "/".join(map(str, path)): np.asarray(v.get_value()) for path, v in nnx.to_flat_state(lora)
+    }
+    for name, value in adapters(learner.policy).items():
+        np.testing.assert_allclose(value, expected[name], rtol=1e-3, atol=2e-6)
+
+
+def test_the_head_runs_on_solutions_alone_and_rows_hold_several(
+    make: Make, sft_config: Config, problems: list[Example], tokenizer: Tokenizer
+) -> None:
+    learner = make(sft_config)
+    part = problems[:PROMPTS]
+    prompts = [render_prompt(problem.question) for problem in part]
+    solutions = solutions_of(part, tokenizer)
+    [batch] = learner.pack(prompts, solutions).on_host
+    found: dict[int, list[int]] = {}
+    segments = 0
+    for micro in batch.micro:
+        assert micro.places is not None and micro.targets.shape == micro.places.shape
+        assert micro.targets.shape[1] < micro.inputs.shape[1]
+        segments += sum(len(set(row[row >= 0].tolist())) > 1 for row in micro.segment_ids)
+        for numbers, targets in zip(micro.target_ids, micro.targets, strict=True):
+            for number, target in zip(numbers.tolist(), targets.tolist(), strict=True):
+                if number >= 0:
+                    found.setdefault(number, []).append(target)
+    assert segments > 0
+    assert [found[i] for i in range(PROMPTS)] == [row.tolist() for row in solutions.tokens]
+    # What the prompts share is run once.
+    shared = batch.prompts[0, : batch.lengths[0]].tolist()
+    assert batch.prompts.shape[0] == 1 and len(shared) > 3
+    for prompt in prompts:
+        assert tokenizer.encode(prompt)[: len(shared)] == shared
+
+
+def test_the_held_out_loss_is_that_of_each_problem_alone(
+    make: Make,
+    sft_config: Config,
+    problems: list[Example],
+    tokenizer: Tokenizer,
+    as_tunix: Callable[[gemma.Gemma], gemma.Gemma],
+) -> None:
+    learner = make(sft_config)
+    stock = as_tunix(learner.policy)
+    # More than one batch, and one problem that has no solution.
+    asked = [*problems[:7], Example("How many?", "1")]
+    losses = plain_losses(stock, nnx.state(stock, nnx.LoRAParam), problems[:7], tokenizer)
+    expected = float(jnp.concatenate(losses).mean())
+    assert learner.solution_nll(asked) == pytest.approx(expected, rel=1e-5)
+    assert learner.solution_nll(asked[7:]) is None
+
+
+def test_a_mesh_of_eight_devices_gives_the_same(
+    make: Make,
+    sft_config: Config,
+    problems: list[Example],
+    tokenizer: Tokenizer,
+    wide_base: gemma.Gemma,
+    wide_mesh: Mesh,
+    changed: Callable[..., Config],
+) -> None:
+    one = make(sft_config, filled=None).step(0, problems[:PROMPTS], no_score)
+    config = changed(sft_config, mesh_shape=(2, 4))
+    policy = add_lora(wide_base, config.model, wide_mesh, 0)
+    wide = SupervisedLearner(config, policy, wide_base, tokenizer, wide_mesh)
+    many = wide.step(0, problems[:PROMPTS], no_score)
+    for name in ("loss", "grad_norm", "entropy"):
+        assert many.updates[0][name] == pytest.approx(one.updates[0][name], rel=1e-4)
+
+
+def test_it_resumes_exactly(
+    make: Make,
+    sft_config: Config,
+    problems: list[Example],
+    adapters: Callable[[gemma.Gemma], dict[str, np.ndarray]],
+) -> None:
+    whole, first, second = (make(sft_config, filled=None) for _ in range(3))
+    parts = problems[:PROMPTS], problems[PROMPTS:]
+    for step, part in enumerate(parts):
+        whole.step(step, part, no_score)
+    first.step(0, parts[0], no_score)
+    second.set_state(jax.tree.map(jnp.copy, first.state()))
+    second.step(1, parts[1], no_score)
+    for name, value in adapters(whole.policy).items():
+        np.testing.assert_array_equal(adapters(second.policy)[name], value)
+
+
+def test_grpo_and_supervised_training_do_not_mix(
+    config: Config, sft_config: Config, refusal: Callable[..., str]
+) -> None:
+    from gemma2_grpo.checks import check
+
+    assert check(sft_config) == sft_config
+    halves = dataclasses.replace(config, rollout=sft_config.rollout)
+    assert refusal(check, halves) == (
+        "engine = 'solutions' does not go with loss_type = 'grpo'; run gemma2-grpo sft, which sets "
+        "both"
+    )
+    grpo = dataclasses.replace(sft_config.grpo, beta=0.1)
+    assert refusal(check, dataclasses.replace(sft_config, grpo=grpo)) == (
+        "beta = 0.1: supervised training takes 0; set that"
+    )

@@ -2,22 +2,21 @@
 
 import argparse
 import sys
+from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-from gemma2_grpo.commands.sft import Sft
-from gemma2_grpo.config import SftConfig, replaced
 from gemma2_grpo.errors import UserError
-from gemma2_grpo.presets import load_sft_config
 from tools.tiny_gemma2.lessons import tiny_phases
 from tools.tiny_gemma2.tokenizer import make_config, make_tokenizer
+from tools.tiny_gemma2.training import Recipe, train
 
 
-def make(to: Path, config: SftConfig) -> None:
+def make(to: Path, recipe: Recipe) -> None:
     """Writes tokenizer and architecture, and trains the model on them from random weights."""
     with TemporaryDirectory() as folder:
         make_config(Path(folder), make_tokenizer(Path(folder)))
-        Sft("sft-tiny", to, replaced(config, model=folder))(make_phases=tiny_phases)
+        train(replace(recipe, model=replace(recipe.model, model=folder)), tiny_phases, to)
 
 
 def main() -> int:
@@ -25,7 +24,7 @@ def main() -> int:
     parser = argparse.ArgumentParser("tools.tiny_gemma2", description="Make the embedded model.")
     parser.add_argument("--to", type=Path, required=True, metavar="DIR")
     try:
-        make(parser.parse_args().to, load_sft_config("sft-tiny"))
+        make(parser.parse_args().to, Recipe())
     except UserError as error:
         print("error:", error, file=sys.stderr)
         return 2

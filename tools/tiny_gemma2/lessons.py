@@ -5,13 +5,12 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from gemma2_grpo.commands.sft import DrawBatch, Phase, solution_row
-from gemma2_grpo.config import SftConfig
 from gemma2_grpo.model.tokenizer import Tokenizer
 from gemma2_grpo.task.examples import batch_indices
 from gemma2_grpo.task.procedural import Problem, draw_values, generate
-from gemma2_grpo.training.supervised import Row
 from tools.tiny_gemma2.sloppy import sloppy
+from tools.tiny_gemma2.supervised import Row
+from tools.tiny_gemma2.training import DrawBatch, Phase, Recipe, solution_row
 
 SLOPPY_STEPS = 160
 SLOPPY_LEARNING_RATE = 1e-3
@@ -20,21 +19,21 @@ ARITHMETIC_FRACTION = 0.33
 _EQUATIONS_PER_ROW = 9
 
 
-def tiny_phases(config: SftConfig, tokenizer: Tokenizer) -> list[Phase]:
+def tiny_phases(recipe: Recipe, tokenizer: Tokenizer) -> list[Phase]:
     """The two parts of the training: worked solutions, then those of the sloppy teacher."""
-    problems = generate("train", config.data.num_train_samples, config.data.data_seed)
+    problems = generate("train", recipe.data.num_train_samples, recipe.data.data_seed)
     clean = [(problem.question, problem.solution) for problem in problems]
-    rng = np.random.default_rng([config.sft.seed, 1])
+    rng = np.random.default_rng([recipe.seed, 1])
     careless = [(problem.question, sloppy(problem, rng)) for problem in problems]
     falling = dataclasses.replace(
-        config.optimizer,
+        recipe.optimizer,
         learning_rate=SLOPPY_LEARNING_RATE,
         warmup_fraction=0.0,
         final_lr_fraction=0.05,
     )
     return [
-        Phase("solutions", config.sft.steps, _drawer(config, tokenizer, clean), config.optimizer),
-        Phase("sloppy teacher", SLOPPY_STEPS, _drawer(config, tokenizer, careless), falling),
+        Phase("solutions", recipe.steps, _drawer(recipe, tokenizer, clean), recipe.optimizer),
+        Phase("sloppy teacher", SLOPPY_STEPS, _drawer(recipe, tokenizer, careless), falling),
     ]
 
 
@@ -52,14 +51,14 @@ def bare_equations(rng: np.random.Generator, count: int) -> list[str]:
     return equations
 
 
-def _drawer(config: SftConfig, tokenizer: Tokenizer, texts: Sequence[tuple[str, str]]) -> DrawBatch:
+def _drawer(recipe: Recipe, tokenizer: Tokenizer, texts: Sequence[tuple[str, str]]) -> DrawBatch:
     """The function that draws the rows of a step: solutions, then bare equations."""
-    equations = round(ARITHMETIC_FRACTION * config.sft.batch_size)
-    solutions = config.sft.batch_size - equations
+    equations = round(ARITHMETIC_FRACTION * recipe.batch_size)
+    solutions = recipe.batch_size - equations
 
     def draw(step: int) -> list[Row]:
-        chosen = batch_indices(len(texts), solutions, config.data.data_seed, step)
-        rng = np.random.default_rng([config.sft.seed, 2, step])
+        chosen = batch_indices(len(texts), solutions, recipe.data.data_seed, step)
+        rng = np.random.default_rng([recipe.seed, 2, step])
         return [solution_row(tokenizer, *texts[i]) for i in chosen] + [
             _equation_row(tokenizer, bare_equations(rng, _EQUATIONS_PER_ROW))
             for _ in range(equations)

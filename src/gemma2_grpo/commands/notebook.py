@@ -13,11 +13,16 @@ from typing import Any
 from gemma2_grpo.checks import check
 from gemma2_grpo.config import Config, replaced
 from gemma2_grpo.errors import UserError
+from gemma2_grpo.model.hub.google import kv_heads
 from gemma2_grpo.presets import load_config
 from gemma2_grpo.runtime.chips import mesh_for
 
 TOKEN = "HF_TOKEN"  # noqa: S105 (the name of the secret, not the secret)
-_FLAGSHIP = {"tpu": "gemma2-2b-v5e8", "gpu": "gemma2-2b-gpu"}
+# In the order of preference: the first whose model can be had.
+_FLAGSHIPS = {
+    "tpu": ("gemma2-2b-v5e8", "gemma3-1b-v5e8"),
+    "gpu": ("gemma2-2b-gpu", "gemma3-1b-gpu"),
+}
 _EMBEDDED = "tiny"
 
 
@@ -59,19 +64,23 @@ def find_machine() -> Machine:
     start_jax(print)
     kind, count = jax.default_backend(), jax.local_device_count()
     devices = f"{count} x {jax.local_devices()[0].device_kind}"
-    name = _FLAGSHIP.get(kind)
-    if name is None:
+    names = _FLAGSHIPS.get(kind)
+    if names is None:
         why = "no TPU and no GPU; in Kaggle's or Colab's settings, choose an accelerator"
         return Machine(host, devices, _EMBEDDED, load_config(_EMBEDDED), why)
-    config = load_config(name)
-    if math.prod(config.model.mesh_shape) != count:
-        config = changed(config, mesh_shape=mesh_for(count))
-    if not _can_be_had(config.model.model):
+    configs = {name: load_config(name) for name in names}
+    models = {name: config.model.model for name, config in configs.items()}
+    name = next((name for name in names if _can_be_had(models[name])), None)
+    if name is None:
         why = (
-            f"{config.model.model} cannot be had; attach the model google/gemma-2 on Kaggle, or "
-            f"accept its licence and add the secret {TOKEN}"
+            f"{' and '.join(models.values())} cannot be had; attach the model google/gemma-2 or "
+            f"google/gemma-3 on Kaggle, or accept its licence and add the secret {TOKEN}"
         )
         return Machine(host, devices, _EMBEDDED, load_config(_EMBEDDED), why)
+    config = configs[name]
+    if math.prod(config.model.mesh_shape) != count:
+        shape = mesh_for(count, kv_heads(config.model.model))
+        config = changed(config, mesh_shape=shape)
     return Machine(host, devices, name, config, "the flagship's recipe, on these devices")
 
 

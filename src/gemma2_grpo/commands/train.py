@@ -12,7 +12,7 @@ from tyro.conf import arg
 
 from gemma2_grpo.checks import check
 from gemma2_grpo.commands.options import ConfigName, Directory, Flag, Sections
-from gemma2_grpo.config import Config, flat
+from gemma2_grpo.config import OWN_ENGINES, Config, flat, replaced
 from gemma2_grpo.errors import UserError
 
 if TYPE_CHECKING:
@@ -33,6 +33,9 @@ class Train:
     """Name of a preset, or path of a TOML file. The options below override its fields."""
     run: Directory = None
     """Run directory. An existing run there is resumed. Default: runs/NAME."""
+    init_from: Annotated[str | None, arg(metavar="RUN|DIR")] = None
+    """Start from what `sft` or another run trained: its run directory, or the model or the adapter
+    that it wrote. Policy and reference both begin there."""
     allow_config_change: Flag = False
     """Resume although the run was made with another configuration."""
     coordinator: Annotated[str | None, arg(metavar="HOST:PORT|auto")] = None
@@ -63,9 +66,12 @@ class Train:
         cluster = find_cluster(self.coordinator, self.num_processes, self.process_id, os.environ)
         require_jax()
         path = self.run or Path("runs") / Path(self.config_name).stem
+        display = display or Display()
+        if self.init_from:
+            config = _started_from(self.init_from, path, config, display, alone=cluster is None)
         with _joined(cluster, config) as writes:
             config = with_absolute_paths(config)
-            display = (display or Display()) if writes else Display.silent()
+            display = display if writes else Display.silent()
             directory = RunDirectory(
                 path, config, allow_config_change=self.allow_config_change, writes=writes
             )
@@ -74,6 +80,25 @@ class Train:
             finally:
                 directory.close()
         return path
+
+
+def _started_from(
+    place: str, run: Path, config: Config, display: "Display", *, alone: bool
+) -> Config:
+    """The configuration on the model that `--init-from` names, merged where it is not yet.
+
+    Raises:
+        UserError: for a place that cannot be started from.
+    """
+    from gemma2_grpo.commands.warm_start import warm_start
+
+    if not alone and not (Path(place).expanduser() / "config.json").is_file():
+        raise UserError(
+            f"--init-from {place}: several processes take the directory of a whole model; write "
+            "one with gemma2-grpo export, and name that"
+        )
+    model = warm_start(place, run / "warm_start", config.model.dtype, display.note)
+    return check(replaced(config, model=model))
 
 
 def _run(
@@ -159,7 +184,7 @@ def _check_share(config: Config, processes: int) -> None:
             f"prompts_per_step = {prompts} does not divide over {processes} processes; make it a "
             f"multiple of {processes}"
         )
-    if engine != "group" and processes > 1:
+    if engine not in OWN_ENGINES and processes > 1:
         raise UserError(
             f'engine = "{engine}" works in one process only; set engine = "group" for {processes}'
         )

@@ -125,6 +125,7 @@ def write_export(
             format=wanted.format,
             dtype=wanted.dtype,
             name=name,
+            architecture=opened.files.architecture,
             verification="\n\n".join(filter(None, texts)),
         )
         (folder / "README.md").write_text(render_card(exported), encoding="utf-8")

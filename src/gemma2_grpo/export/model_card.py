@@ -10,6 +10,7 @@ from huggingface_hub import ModelCardData
 
 from gemma2_grpo import __version__
 from gemma2_grpo.config import Config
+from gemma2_grpo.model.architecture import Architecture
 from gemma2_grpo.model.hub.find import EMBEDDED, hub_id
 from gemma2_grpo.report import facts as report_facts
 from gemma2_grpo.run.files import RunFiles, read_run
@@ -32,6 +33,8 @@ class Exported:
     """Type that is stored."""
     name: str
     """Name that transformers loads: the repository, or the directory."""
+    architecture: Architecture
+    """Of the model that was trained."""
     verification: str
     """Result of the verification, as text."""
 
@@ -43,9 +46,15 @@ def render_card(exported: Exported) -> str:
     evaluated, held_out = by_evaluation(run), during_run(run)
     preset, differences = report_facts.differences_from_preset(run) or ("", [])
     templates = templates_of("gemma2_grpo.export", cell=_cell)
+    is_supervised = exported.config.rollout.engine == "solutions"
+    family = exported.architecture.family
     return templates.get_template("model_card.md.j2").render(
         front_matter=_front_matter(exported),
-        title=f"{run.name}: Gemma 2 that shows its work",
+        title=f"{run.name}: {family} that shows its work",
+        family=family,
+        method="supervised training (SFT)" if is_supervised else "GRPO",
+        command="sft" if is_supervised else "train",
+        attention=_attention(exported.architecture),
         is_merged=exported.format == "merged",
         is_gemma=base != EMBEDDED,
         base=hub_id(base) or Path(base).name,
@@ -63,6 +72,12 @@ def render_card(exported: Exported) -> str:
         facts=[fact for fact in report_facts.origins(run) if fact[0] != "machine"],
         verification=exported.verification,
     )
+
+
+def _attention(architecture: Architecture) -> str:
+    """The argument for transformers where its default leaves out the soft cap on attention."""
+    is_capped = architecture.attn_logits_soft_cap is not None
+    return ', attn_implementation="eager"' if is_capped else ""
 
 
 def _as_of(run: RunFiles, steps: int) -> RunFiles:

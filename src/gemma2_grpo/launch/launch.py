@@ -10,7 +10,7 @@ from gemma2_grpo.config import Config, flat, replaced
 from gemma2_grpo.errors import UserError
 from gemma2_grpo.launch.machines import Launcher, Machines
 from gemma2_grpo.launch.recipes import MOUNT, split_bucket
-from gemma2_grpo.model.hub.google import known_config
+from gemma2_grpo.model.hub.google import kv_heads
 from gemma2_grpo.presets import load_config, nearest_preset, preset_names
 from gemma2_grpo.runtime.chips import mesh_for
 
@@ -41,8 +41,6 @@ _NAME = re.compile(r"[a-z]([-a-z0-9]{0,38}[a-z0-9])?", re.ASCII)
 _CLAIM = re.compile(r"[a-z0-9]([-.a-z0-9]*[a-z0-9])?", re.ASCII)
 _BUCKET = re.compile(r"[a-z0-9]+://[\w.-]+(/[^\s?#]*)?", re.ASCII)
 _HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*", re.ASCII)
-# KV heads of a model that is not known by name: every Gemma 2 has a multiple of 4.
-_KV_HEADS = 4
 
 
 def job_name(name: str | None, config_name: str) -> str:
@@ -72,8 +70,7 @@ def fit_to_host(config: Config, start: Config, machines: Machines) -> Config:
         UserError: if the mesh, the heads or the prompts do not divide.
     """
     chips = machines.chips_per_host
-    known = known_config(config.model.model) or {}
-    heads = known.get("num_key_value_heads", _KV_HEADS)
+    heads = kv_heads(config.model.model)
     shape = config.model.mesh_shape
     if math.prod(shape) != chips:
         if shape != start.model.mesh_shape:

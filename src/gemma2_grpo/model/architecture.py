@@ -25,6 +25,11 @@ class Architecture(gemma.ModelConfig):
     """The same in sliding layers."""
 
     @property
+    def family(self) -> str:
+        """Name of the family for people."""
+        return "Gemma 3" if self.has_qk_norm else "Gemma 2"
+
+    @property
     def is_sliding(self) -> tuple[bool, ...]:
         """For each layer, whether its tokens attend only within the sliding window."""
         return tuple(kind == gemma.AttentionType.LOCAL_SLIDING for kind in self.attention_types)

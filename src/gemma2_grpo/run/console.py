@@ -100,23 +100,6 @@ class Display:
             task = bar.add_task(label, total=total)
             yield lambda done: bar.advance(task, done)
 
-    @contextmanager
-    def supervising(self, label: str, total: int) -> Iterator[Callable[[int, float], None]]:
-        """Shows the progress of supervised training; yields what to call with step and loss."""
-        if not self.console.is_terminal:
-
-            def show(step: int, loss: float) -> None:
-                if step % max(1, total // 20) == 0 or step == total:
-                    self.console.print(f"{label}: step {step}/{total}  loss {loss:.4f}")
-
-            yield show
-            return
-        with self._bar() as bar:
-            task = bar.add_task(label, total=total)
-            yield lambda step, loss: bar.update(
-                task, completed=step, description=f"{label}, loss {loss:.4f}"
-            )
-
     def _bar(self, *, is_transient: bool = False) -> Progress:
         columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
         return Progress(
@@ -151,13 +134,14 @@ class Display:
         body = Group(question, *render_completion(scored.completion))
         self.console.print(Panel(body, title=f"step {step}: {parts}", title_align="left"))
 
-    def held_out(self, step: int, measured: System) -> None:
-        """Shows a measurement during training."""
+    def held_out(self, step: int, measured: System, solution_nll: float | None = None) -> None:
+        """Shows a measurement during training; of a supervised one with the held-out loss."""
         if self._panel:
             self._panel.held_out(step, measured)
         self.console.print(
             f"step {step}: held-out accuracy {in_words(measured)}, "
             f"format {measured.greedy.perfect_format_fraction:.1%}"
+            + ("" if solution_nll is None else f", loss {solution_nll:.4f}")
         )
 
     def result(self, result: RunResult) -> None:

@@ -24,6 +24,7 @@ from gemma2_grpo.runtime.program_cache import ProgramCount
 from gemma2_grpo.task.examples import batch_indices
 from gemma2_grpo.task.scoring import Scorer
 from gemma2_grpo.training.learner import StepResult
+from gemma2_grpo.training.supervised import SupervisedLearner
 
 REPORT = "report.html"
 _REPORT_EVERY_SECONDS = 60
@@ -107,9 +108,14 @@ class Run:
                     *(RunCompletion(step=step, kind="held_out", **vars(each)) for each in records)
                 ),
             )
-        self.display.held_out(step, measured)
+        learner = self.session.learner
+        is_supervised = isinstance(learner, SupervisedLearner)
+        nll = learner.solution_nll(held_out) if is_supervised else None
+        self.display.held_out(step, measured, nll)
         seconds = time.perf_counter() - started
-        measurement = Measurement(**measured.model_dump(), step=step, seconds=seconds)
+        measurement = Measurement(
+            **measured.model_dump(), step=step, seconds=seconds, solution_nll=nll
+        )
         self.directory.append(measurement)
         self.track("held_out", measurement.model_dump())
         self._health.add_measurement(measurement)

@@ -124,6 +124,9 @@ class Measurement(System, AtStep):
 
     seconds: Number = None
     """Time that the measurement took."""
+    solution_nll: Number = None
+    """Mean negative log-likelihood of a token of the problems' worked solutions, in nats; null but
+    for supervised training."""
 
 
 class Rise(Part):

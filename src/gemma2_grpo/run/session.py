@@ -1,6 +1,6 @@
 """Everything a run needs, opened in the order of its price: cheap checks first, weights last."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -10,7 +10,7 @@ from flax import nnx
 from jax.sharding import Mesh
 from safetensors import SafetensorError
 
-from gemma2_grpo.config import Config
+from gemma2_grpo.config import OWN_ENGINES, Config
 from gemma2_grpo.errors import UserError
 from gemma2_grpo.model.adapter import save_adapter
 from gemma2_grpo.model.layout import adapter_parameters
@@ -33,6 +33,7 @@ from gemma2_grpo.runtime.processes import (
 from gemma2_grpo.sampling.tunix import check_engine
 from gemma2_grpo.task.examples import Example, Splits, drop_long
 from gemma2_grpo.training.learner import Learner
+from gemma2_grpo.training.supervised import SupervisedLearner
 
 # Two moments and the parameters themselves, in float32.
 _STATE_BYTES_PER_PARAMETER = 12
@@ -99,7 +100,14 @@ def open_session(config: Config, splits: Splits, directory: RunDirectory) -> Ses
         return len(files.tokenizer.encode(prompt))
 
     limit, split = config.rollout.max_prompt_tokens, config.data.eval_split
-    train, dropped = drop_long(splits.train, count_tokens, limit, config.rollout.prompts_per_step)
+    needed = config.rollout.prompts_per_step
+    train, dropped = drop_long(splits.train, count_tokens, limit, needed)
+    kind = Learner
+    if config.rollout.engine == "solutions":
+        kind = SupervisedLearner
+        num_solved = len(train)
+        train = solved(config, train, count_tokens)
+        dropped += num_solved - len(train)
     held_out, dropped_held_out = drop_long(getattr(splits, split), count_tokens, limit)
     directory.check_same("data_sha256", splits.sha256)
     directory.check_same("base_sha256", files.sha256)
@@ -110,7 +118,7 @@ def open_session(config: Config, splits: Splits, directory: RunDirectory) -> Ses
     reference = files.load_base()
     policy = files.make_policy(reference, config.run.seed, adapter)
     size = adapter_size(policy)
-    learner = Learner(config, policy, reference, files.tokenizer, files.mesh)
+    learner = kind(config, policy, reference, files.tokenizer, files.mesh)
     finished = _restore(learner, directory)
     facts = RunFacts(
         devices=tuple(map(str, files.mesh.devices.ravel())),
@@ -131,6 +139,28 @@ def open_session(config: Config, splits: Splits, directory: RunDirectory) -> Ses
         "run": str(directory.path),
     }
     return Session(config, learner, train, held_out, finished, facts, plan, directory)
+
+
+def solved(
+    config: Config, examples: tuple[Example, ...], count_tokens: Callable[[str], int]
+) -> tuple[Example, ...]:
+    """The examples that have a worked solution of at most `max_completion_tokens`.
+
+    Raises:
+        UserError: if fewer are left than a step takes.
+    """
+    limit, needed = config.rollout.max_completion_tokens, config.rollout.prompts_per_step
+    with_solution = [example for example in examples if example.solution]
+    if not with_solution:
+        raise UserError(f"dataset = {config.data.dataset}: has no worked solutions to train on")
+    # One more token ends the turn.
+    kept = tuple(each for each in with_solution if count_tokens(each.solution) < limit)
+    if len(kept) < needed:
+        raise UserError(
+            f"max_completion_tokens = {limit} leaves {len(kept)} of {len(with_solution)} worked "
+            f"solutions where {needed} are needed; raise it"
+        )
+    return kept
 
 
 def _check_room(config: Config, directory: RunDirectory, parameters: int) -> None:
@@ -192,7 +222,7 @@ def _describe_adapters(config: Config, size: AdapterSize) -> str:
 
 def _describe_sampling(config: Config, window: int | None) -> str:
     rollout = config.rollout
-    if rollout.engine == "group":
+    if rollout.engine in OWN_ENGINES:
         how = "added into" if samples_merged(config) else "run next to"
         return f"adapters {how} the {config.model.dtype} weights"
     text = f"Tunix's engine {rollout.engine}"

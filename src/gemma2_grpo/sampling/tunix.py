@@ -21,7 +21,7 @@ from tunix.models.gemma import model as gemma
 from tunix.rl.rl_cluster import ClusterConfig, RLCluster, RLTrainingConfig, Role
 from tunix.rl.rollout import base_rollout
 
-from gemma2_grpo.config import Config, ModelConfig
+from gemma2_grpo.config import OWN_ENGINES, Config, ModelConfig
 from gemma2_grpo.errors import UserError
 from gemma2_grpo.model.architecture import Architecture
 from gemma2_grpo.model.gemma import rms_norm
@@ -60,7 +60,7 @@ def check_engine(engine: str, architecture: Architecture) -> None:
     Raises:
         UserError: if it is one of Tunix's, whose layers would compute something else.
     """
-    if engine == "group":
+    if engine in OWN_ENGINES:
         return
     if architecture.has_qk_norm:
         raise UserError(

@@ -13,7 +13,7 @@ from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Bool, Float, Int
 
-from gemma2_grpo.config import Config
+from gemma2_grpo.config import OWN_ENGINES, Config
 from gemma2_grpo.model.lora import adapters_of, set_adapters
 from gemma2_grpo.model.tokenizer import Tokenizer
 from gemma2_grpo.model.weights import Model
@@ -109,7 +109,7 @@ class Learner:
         _place_scalars(self.optimizer, mesh)
         self.updater = Updater(policy, self.optimizer, reference, config, mesh)
         self._tunix = None
-        if config.rollout.engine == "group":
+        if config.rollout.engine in OWN_ENGINES:
             self.sample: Sample = sampler(config, policy, tokenizer, mesh)
         else:
             self.sample = self._tunix = TunixEngine(config, policy, tokenizer, mesh)
@@ -130,9 +130,8 @@ class Learner:
         own, rows = _own_part(len(batch), group)
         prompts = [render_prompt(example.question) for example in batch[own]]
         examples = [example for example in batch for _ in range(group)]
-        key = fold_key(self.config.run.seed, Stream.TRAIN, step)
         with _timed(seconds, "rollout_seconds"):
-            completions = self.sample(prompts, group, key, first_row=rows.start)
+            completions = self.rollout(step, batch[own], rows.start)
         with _timed(seconds, "reward_seconds"):
             # With a KL penalty all groups are trained on, so they are packed before they are
             # scored: the reference runs on the device while the host scores.
@@ -148,6 +147,13 @@ class Learner:
         return StepResult(
             examples, everyones, scores, advantages, updates, learning_rate, **seconds
         )
+
+    def rollout(self, step: int, batch: Sequence[Example], first_row: int) -> Completions:
+        """Samples the group of each example, whose completions are counted from `first_row`."""
+        prompts = [render_prompt(example.question) for example in batch]
+        key = fold_key(self.config.run.seed, Stream.TRAIN, step)
+        group = self.config.rollout.num_generations
+        return self.sample(prompts, group, key, first_row=first_row)
 
     def advantages(self, step: int, rewards: Float[np.ndarray, " N"]) -> Advantages:
         """Advantages of a whole batch from its rewards, shuffled first in a control experiment."""

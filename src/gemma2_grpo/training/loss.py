@@ -63,11 +63,18 @@ class Objective:
     """Whether advantages are divided by the standard deviation of their group."""
     is_ratio_of_sequence: bool = False
     """Whether all tokens of a completion share one importance ratio, the mean over its tokens."""
+    is_likelihood: bool = False
+    """Whether it is the log-likelihood of the completions, whatever their rewards: supervised."""
 
 
 def _mean_of_means(tokens: Float[np.ndarray, " N"], count: int, _: int) -> np.ndarray:
     """The mean over the tokens of a completion, then over completions."""
     return np.maximum(tokens, 1) * count
+
+
+def _mean_over_tokens(tokens: Float[np.ndarray, " N"], *_: int) -> float:
+    """The mean over all tokens of the batch."""
+    return max(float(tokens.sum()), 1.0)
 
 
 OBJECTIVES: Mapping[str, Objective] = {
@@ -77,9 +84,11 @@ OBJECTIVES: Mapping[str, Objective] = {
     # not matter; the constant is the completion limit.
     "drgrpo": Objective(lambda tokens, count, limit: limit * count, scale_by_std=False),
     # DAPO (arXiv:2503.14476), equation 8: the mean over all tokens of the batch.
-    "token_mean": Objective(lambda tokens, count, limit: max(tokens.sum(), 1)),
+    "token_mean": Objective(_mean_over_tokens),
     # GSPO (arXiv:2507.18071), equations 7 and 13.
     "gspo": Objective(_mean_of_means, is_ratio_of_sequence=True),
+    # Mean negative log-likelihood of all tokens, of supervised fine-tuning (`gemma2-grpo sft`).
+    "nll": Objective(_mean_over_tokens, scale_by_std=False, is_likelihood=True),
 }
 """Objectives by their name in the configuration, `loss_type`."""
 
@@ -168,7 +177,8 @@ def policy_loss(
     """
     is_token = weights > 0
     log_ratio = jnp.where(is_token, policy.logps - old_logps, 0.0)
-    if find_objective(config.loss_type).is_ratio_of_sequence:
+    objective = find_objective(config.loss_type)
+    if objective.is_ratio_of_sequence:
         log_ratio = _sequence_log_ratio(log_ratio, segment_ids)
     ratio = jnp.exp(log_ratio)
     high = config.epsilon if config.epsilon_high is None else config.epsilon_high
@@ -178,6 +188,8 @@ def policy_loss(
     ref = policy.logps if ref_logps is None else jnp.where(is_token, ref_logps, policy.logps)
     kl = k3_divergence(policy.logps, ref)
     per_token = -jnp.minimum(gain, clipped_gain) + config.beta * kl
+    if objective.is_likelihood:
+        per_token = jnp.where(is_token, -policy.logps, 0.0)
     tokens = jnp.sum(is_token)
     return LossTerms(
         loss=jnp.sum(weights * per_token),

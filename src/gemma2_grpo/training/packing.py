@@ -40,6 +40,17 @@ class MicroBatch(NamedTuple):
     """Index of each row's prompt."""
     rollout_logps: _Values
     """Log-probability with which each target was drawn; NaN where that is not known."""
+    places: _Ids | None = None
+    """Place in its row of each input whose target is predicted, -1 for padding [R, K]; then
+    `targets` and `rollout_logps` are [R, K] too. None: every input predicts its target."""
+
+    @property
+    def target_ids(self) -> _Ids:
+        """Completion that each target belongs to, or -1 for padding; on the host."""
+        if self.places is None:
+            return self.segment_ids
+        found = np.take_along_axis(self.segment_ids, np.maximum(self.places, 0), axis=1)
+        return np.where(self.places < 0, -1, found)
 
 
 class PromptBatch(NamedTuple):
@@ -64,7 +75,7 @@ def assign_credit(
     micro: MicroBatch, advantages: Float[np.ndarray, " N"], weights: Float[np.ndarray, " N"]
 ) -> Credit:
     """Gives each token of a micro-batch on the host the advantage and weight of its completion."""
-    ids = micro.segment_ids
+    ids = micro.target_ids
 
     def spread(values: Float[np.ndarray, " N"]) -> Float[np.ndarray, "R W"]:
         return np.where(ids >= 0, values[ids], 0.0).astype(np.float32)
@@ -121,18 +132,21 @@ def choose_shapes(
     # fsdp shards the rows, so each of its devices must get one within the budget.
     row_tokens = min(_LONGEST_PER_ROW * longest, budget // fsdp)
     together = min(prompts, budget // width)
-    fits = budget // row_tokens // fsdp
     rows_of_group = math.ceil(rollout.num_generations / (row_tokens // longest))
-    needed = math.ceil(together * rows_of_group / fsdp)
+    rows, least_rows = row_shapes(config, row_tokens, together * rows_of_group)
+    return Shapes(together, width, rows, row_tokens, least_rows)
+
+
+def row_shapes(config: Config, row_tokens: int, needed: int) -> tuple[int, int]:
+    """Rows of a micro-batch, and of the smallest one, where a batch has so many in all.
+
+    As many as the token budget allows, and at least one for each device of the fsdp axis.
+    """
+    fsdp = config.model.mesh_shape[0]
+    fits = max(1, config.grpo.micro_batch_tokens // row_tokens // fsdp)
     # Whole or half micro-batches: every size is compiled.
-    half = max(1, min(fits, needed + 1) // 2)
-    return Shapes(
-        prompts=together,
-        prompt_tokens=width,
-        rows=min(2 * half, fits) * fsdp,
-        row_tokens=row_tokens,
-        least_rows=half * fsdp,
-    )
+    half = max(1, min(fits, math.ceil(needed / fsdp) + 1) // 2)
+    return min(2 * half, fits) * fsdp, half * fsdp
 
 
 def prompt_batches(

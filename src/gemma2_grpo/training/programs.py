@@ -56,6 +56,8 @@ class UpdatePrograms:
         self.prompt_gradients = jax.jit(
             partial(prompt_gradients, policy), donate_argnums=0, out_shardings=adapters
         )
+        # The policy's own, for a loss on held-out solutions.
+        self.policy_logps = jax.jit(lambda *args: logps(policy, *args).logps)
         self.reference_prefix = jax.jit(partial(prompt_prefix, reference), out_shardings=heads)
         self.reference_logps = jax.jit(lambda *args: logps(reference, *args).logps)
         self.apply = jax.jit(
@@ -182,6 +184,8 @@ def completion_logps(
     own_prompt = jax.tree.map(lambda x: x[micro.prompts], prefix)
     caches = [LayerCache(prefix=layer) for layer in own_prompt]
     hidden, _ = hidden_states(forward, weights, micro.inputs, seen, caches)
+    if micro.places is not None:  # The head costs more than all layers of a small model.
+        hidden = jnp.take_along_axis(hidden, jnp.maximum(micro.places, 0)[..., None], axis=1)
     return token_logps(
         forward,
         weights,

@@ -1,115 +1,129 @@
-"""Supervised training on worked solutions, with the loss on completions only."""
+"""Supervised fine-tuning (SFT): the learner's step on solutions in place of completions."""
 
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
-from functools import partial
+from collections.abc import Sequence
+from itertools import takewhile
 
 import jax
-import jax.numpy as jnp
 import numpy as np
-import optax
-from flax import nnx
-from jax.sharding import Mesh
+from jaxtyping import Bool, Float, Int
 
-from gemma2_grpo.model.gemma import run_from_start
-from gemma2_grpo.model.logprobs import map_chunks, output_logits
-from gemma2_grpo.model.mesh import batch_sharding
-from gemma2_grpo.model.weights import Forward, Model, Remat, Weights, forward_of, weights_of
-
-
-@dataclass(frozen=True)
-class Row:
-    """One training sequence; the loss is taken where `is_target` is true."""
-
-    tokens: list[int]
-    is_target: list[bool]
+from gemma2_grpo.config import Config
+from gemma2_grpo.model.tokenizer import LEAST_TOKENS, Tokenizer, bucket
+from gemma2_grpo.sampling.rollout import Completions
+from gemma2_grpo.task.examples import Example
+from gemma2_grpo.task.prompts import render_prompt
+from gemma2_grpo.training.learner import Learner, Packed
+from gemma2_grpo.training.loss import Advantages
+from gemma2_grpo.training.packing import MicroBatch, Shapes, prompt_batches, row_shapes
 
 
-def pack(rows: list[Row], width: int, pad_id: int) -> tuple[np.ndarray, np.ndarray]:
-    """Right-pads rows to token ids and target mask, both [R, width]; longer rows are cut."""
-    tokens = np.full((len(rows), width), pad_id, np.int32)
-    targets = np.zeros((len(rows), width), bool)
-    for i, row in enumerate(rows):
-        kept = min(width, len(row.tokens))
-        tokens[i, :kept] = row.tokens[:kept]
-        targets[i, :kept] = row.is_target[:kept]
-    return tokens, targets
+class SupervisedLearner(Learner):
+    """Raises the likelihood of worked solutions; the loss is on their tokens alone.
+
+    What all prompts of a batch begin with, the instruction, is run once for all of them. Questions
+    with their solutions follow it as completions follow their prompt, several in a row.
+    """
+
+    def rollout(self, step: int, batch: Sequence[Example], first_row: int) -> Completions:
+        """The worked solution of each example, with the token that ends the turn."""
+        del step, first_row
+        return solutions_of(batch, self.tokenizer)
+
+    def advantages(self, step: int, rewards: Float[np.ndarray, " N"]) -> Advantages:
+        """Every solution counts, whatever its reward."""
+        del step
+        ones = np.ones((len(rewards), 1))
+        return Advantages(ones.astype(np.float32), ones > 0, np.zeros(len(rewards), bool))
+
+    def pack(
+        self,
+        prompts: Sequence[str],
+        completions: Completions,
+        chosen: Bool[np.ndarray, " B"] | None = None,
+    ) -> Packed:
+        """Packs questions with their solutions into rows after what all prompts begin with."""
+        del chosen  # All of them.
+        ids = [self.tokenizer.encode(prompt) for prompt in prompts]
+        # At least the last token of a prompt is run in its row, where it predicts the solution.
+        shared = _shared_prefix([row[:-1] for row in ids])
+        rests = [
+            np.array([*prompt[len(shared) :], *solution], np.int32)
+            for prompt, solution in zip(ids, completions.tokens, strict=True)
+        ]
+        shapes = solution_shapes(self.config, len(shared), [len(row) for row in rests])
+        (batch,) = prompt_batches([shared], rests, [True], shapes, self.tokenizer.pad)
+        starts = np.array([len(prompt) for prompt in ids])
+        micro = [only_solutions(each, starts, self.tokenizer.pad) for each in batch.micro]
+        batch = batch._replace(micro=micro)
+        return Packed([batch], [self.updater.place(batch)], None)
+
+    def solution_nll(self, examples: Sequence[Example]) -> float | None:
+        """Mean negative log-likelihood of a token of the examples' solutions, in nats.
+
+        None if none of them has a solution. All processes compute the same.
+        """
+        solved = [example for example in examples if example.solution]
+        size = self.config.rollout.prompts_per_step
+        total, tokens = 0.0, 0
+        for start in range(0, len(solved), size):
+            part = solved[start : start + size]
+            prompts = [render_prompt(example.question) for example in part]
+            packed = self.pack(prompts, solutions_of(part, self.tokenizer))
+            found = jax.device_get(self.updater.policy_logps(packed.on_device))
+            for batch, rows in zip(packed.on_host, found, strict=True):
+                for micro, logps in zip(batch.micro, rows, strict=True):
+                    is_target = micro.target_ids >= 0
+                    total -= float(logps[is_target].sum(dtype=np.float64))
+                    tokens += int(is_target.sum())
+        return total / tokens if tokens else None
 
 
-def next_token_loss(
-    forward: Forward,
-    weights: Weights,
-    tokens: jax.Array,
-    targets: jax.Array,
-    chunk_tokens: int,
-) -> jax.Array:
-    """Mean negative log-likelihood in nats of the target tokens of right-padded rows [R, L]."""
-    hidden, _ = run_from_start(forward, weights, tokens)
-
-    @jax.checkpoint
-    def chunk_losses(chunk: tuple[jax.Array, jax.Array]) -> jax.Array:
-        hidden, ids = chunk
-        logits = output_logits(forward, weights, hidden)
-        return optax.softmax_cross_entropy_with_integer_labels(logits, ids)
-
-    losses = map_chunks(chunk_losses, (hidden[:, :-1], tokens[:, 1:]), chunk_tokens)
-    return jnp.sum(losses * targets[:, 1:]) / jnp.maximum(targets[:, 1:].sum(), 1)
+def solutions_of(examples: Sequence[Example], tokenizer: Tokenizer) -> Completions:
+    """The examples' worked solutions as completions that end their turn."""
+    tokens = [
+        np.array([*tokenizer.encode(example.solution), tokenizer.eos_id()], np.int32)
+        for example in examples
+    ]
+    texts = [example.solution for example in examples]
+    return Completions(texts, tokens, np.zeros(len(texts), bool))
 
 
-def train_supervised(
-    model: Model,
-    batches: Iterable[list[Row]],
-    optimizer: optax.GradientTransformation,
-    mesh: Mesh,
-    *,
-    width: int,
-    pad_id: int,
-    chunk_tokens: int = 128,
-    train_base: bool = True,
-    remat: Remat = "none",
-    on_step: Callable[[int, float], None] = lambda step, loss: None,
-) -> None:
-    """Trains the model in place, one update per batch.
+def _shared_prefix(rows: Sequence[Sequence[int]]) -> list[int]:
+    """What all rows begin with."""
+    columns = zip(*rows, strict=False)  # As far as the shortest row goes.
+    return [column[0] for column in takewhile(lambda column: len(set(column)) == 1, columns)]
+
+
+def solution_shapes(config: Config, shared: int, lengths: Sequence[int]) -> Shapes:
+    """Sizes of the micro-batches: rows for two of the longest sequences, within the token budget.
 
     Args:
-        model: Updated in place.
-        batches: Rows of each step, always equally many, so that one program is compiled.
-        optimizer: What turns gradients into updates.
-        mesh: Mesh of the weights.
-        width: Tokens to which rows are padded or cut.
-        pad_id: Id of the padding token.
-        chunk_tokens: Positions whose logits exist at one time.
-        train_base: Train all weights; else only the adapters.
-        remat: What the backward pass recomputes instead of keeping.
-        on_step: Called with the number of finished steps and the loss of the last.
+        config: Token budget, limits and mesh.
+        shared: Tokens that all prompts begin with.
+        lengths: Tokens of each prompt without these, and its solution.
     """
-    forward = forward_of(model, remat)
-    weights = weights_of(model)
-    trained, frozen = (weights.base, weights.lora) if train_base else weights
-
-    def loss(trained: nnx.State, frozen: nnx.State, tokens: jax.Array, targets: jax.Array):
-        both = Weights(frozen, trained) if train_base else Weights(trained, frozen)
-        return next_token_loss(forward, both, tokens, targets, chunk_tokens)
-
-    @partial(jax.jit, donate_argnums=(0, 1))
-    def update(trained, moments, frozen, tokens, targets):
-        value, gradients = jax.value_and_grad(loss)(trained, frozen, tokens, targets)
-        updates, moments = optimizer.update(gradients, moments, trained)
-        return optax.apply_updates(trained, updates), moments, value
-
-    # Updates give their inputs' buffers away; the model keeps its own until the end.
-    trained = jax.jit(partial(jax.tree.map, jnp.copy))(trained)
-    moments = jax.jit(optimizer.init)(trained)
-    for step, (tokens, targets) in enumerate(_packed(batches, width, pad_id), start=1):
-        sharding = batch_sharding(mesh, len(tokens))
-        on_device = jax.device_put((tokens, targets), sharding)
-        trained, moments, value = update(trained, moments, frozen, *on_device)
-        on_step(step, float(value))
-    nnx.update(model, trained)
+    rollout, fsdp = config.rollout, config.model.mesh_shape[0]
+    limit = rollout.max_prompt_tokens + rollout.max_completion_tokens
+    longest = bucket(max(lengths), LEAST_TOKENS, limit)
+    row_tokens = max(longest, min(2 * longest, config.grpo.micro_batch_tokens // fsdp))
+    rows, least_rows = row_shapes(config, row_tokens, -(-sum(lengths) // row_tokens))
+    width = bucket(max(shared, 1), LEAST_TOKENS, rollout.max_prompt_tokens)
+    return Shapes(1, width, rows, row_tokens, least_rows)
 
 
-def _packed(
-    batches: Iterable[list[Row]], width: int, pad_id: int
-) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    for rows in batches:
-        yield pack(rows, width, pad_id)
+def only_solutions(micro: MicroBatch, starts: Int[np.ndarray, " N"], pad_id: int) -> MicroBatch:
+    """Leaves only the targets that belong to solutions, at the front of each row.
+
+    `starts` are the positions at which the solutions begin, the lengths of their prompts.
+    """
+    is_target = (micro.segment_ids >= 0) & (micro.positions + 1 >= starts[micro.segment_ids])
+    width = micro.inputs.shape[1]
+    most = bucket(max(int(is_target.sum(axis=1).max()), 1), LEAST_TOKENS, width)
+    places = np.full((len(micro.inputs), most), -1, np.int32)
+    for row, own in enumerate(is_target):
+        found = np.flatnonzero(own)
+        places[row, : len(found)] = found
+    taken = np.maximum(places, 0)
+    targets = np.where(places < 0, pad_id, np.take_along_axis(micro.targets, taken, axis=1))
+    unknown = np.full(places.shape, np.nan, np.float32)
+    return micro._replace(targets=targets, rollout_logps=unknown, places=places)

@@ -1,6 +1,6 @@
 """Updates of the policy: accumulated micro-batches of packed completions, one optimizer step."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TypeVar
 
 import jax
@@ -10,6 +10,7 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Float
 
 from gemma2_grpo.config import Config
+from gemma2_grpo.model.gemma import Prefix
 from gemma2_grpo.model.lora import merge_adapters, updates_merged
 from gemma2_grpo.model.mesh import batch_sharding
 from gemma2_grpo.model.weights import Model, Weights, forward_of, weights_of
@@ -83,12 +84,19 @@ class Updater:
 
     def reference_logps(self, batches: Sequence[PromptBatch]) -> Logps:
         """Log-probabilities of all completions under the reference; it does not wait for them."""
-        found = []
-        for batch in batches:
-            prefix = self.programs.reference_prefix(self._reference, batch.prompts)
-            inputs = (self._reference, prefix, batch.lengths)
-            found.append([self.programs.reference_logps(*inputs, m) for m in batch.micro])
-        return found
+        run = self.programs
+        return _logps(run.reference_prefix, run.reference_logps, self._reference, batches)
+
+    def policy_logps(self, batches: Sequence[PromptBatch]) -> Logps:
+        """The same under the policy."""
+        return _logps(self.programs.prefix, self.programs.policy_logps, self._weights(), batches)
+
+    def _weights(self) -> Weights:
+        """The policy's variables, its adapters added into the base if updates run it so."""
+        weights = weights_of(self._policy)
+        if not self._are_merged:
+            return weights
+        return Weights(weights.lora, merge_adapters(weights, self._scale))
 
     def update(
         self,
@@ -125,8 +133,8 @@ class Updater:
         references: Logps | None,
         old: Logps | None,
     ) -> tuple[dict[str, float], Logps]:
-        lora, frozen = weights = weights_of(self._policy)
-        base = merge_adapters(weights, self._scale) if self._are_merged else frozen
+        frozen = weights_of(self._policy).base
+        lora, base = self._weights()
         is_first = jnp.array(old is None)
         gradients, terms, all_logps = self.programs.no_gradients(lora), [], []
         for i, batch in enumerate(batches):
@@ -150,6 +158,20 @@ class Updater:
         nnx.update(self._optimizer, state)
         metrics = combine(_from_all(jax.device_get(terms)))
         return {**metrics, "grad_norm": float(grad_norm)}, all_logps
+
+
+def _logps(
+    prefix: Callable[..., Prefix],
+    logps: Callable[..., Float[Array, "R W"]],
+    weights: Weights,
+    batches: Sequence[PromptBatch],
+) -> Logps:
+    """Log-probabilities of all completions under a model, by two of its programs."""
+    found = []
+    for batch in batches:
+        inputs = (weights, prefix(weights, batch.prompts), batch.lengths)
+        found.append([logps(*inputs, micro) for micro in batch.micro])
+    return found
 
 
 def _from_all(terms: Sequence[LossTerms]) -> list[LossTerms]:

@@ -31,3 +31,11 @@ def known_config(name: str) -> dict[str, Any] | None:
         if re.search(model.replace("gemma-", "gemma-?") + r"(?![0-9a-z])", name.lower()):
             return dict(values)
     return None
+
+
+def kv_heads(name: str) -> int:
+    """KV heads of a model, which tensor parallelism divides; 4 where it is not known by name.
+
+    All of Gemma 2 have a multiple of 4.
+    """
+    return (known_config(name) or {}).get("num_key_value_heads", 4)
