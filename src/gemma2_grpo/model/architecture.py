@@ -1,5 +1,6 @@
 """config.json of a Gemma 2 or 3: its sizes, and whether it is one that is computed here."""
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -58,7 +59,7 @@ _FAMILIES: dict[str, dict[str, tuple[Any, ...]]] = {
     "gemma3_text": {"architectures": (["Gemma3ForCausalLM"], None)},
 }
 _COMPUTED: dict[str, tuple[Any, ...]] = {
-    "rms_norm_eps": (1e-6, 9.99999997e-07, 9.999999974752427e-07),  # As float32, by some tools.
+    "rms_norm_eps": (1e-6,),
     "hidden_activation": ("gelu_pytorch_tanh",),
     "hidden_act": ("gelu_pytorch_tanh", None),
     "attention_bias": (False,),
@@ -126,7 +127,7 @@ def architecture_of(values: dict[str, Any], path: Path) -> Architecture:
     if family not in _FAMILIES:
         refuse(path, "model_type", family, " or ".join(map(repr, _FAMILIES)))
     for name, computed in (_COMPUTED | _FAMILIES[family]).items():
-        if values.get(name, computed[0]) not in computed:
+        if not any(_is_same(values.get(name, computed[0]), each) for each in computed):
             refuse(path, name, values[name], repr(computed[0]))
     is_gemma3 = family == "gemma3_text"
     if is_gemma3:  # Which has no soft caps, and may leave them out.
@@ -160,6 +161,13 @@ def architecture_of(values: dict[str, Any], path: Path) -> Architecture:
         global_rope=ropes[_FULL],
         sliding_rope=ropes[_SLIDING],
     )
+
+
+def _is_same(value: Any, computed: Any) -> bool:
+    """Whether a field has a value, numbers up to float32, in which some tools keep them."""
+    if type(value) is float and type(computed) is float:
+        return math.isclose(value, computed, rel_tol=1e-6)
+    return value == computed
 
 
 def _check_sizes(path: Path, values: dict[str, Any]) -> None:

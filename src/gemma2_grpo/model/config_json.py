@@ -33,10 +33,10 @@ _HARMLESS = GENERATION_FIELDS | frozenset(
         # Where it is from, and for whom.
         "_attn_implementation _attn_implementation_autoset _attn_implementation_internal "
         "_commit_hash _experts_implementation _experts_implementation_internal "
-        "_flash_attn_2_enabled _from_model_config _name_or_path attn_implementation base_model "
-        "finetuning_task id2label label2id language library_name license model_name name_or_path "
-        "num_labels pipeline_tag problem_type tags tokenizer_class transformers.js_config "
-        "unsloth_fixed "
+        "_flash_attn_2_enabled _from_model_config _model_name_or_path _name_or_path "
+        "attn_implementation base_model finetuning_task id2label label2id language library_name "
+        "license model_name name_or_path num_labels pipeline_tag problem_type tags "
+        "tokenizer_class transformers.js_config unsloth_fixed "
         # How it is stored, run and trained.
         "attention_dropout cache_implementation chunk_size_feed_forward dtype "
         "gradient_checkpointing hidden_dropout initializer_range is_decoder "
