@@ -11,7 +11,7 @@ from typing import Any, get_args, get_origin, get_type_hints
 import docstring_parser
 from pydantic import BaseModel
 
-from gemma2_grpo.config import Config, SftConfig
+from gemma2_grpo.config import Config
 from gemma2_grpo.presets import preset_names, read_toml
 from gemma2_grpo.ranges import demand
 from gemma2_grpo.run import results, schema
@@ -41,7 +41,7 @@ def pages() -> dict[Path, str]:
 
 
 def configuration_page() -> str:
-    """Every field of `train` and `sft`: its default, its meaning and where presets differ."""
+    """Every field of a run: its default, its meaning and where presets differ."""
     parts = [
         "# Configuration\n",
         f"{_MADE}\n",
@@ -53,23 +53,15 @@ def configuration_page() -> str:
         "```toml\n[rollout]\nnum_generations = 8\n\n[run]\nmax_steps = 100\n```\n",
     ]
     for field in dataclasses.fields(Config):
-        parts += _section(field, [name for name in preset_names() if not name.startswith("sft-")])
-    parts.append(
-        "## `[sft]`\n\n`gemma2-grpo sft` takes `[model]`, `[data]`, `[optimizer]` and this:\n"
-    )
-    parts += _table(dataclasses.fields(SftConfig)[-1], ["sft-tiny"])
+        parts += _section(field)
     return "\n".join(parts)
 
 
-def _section(field: dataclasses.Field[Any], presets: list[str]) -> Iterator[str]:
+def _section(field: dataclasses.Field[Any]) -> Iterator[str]:
     yield f"## `[{field.name}]`\n"
     yield docstring_parser.parse(field.type.__doc__).short_description + "\n"  # type: ignore[union-attr]
-    yield from _table(field, presets)
-
-
-def _table(field: dataclasses.Field[Any], presets: list[str]) -> Iterator[str]:
     kind: Any = field.type
-    given = {name: read_toml(name).get(field.name, {}) for name in presets}
+    given = {name: read_toml(name).get(field.name, {}) for name in preset_names()}
     meanings = {
         p.arg_name: p.description or "" for p in docstring_parser.parse_from_object(kind).params
     }

@@ -1,4 +1,4 @@
-"""Teach Gemma 2 to show its work on maths problems, with GRPO and LoRA on Tunix."""
+"""Teach Gemma 2 or 3 to show its work on maths problems, with GRPO and LoRA on Tunix."""
 
 import sys
 

@@ -110,7 +110,7 @@ def _print_commands() -> NoReturn:
     """Prints the help of all commands together, and exits."""
     commands = tuple(Annotated[kind, subcommand(name)] for name, kind in COMMANDS.items())
     union: Any = Union[commands]  # noqa: UP007 (of a tuple, there is no other way)
-    text = "Teach Gemma 2 to show its work on word problems."
+    text = "Teach Gemma 2 or 3 to show its work on word problems."
     tyro.cli(union, args=["--help"], prog="gemma2-grpo", description=text, registry=REGISTRY)
     raise AssertionError("help exits")
 

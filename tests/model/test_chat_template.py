@@ -9,8 +9,9 @@ from typing import Any
 import pytest
 from tests.fixtures.models import EMBEDDED
 
+from gemma2_grpo.model.chat_template import CHAT_TEMPLATE, user_turn
 from gemma2_grpo.model.save import write_settings, write_tokenizer
-from gemma2_grpo.model.tokenizer import CHAT_TEMPLATE, Tokenizer, user_turn
+from gemma2_grpo.model.tokenizer import Tokenizer
 from gemma2_grpo.task.prompts import render_prompt
 
 QUESTION = "Anna has 5 pens and buys 7 more. How many pens does she have?"

@@ -131,8 +131,42 @@ def transformers_logits(
     return output.logits.float().numpy()
 
 
+def peft_gradients(
+    directory: Path, adapter: Path, prompts: list[list[int]], targets: list[list[int]]
+) -> dict[str, np.ndarray]:
+    """Of the mean loss on the targets after their prompts, in the adapters of a PEFT directory.
+
+    Returns:
+        Gradients by module and matrix (`model.layers.0.mlp.up_proj.lora_A`), and `loss`.
+    """
+    import torch
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
+    base = AutoModelForCausalLM.from_pretrained(
+        directory, attn_implementation="eager", dtype=torch.float32
+    )
+    model = PeftModel.from_pretrained(base, adapter, is_trainable=True)
+    losses = []
+    for prompt, target in zip(prompts, targets, strict=True):
+        logits = model(input_ids=torch.tensor([prompt + target])).logits[0]
+        own = logits[len(prompt) - 1 : -1]
+        losses.append(torch.nn.functional.cross_entropy(own, torch.tensor(target), reduction="sum"))
+    loss = torch.stack(losses).sum() / sum(map(len, targets))
+    loss.backward()
+    found = {"loss": loss.detach().numpy()}
+    for name, value in model.named_parameters():
+        if value.grad is not None:
+            module, matrix = name.removeprefix("base_model.model.").split(".lora_")
+            found[f"{module}.lora_{matrix[0]}"] = value.grad.numpy()
+    return found
+
+
 def main() -> None:
-    """Writes every file."""
+    """Writes every file but gemma3_gradients.npz.
+
+    That one has what `peft_gradients` returns in tests/model/test_gemma3_training.py.
+    """
     import tempfile
 
     GOLDEN.mkdir(exist_ok=True)

@@ -10,7 +10,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-from gemma2_grpo.model.tokenizer import CHAT_TEMPLATE
+from gemma2_grpo.model.chat_template import CHAT_TEMPLATE
 from gemma2_grpo.task.procedural import generate
 from gemma2_grpo.task.prompts import (
     ANSWER_END,

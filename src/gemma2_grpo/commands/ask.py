@@ -26,7 +26,7 @@ _BASE = "base"
 
 @dataclass(frozen=True)
 class Ask:
-    """Ask a trained run or any Gemma 2 a question, and see its equations checked."""
+    """Ask a trained run or any Gemma 2 or 3 a question, and see its equations checked."""
 
     source: SourceName
     """Run directory, model directory, Hugging Face or Kaggle id, or `embedded`."""

@@ -96,7 +96,7 @@ def check_prompts(folder: Path, tokenizer: "Tokenizer") -> None:
     """
     if importlib.util.find_spec("transformers") is None:
         return
-    from gemma2_grpo.model.tokenizer import user_turn
+    from gemma2_grpo.model.chat_template import user_turn
 
     with _refused():
         theirs = _load_tokenizer(folder)

@@ -124,6 +124,12 @@ def architecture_of(values: dict[str, Any], path: Path) -> Architecture:
         UserError: as `read_architecture`.
     """
     family = values.get("model_type")
+    if family == "gemma3":
+        raise UserError(
+            f"{path}: model_type = 'gemma3' has a vision tower, and only text is computed here; "
+            "save its text model with transformers, Gemma3ForCausalLM.from_pretrained(MODEL)"
+            ".save_pretrained(DIR), the tokenizer likewise, and pass DIR"
+        )
     if family not in _FAMILIES:
         refuse(path, "model_type", family, " or ".join(map(repr, _FAMILIES)))
     for name, computed in (_COMPUTED | _FAMILIES[family]).items():

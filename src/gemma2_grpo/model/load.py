@@ -1,4 +1,4 @@
-"""Gemma 2 on Tunix: weights from Hugging Face safetensors, read slice by slice, or at random."""
+"""Gemma on Tunix: weights from Hugging Face safetensors, read slice by slice, or at random."""
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -95,7 +95,7 @@ def _abstract(
 
 
 def random_weights(architecture: Architecture, dtype: str, mesh: Mesh, seed: int) -> Model:
-    """Builds a Gemma 2 with random weights, on its shards from the start.
+    """Builds a Gemma with random weights, on its shards from the start.
 
     Tunix initialises the MLP kernels to zero, with which nothing could be learned, and the rest
     with a fixed deviation; here every matrix is drawn with the deviation 1/sqrt(fan-in), and the

@@ -1,5 +1,6 @@
 """Opening a model in the order of its price: files, tokenizer and mesh first, weights last."""
 
+import logging
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -9,12 +10,15 @@ from jax.sharding import Mesh
 from gemma2_grpo.config import ModelConfig
 from gemma2_grpo.model.adapter import check_adapter, fingerprint, load_adapter
 from gemma2_grpo.model.architecture import Architecture, read_architecture
+from gemma2_grpo.model.chat_template import makes_other_prompts
 from gemma2_grpo.model.hub.find import find_model
 from gemma2_grpo.model.load import load_weights, random_weights
 from gemma2_grpo.model.lora import add_lora, check_patterns
 from gemma2_grpo.model.mesh import check_mesh, make_mesh, mesh_shape_at_hand
 from gemma2_grpo.model.tokenizer import Tokenizer, load_tokenizer
 from gemma2_grpo.model.weights import Model
+
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -74,6 +78,12 @@ def open_files(
     if not adapts_mesh:
         make_mesh(config.mesh_shape)  # Before a model is downloaded in vain.
     directory = find_model(config.model, needs_weights=needs_weights)
+    if makes_other_prompts(directory):
+        _log.warning(
+            "warning: %s: its chat template makes other prompts than Gemma's turns, which are used "
+            "here; take a model that was trained on those",
+            directory,
+        )
     architecture = read_architecture(directory)
     if adapts_mesh:
         shape = mesh_shape_at_hand(config.mesh_shape, architecture)

@@ -17,16 +17,12 @@ from safetensors.numpy import save_file
 
 from gemma2_grpo.config import ModelConfig
 from gemma2_grpo.errors import UserError
+from gemma2_grpo.model.chat_template import write_chat_template
 from gemma2_grpo.model.config_json import GENERATION_FIELDS, read_config
 from gemma2_grpo.model.layout import all_weights, tensor_shapes
 from gemma2_grpo.model.load import open_tensors
 from gemma2_grpo.model.lora import adapter_pairs, weight_change
-from gemma2_grpo.model.tokenizer import (
-    Tokenizer,
-    load_tokenizer,
-    read_tokenizer,
-    write_chat_template,
-)
+from gemma2_grpo.model.tokenizer import Tokenizer, load_tokenizer, read_tokenizer
 from gemma2_grpo.model.weights import Model
 
 MAX_SHARD_BYTES = 5_000_000_000
@@ -107,7 +103,7 @@ def save_model(
     The host holds one shard at a time.
 
     Args:
-        model: A Gemma 2, with or without adapters.
+        model: A Gemma, with or without adapters.
         folder: Existing directory; it gets model.safetensors, or shards and their index.
         dtype: Type to store, `bfloat16` or `float32`.
         lora_scale: Factor of the adapters, `lora_scale` of the configuration; 0 leaves them out.
@@ -207,7 +203,7 @@ def save_peft(
     """Writes adapter_model.safetensors and adapter_config.json.
 
     Args:
-        policy: A Gemma 2 with adapters.
+        policy: A Gemma with adapters.
         folder: Existing directory.
         config: What the adapters were made with.
         dtype: Type to store, `bfloat16` or `float32`.
@@ -218,7 +214,7 @@ def save_peft(
     """
     tensors: dict[str, np.ndarray] = {}
     adapted: list[str] = []
-    for module, a, b in _linear_adapters(policy):
+    for module, a, b in linear_adapters(policy):
         adapted.append(module)
         for name, value in (("lora_A", a), ("lora_B", b)):
             stored = np.ascontiguousarray(value.astype(host_dtype(dtype)))
@@ -240,7 +236,7 @@ def save_peft(
     return {name: value.shape for name, value in tensors.items()}
 
 
-def _linear_adapters(policy: Model) -> Iterator[tuple[str, np.ndarray, np.ndarray]]:
+def linear_adapters(policy: Model) -> Iterator[tuple[str, np.ndarray, np.ndarray]]:
     """Each adapted linear layer of transformers, with its A [r, in] and B [out, r] in float32.
 
     Qwix keeps the rank last in A and first in B, and gives the fused queries, keys and values one

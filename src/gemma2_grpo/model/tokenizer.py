@@ -1,4 +1,4 @@
-"""Gemma's tokenizer and chat template: special tokens resolved, and prompts as trained on."""
+"""Gemma's tokenizer, its special tokens resolved."""
 
 import json
 from collections.abc import Sequence
@@ -7,47 +7,21 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from jinja2.sandbox import ImmutableSandboxedEnvironment
 from tokenizers import Tokenizer as HfTokenizer
 
 from gemma2_grpo.errors import UserError
-from gemma2_grpo.model.architecture import read_architecture
-from gemma2_grpo.model.config_json import read_object
-from gemma2_grpo.task.prompts import INSTRUCTION, STOP_TOKENS, render_prompt
+from gemma2_grpo.model.architecture import Architecture, read_architecture
+from gemma2_grpo.task.prompts import STOP_TOKENS
 
 # Rows and prompts are padded to this, or to a power of two of it; each width is more programs.
 LEAST_TOKENS = 64
 _FILE = "tokenizer.json"
 _SPECIAL_TOKENS = ("<pad>", "<bos>", "<start_of_turn>", *STOP_TOKENS)
+# Id of <start_of_turn> by the size of the vocabulary: Gemma 2, Gemma 3, and Gemma 3's text models
+# that were made together with a vision tower.
+_TURN_IDS = {256_000: 106, 262_144: 105, 262_208: 105}
 # Whatever stands beside a special token, it is one token, and takes nothing of its neighbours.
 _SURROUNDINGS = ("a{}b", " \n{}\n ")
-
-TEMPLATE_FILE = "chat_template.jinja"
-"""Where transformers 5 keeps the template."""
-TEMPLATE_FOLDER = "additional_chat_templates"
-"""Where it keeps others, by name."""
-
-# Gemma 2's own template, which refuses a system turn and turns that do not alternate.
-_TURNS = (
-    "{% if messages[0]['role'] == 'system' %}"
-    "{{ raise_exception('System role not supported') }}"
-    "{% endif %}"
-    "{% for message in messages %}"
-    "{% if (message['role'] == 'user') != (loop.index0 % 2 == 0) %}"
-    "{{ raise_exception('Conversation roles must alternate user/assistant/user/assistant/...') }}"
-    "{% endif %}"
-    "{% if (message['role'] == 'assistant') %}{% set role = 'model' %}"
-    "{% else %}{% set role = message['role'] %}{% endif %}"
-    "{{ '<start_of_turn>' + role + '\n' + message['content'] | trim + '<end_of_turn>\n' }}"
-    "{% endfor %}"
-    "{% if add_generation_prompt %}{{ '<start_of_turn>model\n' }}{% endif %}"
-)
-CHAT_TEMPLATE = "{{ bos_token }}" + _TURNS
-"""Gemma 2's."""
-# The same where the base's settings name another first token, or none.
-_WRITTEN = "{{ '<bos>' }}" + _TURNS
-
-_QUESTION = "Tom has 3 boxes with 4 pens in each.\nHow many pens does he have?"
 
 
 @dataclass(frozen=True)
@@ -107,7 +81,9 @@ def load_tokenizer(directory: Path) -> Tokenizer:
         if token is None:
             raise UserError(f"{path}: has no token {name}; is it Gemma's tokenizer?")
         _check_special(path, backend, name, token)
-    _check_embedded(path, backend, read_architecture(directory).num_embed)
+    architecture = read_architecture(directory)
+    _check_embedded(path, backend, architecture.num_embed)
+    _check_family(path, architecture, ids["<start_of_turn>"])
     return Tokenizer(backend, ids["<pad>"], ids["<bos>"], tuple(ids[n] for n in STOP_TOKENS))
 
 
@@ -153,6 +129,19 @@ def _check_special(path: Path, backend: HfTokenizer, name: str, token: int) -> N
             )
 
 
+def _check_family(path: Path, architecture: Architecture, turn: int) -> None:
+    """Refuses the tokenizer of another family beside a model with Google's vocabulary.
+
+    Both have the same special tokens, by other ids.
+    """
+    own = _TURN_IDS.get(architecture.num_embed)
+    if own is not None and turn != own:
+        raise UserError(
+            f"{path}: is not the tokenizer of a {architecture.family} (its <start_of_turn> is "
+            f"{turn}, not {own}); put the model's own tokenizer.json there"
+        )
+
+
 def _check_embedded(path: Path, backend: HfTokenizer, vocab_size: int) -> None:
     """Refuses tokens for which the model has no embedding."""
     vocabulary = backend.get_vocab(with_added_tokens=True)
@@ -192,94 +181,3 @@ def pad_right(rows: Sequence[Sequence[int]], width: int, pad_id: int) -> np.ndar
             raise ValueError(f"prompt of {len(row)} tokens exceeds max_prompt_tokens = {width}")
         padded[i, : len(row)] = row
     return padded
-
-
-def user_turn(question: str) -> list[dict[str, str]]:
-    """The messages of a prompt, as a model card has them."""
-    return [{"role": "user", "content": f"{INSTRUCTION}\n\n{question}"}]
-
-
-def write_chat_template(folder: Path, source: Path) -> str:
-    """Gives a model directory a chat template that renders the prompts that were trained on.
-
-    That is the base's if it does, else Gemma's. `folder` has the base's tokenizer_config.json.
-
-    Returns:
-        What to tell about it; empty if it is the base's.
-    """
-    settings = _read_settings(folder)
-    named = _find_templates(source, settings)
-    template = named.get("default")
-    if template is not None and _is_gemmas(template, settings):
-        if (source / TEMPLATE_FILE).is_file():
-            _copy_templates(folder, named)
-            if "chat_template" in settings:  # Others read it there, and it may be another.
-                _write_settings(folder, {**settings, "chat_template": template})
-        return ""
-    (folder / TEMPLATE_FILE).write_text(_WRITTEN, encoding="utf-8")
-    if "chat_template" in settings:
-        _write_settings(folder, {**settings, "chat_template": _WRITTEN})
-    if template is None:
-        return "The base has no chat template; Gemma's, which was trained on, was added."
-    return (
-        "The base's chat template renders other prompts than the run was trained on; Gemma's, "
-        "which was trained on, is in its place."
-    )
-
-
-def _read_settings(directory: Path) -> dict[str, Any]:
-    """What tokenizer_config.json holds.
-
-    Raises:
-        UserError: if it cannot be read.
-    """
-    path = directory / "tokenizer_config.json"
-    return read_object(path, "not readable ({}); put the model's own there")
-
-
-def _write_settings(folder: Path, settings: dict[str, Any]) -> None:
-    text = json.dumps(settings, indent=2, ensure_ascii=False) + "\n"
-    (folder / "tokenizer_config.json").write_text(text, encoding="utf-8")
-
-
-def _find_templates(directory: Path, settings: dict[str, Any]) -> dict[str, str]:
-    """Templates by name, as transformers finds them: files come before tokenizer_config.json."""
-    files = {path.stem: path for path in sorted((directory / TEMPLATE_FOLDER).glob("*.jinja"))}
-    if (directory / TEMPLATE_FILE).is_file():
-        files["default"] = directory / TEMPLATE_FILE
-    if files:
-        return {name: path.read_text(encoding="utf-8") for name, path in files.items()}
-    template = settings.get("chat_template")
-    if isinstance(template, list):
-        pairs = [each for each in template if isinstance(each, dict)]
-        return {str(each.get("name")): str(each.get("template")) for each in pairs}
-    return {} if template is None else {"default": str(template)}
-
-
-def _copy_templates(folder: Path, named: dict[str, str]) -> None:
-    for name, template in named.items():
-        path = folder / (TEMPLATE_FILE if name == "default" else f"{TEMPLATE_FOLDER}/{name}.jinja")
-        path.parent.mkdir(exist_ok=True)
-        path.write_text(template, encoding="utf-8")
-
-
-def _is_gemmas(template: str, settings: dict[str, Any]) -> bool:
-    """Whether a template renders a prompt as `render_prompt` does."""
-
-    def refuse(message: str) -> None:
-        raise ValueError(message)
-
-    # As transformers renders them.
-    environment = ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
-    )
-    environment.globals["raise_exception"] = refuse
-    tokens = {name: settings.get(name) for name in ("bos_token", "eos_token", "pad_token")}
-    texts = {name: t["content"] if isinstance(t, dict) else t for name, t in tokens.items() if t}
-    try:
-        text = environment.from_string(template).render(
-            messages=user_turn(_QUESTION), add_generation_prompt=True, **texts
-        )
-    except Exception:  # A template is a program, which may raise anything.
-        return False
-    return text == render_prompt(_QUESTION)

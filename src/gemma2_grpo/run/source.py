@@ -1,4 +1,4 @@
-"""Opening what was trained, or any Gemma 2, to measure, ask or export it."""
+"""Opening what was trained, or any Gemma, to measure, ask or export it."""
 
 from dataclasses import dataclass, replace
 from pathlib import Path

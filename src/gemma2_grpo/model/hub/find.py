@@ -80,6 +80,7 @@ def check_files(directory: Path, *, needs_weights: bool = True) -> None:
         UserError: naming the first file that is missing.
     """
     if not (directory / "config.json").is_file():
+        _refuse_gguf(directory)
         raise UserError(f"{directory}: no config.json in it; pass the directory of a whole model")
     if needs_weights:
         _check_weights(directory)
@@ -91,9 +92,21 @@ def _check_weights(directory: Path) -> None:
     """Checks that there are safetensors, and every shard if there is an index of them."""
     is_indexed = read_index(directory) is not None
     if not is_indexed and not any(path.is_file() for path in directory.glob("*.safetensors")):
+        _refuse_gguf(directory)
         if any(directory.glob("*.bin")):
             raise UserError(f"{directory}: only PyTorch .bin weights; convert to safetensors")
         raise UserError(f"{directory}: no *.safetensors file in it; pass a whole model with them")
+
+
+def _refuse_gguf(place: Path) -> None:
+    """Refuses a GGUF file, or a directory that holds one, naming what converts it."""
+    file = place if place.suffix == ".gguf" else next(iter(sorted(place.glob("*.gguf"))), None)
+    if file:
+        raise UserError(
+            f"{file}: is a GGUF file; convert it to safetensors with transformers: "
+            f"AutoModelForCausalLM.from_pretrained({str(file.parent)!r}, gguf_file={file.name!r})"
+            ".save_pretrained(DIR), the tokenizer likewise, and pass DIR"
+        )
 
 
 def read_index(directory: Path) -> dict[str, str] | None:
@@ -135,6 +148,8 @@ def _find_local(name: str) -> Path | None:
     path = Path(name).expanduser()
     if name and path.is_dir():
         return path
+    if path.suffix == ".gguf":
+        _refuse_gguf(path)
     if _HUB_ID.fullmatch(name) and not path.exists():
         if path.parent.is_dir() and not _is_on_hub(name):
             raise UserError(
