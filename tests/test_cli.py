@@ -21,7 +21,7 @@ from gemma2_grpo.commands.sft import Sft
 from gemma2_grpo.commands.train import Train
 from gemma2_grpo.config import Config, EvaluateConfig, flat, replaced
 from gemma2_grpo.errors import UserError
-from gemma2_grpo.presets import load_config, load_sft_config
+from gemma2_grpo.presets import load_config
 from gemma2_grpo.runtime.devices import OLDEST_JAX
 
 ALL = ", ".join(cli.COMMANDS)
@@ -85,10 +85,11 @@ def test_an_override_can_mend_a_file_that_cannot_run(train_calls: Recorder, tmp_
 
 
 def test_sft_takes_config_and_directory() -> None:
-    preset = load_sft_config("sft-tiny")
-    assert cli.parse("sft sft-tiny --to out --steps 3 --data-seed 5".split()) == Sft(
-        "sft-tiny", Path("out"), replaced(preset, steps=3, data_seed=5)
+    config = replaced(load_config("tiny"), max_steps=3, data_seed=5)
+    assert cli.parse("sft tiny --to out --max-steps 3 --data-seed 5".split()) == Sft(
+        "tiny", to=Path("out"), config=config
     )
+    assert cli.parse(["sft"]) == Sft("tiny", config=load_config("tiny"))
 
 
 def test_export_takes_its_options() -> None:
@@ -125,8 +126,7 @@ def test_evaluate_takes_the_options_of_train() -> None:
         ("", f"a command is missing; it is one of {ALL}"),
         ("trian", "'trian' is no command; did you mean train?"),
         ("--max-steps 3", f"'--max-steps' is no command; it is one of {ALL}"),
-        ("sft", "CONFIG is missing; see gemma2-grpo sft --help"),
-        ("sft sft-tiny --steps 0", "steps = 0 must be at least 1"),
+        ("sft tiny --max-steps 0", "max_steps = 0 must be at least 1"),
         ("export runs/tiny", "--to is missing; see gemma2-grpo export --help"),
         ("export r --to d --format gguf", "--format takes one of merged, peft, not 'gguf'"),
         ("score", "FILE.jsonl is missing; see gemma2-grpo score --help"),
@@ -156,7 +156,8 @@ def test_evaluate_takes_the_options_of_train() -> None:
         (
             "train large --max-steps 3",
             "config 'large': no such file or preset; presets are "
-            "gemma2-2b-gpu, gemma2-2b-gsm8k-strong, gemma2-2b-v5e8, sft-tiny, tiny",
+            "gemma2-2b-gpu, gemma2-2b-gsm8k-strong, gemma2-2b-v5e8, "
+            "gemma3-1b-gpu, gemma3-1b-v5e8, tiny",
         ),
     ],
 )

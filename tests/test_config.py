@@ -5,10 +5,10 @@ from pathlib import Path
 
 import pytest
 
-from gemma2_grpo.checks import check, check_sft
-from gemma2_grpo.config import Config, SftConfig
+from gemma2_grpo.checks import check
+from gemma2_grpo.config import Config
 from gemma2_grpo.errors import ConfigError
-from gemma2_grpo.presets import from_mapping, load_config, load_sft_config, preset_names, read_toml
+from gemma2_grpo.presets import from_mapping, load_config, preset_names, read_toml
 
 SPECIFICATION = {
     "model": {
@@ -28,7 +28,9 @@ SPECIFICATION = {
     "rewards": {"format_weight": 0.25, "logic_weight": 0.30, "accuracy_weight": 0.45},
     "run": {"max_steps": 600},
 }
-PRESETS = "gemma2-2b-gpu, gemma2-2b-gsm8k-strong, gemma2-2b-v5e8, sft-tiny, tiny"
+PRESETS = (
+    "gemma2-2b-gpu, gemma2-2b-gsm8k-strong, gemma2-2b-v5e8, gemma3-1b-gpu, gemma3-1b-v5e8, tiny"
+)
 FIXED = [(section, name) for section, values in SPECIFICATION.items() for name in values]
 
 
@@ -38,8 +40,7 @@ def test_the_presets_are_these() -> None:
 
 @pytest.mark.parametrize("name", preset_names())
 def test_every_preset_loads(name: str) -> None:
-    load = load_sft_config if name.startswith("sft-") else load_config
-    assert isinstance(load(name), Config | SftConfig)
+    assert isinstance(load_config(name), Config)
 
 
 @pytest.mark.parametrize(("section", "name"), FIXED)
@@ -75,8 +76,8 @@ def test_gpu_preset_is_the_flagship_on_one_device() -> None:
         assert getattr(gpu, section) == getattr(flagship, section)
 
 
-@pytest.mark.parametrize("config", [Config(), SftConfig()])
-def test_sections_share_no_field_name(config: Config | SftConfig) -> None:
+def test_sections_share_no_field_name() -> None:
+    config = Config()
     sections = (getattr(config, section.name) for section in dataclasses.fields(config))
     names = [f.name for section in sections for f in dataclasses.fields(section)]
     assert len(names) == len(set(names))
@@ -172,27 +173,6 @@ def test_a_wrong_file_is_refused_by_field(toml: str, message: str, tmp_path: Pat
 def test_what_cannot_run_is_refused(values: dict[str, dict[str, object]], message: str) -> None:
     with pytest.raises(ConfigError) as refusal:
         check(from_mapping(Config, values, "test"))
-    assert str(refusal.value) == message
-
-
-@pytest.mark.parametrize(
-    ("values", "message"),
-    [
-        (
-            {"sft": {"batch_size": 5}},
-            "mesh_shape[0] = 2 does not divide batch_size = 5; change one of them",
-        ),
-        ({"sft": {"steps": 0}}, "steps = 0 must be at least 1"),
-        (
-            {"optimizer": {"adam_b2": 1.5}},
-            "adam_b2 = 1.5 must lie between 0 and 1, below 1",
-        ),
-        ({"data": {"num_train_samples": 0}}, "num_train_samples = 0 must be at least 1"),
-    ],
-)
-def test_sft_that_cannot_run_is_refused(values: dict[str, dict[str, object]], message: str) -> None:
-    with pytest.raises(ConfigError) as refusal:
-        check_sft(from_mapping(SftConfig, values, "test"))
     assert str(refusal.value) == message
 
 

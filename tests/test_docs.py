@@ -52,7 +52,7 @@ def test_every_command_of_the_docs_is_understood(
         with pytest.raises(SystemExit):
             cli.parse(words)
         return
-    own = {"CONFIG": "sft-tiny", "RUN": "runs/tiny"}
+    own = {"CONFIG": "tiny", "RUN": "runs/tiny"}
     assert cli.parse([own.get(word, word) for word in words])
 
 

@@ -19,6 +19,8 @@ OWN_COMPLETIONS = [
     {"completion": "5", "answer": "6"},
 ]
 ELSEWHERE = {
+    "gemma3-1b": "needs the weights and a TPU or GPU",
+    "--init-from": "tests/commands/test_sft.py runs it",
     "gemma2-2b": "needs the weights and a TPU or GPU",
     "--wandb": "needs an account; tests/run/test_trackers.py runs it offline",
     "launch": "has no cluster; tests/launch/test_launch.py reads what it prints",

@@ -80,15 +80,12 @@ def show_everything(display: Display) -> None:
     display.note("run directory: runs/gemma2-2b-v5e8")
     with display.measuring("measuring 1319 held-out problems", 2638) as on_batch:
         on_batch(1319)
-    with display.supervising("sloppy teacher", 100) as on_step:
-        for step in range(1, 101):
-            on_step(step, 1.23456)
     with display.training(598, 600) as on_record:
         on_record(changed(step=599))
         display.sample(599, completion("How many eggs? " * 20, "Step 1: 12 + 7 = 19\n" * 5))
         with display.measuring("measuring 1319 held-out problems", 1319) as on_batch:
             on_batch(1319)
-        display.held_out(599, MEASUREMENT)
+        display.held_out(599, MEASUREMENT, 1.23456)
         fell = ["entropy fell to 9 % of its start at step 600"]
         on_record(RECORD, fell, fell)
     display.before_and_after(MEASUREMENT, MEASUREMENT)
@@ -159,24 +156,13 @@ def test_a_step_without_a_reward_is_not_one_of_0(make: str) -> None:
     assert "none (format" in shown.getvalue() and "0.000" not in shown.getvalue()
 
 
-def test_off_a_terminal_supervised_training_is_some_twenty_lines() -> None:
-    for steps, lines in ((1, 1), (3, 3), (20, 20), (2500, 20), (2510, 21)):
-        display, shown = plain()
-        with display.supervising("solutions", steps) as on_step:
-            for step in range(1, steps + 1):
-                on_step(step, 0.5)
-        written = shown.getvalue().splitlines()
-        assert len(written) == lines
-        assert written[-1] == f"solutions: step {steps}/{steps}  loss 0.5000"
-
-
 def test_a_terminal_of_80_columns_is_wide_enough() -> None:
     display, shown = terminal()
     show_everything(display)
     lines = screen(shown.getvalue())
     assert max(map(cell_len, lines)) <= 80
     # Each bar is left on the screen once: nothing that wrapped was redrawn in the wrong place.
-    assert re.findall(r"\d+/\d+", "\n".join(lines)) == ["100/100", "600/600"]
+    assert re.findall(r"\d+/\d+", "\n".join(lines)) == ["600/600"]
     assert not any("…" in line for line in lines)
     [start] = [i for i, line in enumerate(lines) if "600/600" in line]
     panel = [" ".join(line.strip("│ ").split()) for line in lines[start : start + 8]]

@@ -19,7 +19,7 @@ from huggingface_hub.utils._http import default_client_factory
 from kagglehub.exceptions import DataCorruptionError, KaggleApiHTTPError
 
 from gemma2_grpo.errors import UserError
-from gemma2_grpo.model import find as fetch
+from gemma2_grpo.model.hub import find as fetch
 from gemma2_grpo.model.hub.find import check_files, find_model
 
 FLAGSHIP = "google/gemma-2-2b-it"
