@@ -71,7 +71,9 @@ class Chart:
         return f"{self.title}, {self.unit}: {'; '.join(parts)}."
 
 
+_SOLUTION_NLL = Chart("solution_nll", "Loss on worked solutions", "nats per token")
 _METRICS = (
+    _SOLUTION_NLL,
     Chart("kl", "KL to the reference model", "nats per token", limit=KL.warning),
     Chart("sampling_kl", "KL of the rollout to the policy", "nats per token"),
     Chart("entropy", "Entropy of the policy", "nats per token"),
@@ -97,6 +99,8 @@ _REWARDS = {
 
 def charts_of_run(run: RunFiles) -> list[Chart]:
     """Charts of learning: rewards, accuracy and metrics; empty before the first step."""
+    if run.is_supervised:
+        return _charts_of_solutions(run)
     curves = [
         _curve(run, name, spoken, look)
         for look, (name, spoken) in enumerate(_REWARDS.items())
@@ -116,6 +120,18 @@ def charts_of_run(run: RunFiles) -> list[Chart]:
     note = f"{held_out.note.rstrip('.')}; training sampled."
     accuracy = replace(held_out, curves=curves, note=note)
     return _not_empty([rewards, accuracy, *_metrics([run], [""])])
+
+
+def _charts_of_solutions(run: RunFiles) -> list[Chart]:
+    """Charts of supervised training, in which nothing is sampled and no reward counts."""
+    measured = [each for each in run.evaluations if each.solution_nll is not None]
+    losses = [each.solution_nll or 0.0 for each in measured]
+    held_out = Curve("held-out", [each.step for each in measured], losses, look=1)
+    training = _curve(run, _SOLUTION_NLL.name, "training", look=2)
+    wanted = ("entropy", "mean_completion_tokens", "grad_norm")
+    metrics = _metrics([run], [""], [chart for chart in _METRICS if chart.name in wanted])
+    loss = replace(_SOLUTION_NLL, curves=[held_out, training])
+    return _not_empty([loss, _accuracy([run], ["held-out"]), *metrics])
 
 
 def charts_of_runs(runs: Sequence[RunFiles], names: Sequence[str]) -> list[Chart]:

@@ -26,6 +26,7 @@ _SETUP = (
     ("Learning rate", "{learning_rate}"),
     ("KL weight (beta)", "{beta}"),
 )
+_SOLUTIONS_SETUP = (*_SETUP[:2], ("A step", "{prompts_per_step} worked solutions"), _SETUP[3])
 _MAX_VALUE_CHARS = 300
 
 # --- The run ---
@@ -40,10 +41,15 @@ def status(run: RunFiles) -> str:
     return f"{'finished' if is_finished else 'not finished'}, {steps:,}{of} steps"
 
 
+def method(run: RunFiles) -> str:
+    """What kind of training it was."""
+    return "supervised training" if run.is_supervised else "GRPO training"
+
+
 def setup(run: RunFiles) -> list[tuple[str, str]]:
     """The run in a few words, for the head of the page."""
     facts = []
-    for name, text in _SETUP:
+    for name, text in _SOLUTIONS_SETUP if run.is_supervised else _SETUP:
         with suppress(KeyError):  # A damaged configuration lacks fields.
             facts.append((name, plain(text.format_map(run.config))))
     devices = run.facts.devices
@@ -130,7 +136,8 @@ def _without_command(run: RunFiles, start: Start) -> str:
     if start is run.evaluation or not run.config:
         return said
     config = plain(shlex.join([str(run.path / "config.toml")]))
-    return f"{said} The same configuration:\ngemma2-grpo train {config} --run runs/again"
+    command = "sft" if run.is_supervised else "train"
+    return f"{said} The same configuration:\ngemma2-grpo {command} {config} --run runs/again"
 
 
 def origins(run: RunFiles) -> list[tuple[str, str]]:

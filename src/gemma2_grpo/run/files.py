@@ -48,6 +48,11 @@ class RunFiles:
         return self.path.resolve().name or str(self.path)
 
     @property
+    def is_supervised(self) -> bool:
+        """Whether it was trained on worked solutions, by `gemma2-grpo sft`."""
+        return self.config.get("engine") == "solutions"
+
+    @property
     def is_control(self) -> bool:
         """Whether the rewards were shuffled, so that they could teach nothing."""
         return self.config.get("shuffle_rewards") is True

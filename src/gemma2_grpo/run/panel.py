@@ -37,7 +37,8 @@ class TrainingPanel(Progress):
         # First, because rich draws at once.
         self._record: StepRecord | None = None
         self._alarms: Sequence[str] = ()
-        self._rewards: deque[float] = deque(maxlen=_CURVE_STEPS)
+        # Of the loss in supervised training, else of the reward.
+        self._curve: deque[float] = deque(maxlen=_CURVE_STEPS)
         self._held_out = ""
         super().__init__(
             TextColumn("step"),
@@ -53,8 +54,9 @@ class TrainingPanel(Progress):
         """Moves on by one step; alarms are shown for as long as they are active."""
         del new
         self._record, self._alarms = record, active
-        if record.mean_reward is not None:  # No completion may have got one.
-            self._rewards.append(record.mean_reward)
+        value = record.mean_reward if record.solution_nll is None else record.solution_nll
+        if value is not None:  # No completion may have got a reward.
+            self._curve.append(value)
         self.update(self._task, advance=1, left=duration(record.seconds_left or 0.0))
 
     def held_out(self, step: int, measured: System) -> None:
@@ -73,7 +75,8 @@ class TrainingPanel(Progress):
 
     def _facts(self, record: StepRecord) -> Table:
         facts = step_facts(record)
-        facts["reward"] = f"{facts['reward']}  {curve(self._rewards)}"
+        first = next(iter(facts))
+        facts[first] = f"{facts[first]}  {curve(self._curve)}"
         if self._held_out:
             facts["held-out"] = self._held_out
         table = Table.grid(padding=(0, 2, 0, 0))
@@ -84,8 +87,17 @@ class TrainingPanel(Progress):
 
 def step_facts(record: StepRecord) -> dict[str, str]:
     """Results of a step, in lines of at most 64 columns; the same on a terminal and off one."""
+    facts = _grpo_facts(record) if record.solution_nll is None else _supervised_facts(record)
+    # Metrics of the updates that the schema does not name: those that someone has added.
+    facts |= {name: _text(value, ".4g") for name, value in (record.model_extra or {}).items()}
+    if record.peak_memory_fraction is not None:
+        facts["memory"] = f"{record.peak_memory_fraction:.0%} of the fullest device, at most"
+    return facts
+
+
+def _grpo_facts(record: StepRecord) -> dict[str, str]:
     parts = " ".join(f"{name} {_text(record.mean_components[name], '.2f')}" for name in RISING)
-    facts = {
+    return {
         "reward": f"{_text(record.mean_reward, '.3f')} ({parts})",
         "right": f"{_text(record.correct_fraction, '.1%')} of sampled answers",
         "policy": (
@@ -99,11 +111,16 @@ def step_facts(record: StepRecord) -> dict[str, str]:
             f"{_text(record.tokens_per_second, '.0f')} tokens/s"
         ),
     }
-    # Metrics of the updates that the schema does not name: those that someone has added.
-    facts |= {name: _text(value, ".4g") for name, value in (record.model_extra or {}).items()}
-    if record.peak_memory_fraction is not None:
-        facts["memory"] = f"{record.peak_memory_fraction:.0%} of the fullest device, at most"
-    return facts
+
+
+def _supervised_facts(record: StepRecord) -> dict[str, str]:
+    return {
+        "loss": f"{_text(record.solution_nll, '.4f')} nats per token",
+        "policy": (
+            f"entropy {_text(record.entropy, '.3f')} gradient {_text(record.grad_norm, '.3g')}"
+        ),
+        "length": f"{_text(record.mean_completion_tokens, '.0f')} tokens a solution",
+    }
 
 
 def _text(value: float | None, spec: str) -> str:

@@ -7,7 +7,7 @@ from typing import Annotated, ClassVar, Self
 
 from pydantic import Field, JsonValue, model_validator
 
-from gemma2_grpo.run.schema import AtStep, Data, Number, ScoredCompletion, Start, Versioned
+from gemma2_grpo.run.schema import AtStep, Data, Nats, Number, ScoredCompletion, Start, Versioned
 from gemma2_grpo.runtime.folder import Part, Record
 from gemma2_grpo.task.statistics import Paired
 
@@ -124,9 +124,9 @@ class Measurement(System, AtStep):
 
     seconds: Number = None
     """Time that the measurement took."""
-    solution_nll: Number = None
-    """Mean negative log-likelihood of a token of the problems' worked solutions, in nats; null but
-    for supervised training."""
+    solution_nll: Nats = None
+    """Mean negative log-likelihood of a token of the problems' worked solutions; null but for
+    supervised training."""
 
 
 class Rise(Part):

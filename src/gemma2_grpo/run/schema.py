@@ -174,6 +174,9 @@ class StepRecord(AtStep):
 
     mean_reward: Number = None
     """Mean reward of the completions; null if none has one."""
+    solution_nll: Nats = None
+    """Mean negative log-likelihood of a token of the worked solutions; null but for supervised
+    training."""
     reward_std: Number = None
     """Standard deviation of the rewards over the batch."""
     mean_components: dict[str, Number] = Field(default_factory=dict)

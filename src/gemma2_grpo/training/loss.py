@@ -191,9 +191,11 @@ def policy_loss(
     if objective.is_likelihood:
         per_token = jnp.where(is_token, -policy.logps, 0.0)
     tokens = jnp.sum(is_token)
+    of_solutions = {"solution_nll": (jnp.sum(per_token), tokens)} if objective.is_likelihood else {}
     return LossTerms(
         loss=jnp.sum(weights * per_token),
-        means={
+        means=of_solutions
+        | {
             "kl": (jnp.sum(kl), tokens),
             "clip_fraction": (jnp.sum(is_token & (clipped_gain < gain)), tokens),
             "entropy": (jnp.sum(jnp.where(is_token, policy.entropy, 0.0)), tokens),
