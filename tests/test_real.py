@@ -5,12 +5,16 @@ DIR is Gemma 3 270M as safetensors: Google's, or what transformers makes of a GG
 
 import json
 import os
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from gemma2_grpo.commands.export import Export
+from gemma2_grpo.config import Config
 from gemma2_grpo.model.gemma import run_from_start
 from gemma2_grpo.model.load import load_weights
 from gemma2_grpo.model.logprobs import output_logits
@@ -43,3 +47,35 @@ def test_logits_are_those_of_transformers(directory: Path) -> None:
     assert logits.argmax(axis=1).tolist() == golden["likeliest"]
     for name, expected in golden["logits"].items():
         np.testing.assert_allclose(logits[:, int(name)], expected, atol=2e-3)
+
+
+@pytest.fixture(scope="module")
+def run(
+    directory: Path, quiet_train: Any, make_config: Any, tmp_path_factory: pytest.TempPathFactory
+) -> Path:
+    config: Config = make_config(
+        model={"model": str(directory), "lora_rank": 8, "lora_alpha": 8.0},
+        data={"num_train_samples": 4, "num_test_samples": 2},
+        rollout={"max_prompt_tokens": 128, "max_completion_tokens": 16},
+        run={"max_steps": 1, "eval_samples": 0, "eval_every_steps": 0},
+    )
+    path = tmp_path_factory.mktemp("real") / "run"
+    quiet_train(config, path)
+    return path
+
+
+def test_a_step_of_grpo_has_ratio_1(run: Path) -> None:
+    [line] = (run / "metrics.jsonl").read_text().splitlines()
+    record: Mapping[str, float] = json.loads(line)
+    assert record["max_ratio"] == 1.0 and record["num_updates"] == 1
+    assert record["sampling_kl"] == pytest.approx(0, abs=1e-6)
+
+
+@pytest.mark.parametrize("kind", ["merged", "peft"])
+def test_exports_load(kind: Any, run: Path, directory: Path, tmp_path: Path) -> None:
+    """With the extra `oracle`, they are compared with the policy in transformers as well."""
+    Export(str(run), tmp_path / kind, format=kind)()
+    if kind == "merged":
+        forward, _ = split_model(load_weights(tmp_path / kind, "bfloat16", make_mesh((1, 1))))
+        base, _ = split_model(load_weights(directory, "bfloat16", make_mesh((1, 1))))
+        assert forward.architecture == base.architecture

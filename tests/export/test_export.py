@@ -30,6 +30,7 @@ from gemma2_grpo.export.model_card import Exported, render_card
 from gemma2_grpo.export.verify import compare_with_transformers
 from gemma2_grpo.model import tokenizer as tokenizers
 from gemma2_grpo.model.adapter import fingerprint, save_adapter
+from gemma2_grpo.model.architecture import read_architecture
 from gemma2_grpo.model.hub.find import hub_id
 from gemma2_grpo.model.load import load_weights
 from gemma2_grpo.model.lora import adapters_of, add_lora
@@ -44,6 +45,7 @@ from gemma2_grpo.runtime.checkpoint import save_checkpoint
 from gemma2_grpo.task.procedural import generate
 from gemma2_grpo.task.prompts import render_prompt
 
+ARCHITECTURE = read_architecture(EMBEDDED)
 DOCS = Path(__file__).parents[2] / "docs" / "export.md"
 MODEL_FILES = [
     "README.md",
@@ -433,7 +435,11 @@ def test_the_card_has_what_evaluate_measured_of_the_same_steps(run: Path, tmp_pa
     config = load_config("gemma2-2b-v5e8")
     for step, is_told in ((40, True), (39, False)):
         write(path, Evaluation(schema_version=1, step=step, data=data, systems=systems))
-        card = render_card(Exported(path, config, 40, "merged", "bfloat16", "x", "Checked."))
+        card = render_card(
+            Exported(
+                path, config, 40, "merged", "bfloat16", "x", read_architecture(EMBEDDED), "Checked."
+            )
+        )
         assert ("on 200 openai/gsm8k test problems" in card) is is_told
         assert ("| Right, greedy | 10.0 % | 60.0 % | +50.0 pp |" in card) is is_told
         assert "| Right, greedy | 25.0 % | 75.0 % | +50.0 pp |" in card
@@ -441,7 +447,11 @@ def test_the_card_has_what_evaluate_measured_of_the_same_steps(run: Path, tmp_pa
 
 def test_the_card_names_a_base_that_others_can_find(run: Path) -> None:
     config = load_config("gemma2-2b-v5e8")
-    card = render_card(Exported(run, config, 40, "peft", "float32", "me/model", "Checked."))
+    card = render_card(
+        Exported(
+            run, config, 40, "peft", "float32", "me/model", read_architecture(EMBEDDED), "Checked."
+        )
+    )
     assert "\nbase_model: google/gemma-2-2b-it\n" in card
     assert "\nlicense: gemma\n" in card and "Gemma Terms of Use" in card
     assert "## Verification\n\nChecked.\n" in card
