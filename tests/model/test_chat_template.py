@@ -9,7 +9,9 @@ from typing import Any
 import pytest
 from tests.fixtures.models import EMBEDDED
 
+from gemma2_grpo.config import ModelConfig
 from gemma2_grpo.model.chat_template import CHAT_TEMPLATE, user_turn
+from gemma2_grpo.model.open import open_files
 from gemma2_grpo.model.save import write_settings, write_tokenizer
 from gemma2_grpo.model.tokenizer import Tokenizer
 from gemma2_grpo.task.prompts import render_prompt
@@ -201,3 +203,17 @@ def test_transformers_ends_at_the_end_of_the_turn(tmp_path: Path) -> None:
         ends[folder] = output[prompt.shape[1] :]
     assert len(ends[base]) == 100 and ends[base].count(107) >= 1
     assert ends[to] == ends[base][: ends[base].index(107) + 1]
+
+
+@pytest.mark.parametrize(("template", "is_told"), [(ALIEN, True), (SAME, False), (None, False)])
+def test_a_model_that_was_trained_on_other_prompts_is_told_of(
+    template: str | None, is_told: bool, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    base = make_base(tmp_path / "base", {FILE: template} if template else {})
+    config = ModelConfig(model=str(base), dtype="float32", mesh_shape=(1, 1))
+    open_files(config, needs_weights=False)
+    expected = (
+        f"warning: {base}: its chat template makes other prompts than Gemma's turns, which are "
+        "used here; take a model that was trained on those"
+    )
+    assert caplog.messages == ([expected] if is_told else [])

@@ -93,6 +93,12 @@ class TestConfig:
         assert found.has_qk_norm and found.query_scalar == 256
         assert (found.attn_logits_soft_cap, found.final_logit_softcap) == (None, None)
 
+    def test_what_transformers_5_writes_beside_the_blocks(self, write: Callable[..., Path]) -> None:
+        """In the text model of one with vision."""
+        beside = NESTED["rope_parameters"] | {"rope_theta": None, "rope_type": "default"}
+        found = read_architecture(write(NESTED, rope_parameters=beside))
+        assert (found.global_rope, found.sliding_rope) == ((1e6, 1.0), (1e4, 1.0))
+
     def test_an_epsilon_in_float32(self, write: Callable[..., Path]) -> None:
         """As readers of GGUF files write it."""
         for epsilon in (9.99999997e-07, float(np.float32(1e-6))):
@@ -111,6 +117,10 @@ class TestConfig:
         ("changes", "named"),
         [
             ({"model_type": "gemma3"}, "model_type"),
+            ({"model_type": "gemma"}, "model_type"),
+            ({"model_type": "gemma4"}, "model_type"),
+            ({"model_type": "paligemma"}, "model_type"),
+            ({"model_type": "gemma3n"}, "model_type"),
             ({"architectures": ["Gemma3ForConditionalGeneration"]}, "architectures"),
             ({"use_bidirectional_attention": True}, "use_bidirectional_attention"),
             ({"rope_scaling": {"rope_type": "yarn", "factor": 8.0}}, "rope_scaling"),
@@ -118,6 +128,7 @@ class TestConfig:
             ({"rope_scaling": {"rope_type": "linear", "attention_factor": 2}}, "rope_scaling"),
             ({"rope_scaling": [8]}, "rope_scaling"),
             ({"rope_parameters": {"rope_type": "default"}}, "rope_parameters"),
+            ({"rope_parameters": {"full_attention": {}, "rope_theta": 5}}, "rope_parameters"),
             ({"rope_parameters": {"full_attention": {"rope_type": "llama3"}}}, "rope_parameters"),
             ({"rope_theta": -1}, "rope_theta"),
             ({"rope_local_base_freq": "10k"}, "rope_local_base_freq"),
@@ -239,3 +250,46 @@ class TestWeights:
         found = dict(nnx.to_flat_state(nnx.state(model)))
         scale = found["layers", 0, "attn", "q_norm", "scale"].get_value()
         assert scale.sharding.is_fully_replicated and scale.shape == (8,)
+
+
+@pytest.mark.oracle
+@pytest.mark.filterwarnings("ignore")
+def test_the_text_model_of_one_with_vision(
+    mesh: Mesh, tmp_path: Path, refusal: Callable[..., str]
+) -> None:
+    """Saved by itself as docs/troubleshooting.md shows; the whole is refused."""
+    torch = pytest.importorskip("torch")
+    transformers = pytest.importorskip("transformers")
+    text = {
+        "vocab_size": 64,
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 8,
+        "sliding_window": 8,
+        "query_pre_attn_scalar": 12,
+        "rope_scaling": {"rope_type": "linear", "factor": 8.0},
+    }
+    vision = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1}
+    vision |= {"num_attention_heads": 2, "image_size": 28, "patch_size": 14}
+    config = transformers.Gemma3Config(
+        text_config=text, vision_config=vision, mm_tokens_per_image=4
+    )
+    torch.manual_seed(0)
+    whole = transformers.Gemma3ForConditionalGeneration(config).eval()
+    whole.save_pretrained(tmp_path / "whole")
+    assert refusal(read_architecture, tmp_path / "whole") == (
+        f"{tmp_path}/whole/config.json: model_type = 'gemma3' has a vision tower, and only text is "
+        "computed here; save its text model by itself, as docs/troubleshooting.md shows, and pass "
+        "that"
+    )
+    alone = transformers.Gemma3ForCausalLM(whole.config.text_config)
+    alone.model, alone.lm_head = whole.model.language_model, whole.lm_head
+    alone.save_pretrained(tmp_path / "text")
+    tokens = np.random.default_rng(0).integers(3, 64, (2, 20)).astype(np.int32)
+    with torch.no_grad():
+        expected = whole(input_ids=torch.tensor(tokens, dtype=torch.long)).logits.numpy()
+    found = logits_of(load_weights(tmp_path / "text", "float32", mesh), tokens)
+    np.testing.assert_allclose(found, expected, atol=1e-4)

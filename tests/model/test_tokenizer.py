@@ -151,3 +151,27 @@ def test_files_that_are_none(content: str, tmp_path: Path, refusal: Callable[...
     path = tmp_path / "tokenizer.json"
     path.write_bytes(content.encode("utf-8", "surrogateescape"))
     assert refusal(load_tokenizer, tmp_path).startswith(f"{path}: not a readable tokenizer (")
+
+
+@pytest.mark.parametrize(
+    ("vocab_size", "family", "own"),
+    [(262_144, "Gemma 2", 105), (256_000, "Gemma 2", None), (262_208, "Gemma 2", 105)],
+)
+def test_the_tokenizer_of_another_family(
+    vocab_size: int,
+    family: str,
+    own: int | None,
+    saved: Callable[..., Path],
+    refusal: Callable[..., str],
+) -> None:
+    """By the id of <start_of_turn>, in a vocabulary as large as Google's."""
+    directory = saved(lambda backend: None)
+    values = json.loads((directory / "config.json").read_text()) | {"vocab_size": vocab_size}
+    (directory / "config.json").write_text(json.dumps(values))
+    if own is None:
+        assert load_tokenizer(directory).stop_ids == (107, 1)
+        return
+    assert refusal(load_tokenizer, directory) == (
+        f"{directory}/tokenizer.json: is not the tokenizer of a {family} (its <start_of_turn> is "
+        f"106, not {own}); put the model's own tokenizer.json there"
+    )

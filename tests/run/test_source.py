@@ -134,7 +134,13 @@ def test_the_embedded_model_is_asked_as_its_preset_says() -> None:
 
 @pytest.mark.parametrize(
     ("wanted", "kv_heads", "expected"),
-    [((2, 4), 4, (2, 4)), ((4, 4), 4, (2, 4)), ((4, 4), 2, (4, 2)), ((1, 1), 4, (1, 1))],
+    [
+        ((2, 4), 4, (2, 4)),
+        ((2, 4), 1, (8, 1)),
+        ((4, 4), 4, (2, 4)),
+        ((4, 4), 2, (4, 2)),
+        ((1, 1), 4, (1, 1)),
+    ],
 )
 def test_a_mesh_for_the_devices_at_hand(
     wanted: tuple[int, int], kv_heads: int, expected: tuple[int, int]

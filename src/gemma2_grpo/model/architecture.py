@@ -127,8 +127,7 @@ def architecture_of(values: dict[str, Any], path: Path) -> Architecture:
     if family == "gemma3":
         raise UserError(
             f"{path}: model_type = 'gemma3' has a vision tower, and only text is computed here; "
-            "save its text model with transformers, Gemma3ForCausalLM.from_pretrained(MODEL)"
-            ".save_pretrained(DIR), the tokenizer likewise, and pass DIR"
+            "save its text model by itself, as docs/troubleshooting.md shows, and pass that"
         )
     if family not in _FAMILIES:
         refuse(path, "model_type", family, " or ".join(map(repr, _FAMILIES)))
@@ -230,7 +229,11 @@ def _gemma3_rope(path: Path, values: dict[str, Any], kind: str) -> tuple[float, 
     for name, block in (("rope_parameters", parameters), ("rope_scaling", scaling)):
         if not isinstance(block, dict):
             refuse(path, name, block, "an object")
-    if not parameters.keys() <= _THETAS.keys():
+    # What transformers 5 writes beside the blocks says nothing.
+    beside = {name: value for name, value in parameters.items() if name not in _THETAS}
+    if any(value not in (*EMPTY, "default") for value in beside.values()) or (
+        beside and not parameters.keys() & _THETAS.keys()
+    ):
         refuse(path, "rope_parameters", parameters, f"a block for {' and '.join(_THETAS)}")
     block = {**(parameters.get(kind) or {}), **(scaling if kind == _FULL else {})}
     rope_type = block.get("rope_type", block.get("type", "default"))

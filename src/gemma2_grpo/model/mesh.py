@@ -83,14 +83,15 @@ def _meshes_that_fit(sizes: Sequence[tuple[int, int]], present: int) -> str:
 
 
 def mesh_shape_at_hand(wanted: tuple[int, int], architecture: Architecture) -> tuple[int, int]:
-    """The wanted mesh where there are devices for it, else one of all devices there are.
+    """The wanted mesh where its devices are there and divide the heads, else one of all devices.
 
     As many of them as the KV heads allow go along tp, since a smaller cache is a faster decoder.
     """
     present = jax.local_device_count()
-    if wanted[0] * wanted[1] <= present:
+    heads = math.gcd(architecture.num_kv_heads, architecture.num_heads)
+    if wanted[0] * wanted[1] <= present and heads % wanted[1] == 0:
         return wanted
-    return mesh_for(present, math.gcd(architecture.num_kv_heads, architecture.num_heads))
+    return mesh_for(present, heads)
 
 
 def batch_sharding(mesh: Mesh, rows: int) -> NamedSharding:

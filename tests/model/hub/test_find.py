@@ -154,7 +154,7 @@ def serving(files: dict[str, bytes], asked: list[str]) -> Callable[..., httpx.Re
 
 def test_the_embedded_model_lies_in_the_package():
     directory = find_model("embedded", needs_weights=False)
-    assert directory == Path(fetch.__file__).parents[1] / "assets" / "tiny-gemma2"
+    assert directory == Path(fetch.__file__).parents[2] / "assets" / "tiny-gemma2"
     assert (directory / "config.json").is_file() and (directory / "tokenizer.json").is_file()
 
 
@@ -391,6 +391,19 @@ def test_only_what_is_needed_is_downloaded(hub):
     directory = find_model("someone/tiny")
     found = [path for path in directory.rglob("*") if path.is_file()]
     assert set(asked) == set(needed) == {str(path.relative_to(directory)) for path in found}
+
+
+@pytest.mark.parametrize("others", [(), ("config.json",), ("config.json", "tokenizer.json")])
+def test_a_gguf_file_names_what_converts_it(tmp_path, others):
+    for name in ("model-q4.gguf", *others):
+        (tmp_path / name).write_text("{}")
+    expected = (
+        f"{tmp_path}/model-q4.gguf: is a GGUF file; convert it to safetensors with transformers: "
+        f"AutoModelForCausalLM.from_pretrained('{tmp_path}', gguf_file='model-q4.gguf')"
+        ".save_pretrained(DIR), the tokenizer likewise, and pass DIR"
+    )
+    assert message(str(tmp_path)) == expected
+    assert message(str(tmp_path / "model-q4.gguf")) == expected
 
 
 def test_a_repository_of_pytorch_weights_only(tmp_path, hub):
