@@ -597,7 +597,7 @@ def test_data_that_are_not_enough_are_refused(refused, tmp_path):
         ("--engine vllm", 'engine = "vllm" needs the package vllm; install it, or set '
          'engine = "group"'),
         ("--engine sglang_jax", 'engine = "sglang_jax" needs the package sglang-jax; install it'),
-        ("--engine fast", "--engine takes one of group, vanilla, vllm, sglang_jax, not 'fast'"),
+        ("--engine fast", "--engine takes one of group, solutions, vanilla, vllm"),
         ("--kv-cache-tokens 103", "kv_cache_tokens = 103 does not hold max_prompt_tokens + "
          "max_completion_tokens = 104; raise it, or leave it out"),
         ("--mesh-shape 1 16", "mesh_shape = [1, 16] needs 16 devices but 8 (cpu) are present; "

@@ -28,7 +28,7 @@ from gemma2_grpo.errors import UserError
 from gemma2_grpo.export import hub, verify
 from gemma2_grpo.export.model_card import Exported, render_card
 from gemma2_grpo.export.verify import compare_with_transformers
-from gemma2_grpo.model import tokenizer as tokenizers
+from gemma2_grpo.model import chat_template
 from gemma2_grpo.model.adapter import fingerprint, save_adapter
 from gemma2_grpo.model.architecture import read_architecture
 from gemma2_grpo.model.hub.find import hub_id
@@ -257,7 +257,7 @@ def test_a_chat_template_that_makes_other_prompts_is_not_exported(
 ) -> None:
     """Also where no logits are compared."""
     pytest.importorskip("transformers")
-    monkeypatch.setattr(tokenizers, "_is_gemmas", lambda *_: True)
+    monkeypatch.setattr(chat_template, "_is_gemmas", lambda *_: True)
     monkeypatch.setattr(verify, "_PACKAGES", {"merged": ("no_such_package",)})
     trained = on_another_base(run, tmp_path, spoil)
     with pytest.raises(UserError, match=r"the chat template gives transformers another prompt for"):

@@ -134,7 +134,7 @@ def test_off_a_terminal_there_are_plain_lines(capsys: pytest.CaptureFixture[str]
     ) in lines
     assert "  ! entropy fell to 9 % of its start at step 600" in lines
     assert "measuring 1319 held-out problems ..." in lines
-    assert "step 599: held-out accuracy 53.1% (50.4% to 55.8%), format 100.0%" in lines
+    assert "step 599: held-out accuracy 53.1% (50.4% to 55.8%), format 100.0%, loss 1.2346" in lines
     assert "   format: 0.00 to 1.00, half-way at step 600" in lines
     assert " accuracy: 0.00 to 1.00, no rise" in lines
 

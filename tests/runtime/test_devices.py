@@ -72,7 +72,7 @@ def run(
 
 COMMANDS = {
     "train": ["train", "--max-steps", "1"],
-    "sft": ["sft", "sft-tiny", "--to", "made"],
+    "sft": ["sft", "tiny", "--to", "made"],
     "evaluate": ["evaluate", "embedded", "--num-test-samples", "1"],
     "ask": ["ask", "embedded", "1 + 1?"],
 }

@@ -155,7 +155,7 @@ def test_objectives_are_those_of_the_configuration() -> None:
 
 
 def test_an_objective_that_there_is_not_is_refused_by_name() -> None:
-    message = "loss_type = 'dapo': no such objective; there are grpo, drgrpo, token_mean, gspo"
+    message = "loss_type = 'dapo': no such objective; there are grpo, drgrpo, token_mean, gspo, nll"
     with pytest.raises(UserError, match=f"^{message}$"):
         find_objective("dapo")
 

@@ -131,7 +131,8 @@ def read_back(
     found: dict[int, tuple[int, list[int]]] = {}
     for batch in batches:
         for micro in batch.micro:
-            *fields, rollout_logps = micro
+            *fields, rollout_logps, places = micro
+            assert places is None
             assert {field.dtype for field in fields} == {np.dtype("int32")}
             assert np.isnan(rollout_logps).all()
             for row in range(len(micro.inputs)):

@@ -1,4 +1,8 @@
-"""`gemma2-grpo sft`: supervised training on worked solutions, the warm start of a `train` run."""
+"""`gemma2-grpo sft`: supervised training on worked solutions, the warm start of a `train` run.
+
+It is a run as that of `train`, with the same options; those of GRPO and the rewards play no part.
+A step is one update on `prompts_per_step` solutions.
+"""
 
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -16,11 +20,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Sft(Train):
-    """Train on worked solutions (supervised), and measure before and after.
-
-    It is a run as that of `train`, with the same options; those of GRPO and the rewards play no
-    part. A step is one update on `prompts_per_step` solutions.
-    """
+    """Train on worked solutions (supervised), and measure before and after."""
 
     to: Annotated[Path | None, arg(metavar="DIR")] = None
     """Also write the whole model, adapters merged, to this directory, as `export` does."""

@@ -3,7 +3,6 @@
 import hashlib
 import json
 from pathlib import Path
-from typing import Any
 
 import jax
 import numpy as np
@@ -13,6 +12,7 @@ from safetensors.numpy import save_file
 
 from gemma2_grpo.config import ModelConfig
 from gemma2_grpo.errors import UserError
+from gemma2_grpo.model.config_json import JsonObject
 from gemma2_grpo.model.weights import Model
 from gemma2_grpo.runtime.atomic import whole_file
 
@@ -79,7 +79,7 @@ def check_adapter(folder: Path, config: ModelConfig, base_sha256: str) -> None:
         raise UserError(f"{path}: does not fit; it was made with {told}; set the same")
 
 
-def adapter_shape(folder: Path) -> dict[str, Any]:
+def adapter_shape(folder: Path) -> JsonObject:
     """Fields of the model's configuration that a saved adapter was made with.
 
     Raises:
@@ -107,7 +107,7 @@ def adapter_base(folder: Path) -> str:
     return str(_description(folder / ADAPTER_FILE).get("base", ""))
 
 
-def _description(path: Path) -> dict[str, Any]:
+def _description(path: Path) -> JsonObject:
     """What an adapter belongs to, as `save_adapter` wrote it."""
     try:
         with safe_open(path, framework="numpy") as file:

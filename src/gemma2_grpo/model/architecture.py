@@ -3,12 +3,11 @@
 import math
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from tunix.models.gemma import model as gemma
 
 from gemma2_grpo.errors import UserError
-from gemma2_grpo.model.config_json import EMPTY, check_known, read_config, refuse
+from gemma2_grpo.model.config_json import EMPTY, JsonObject, check_known, read_config, refuse
 from gemma2_grpo.model.hub.google import known_config
 
 
@@ -50,7 +49,7 @@ _QUERY_SCALAR = 256
 
 # Fields that decide what is computed, with the values that are computed here. Other fields of that
 # kind are unknown, which is refused as well.
-_FAMILIES: dict[str, dict[str, tuple[Any, ...]]] = {
+_FAMILIES: dict[str, dict[str, tuple[object, ...]]] = {
     "gemma2": {
         "architectures": (["Gemma2ForCausalLM"], None),
         "sliding_window_pattern": (2,),
@@ -58,7 +57,7 @@ _FAMILIES: dict[str, dict[str, tuple[Any, ...]]] = {
     },
     "gemma3_text": {"architectures": (["Gemma3ForCausalLM"], None)},
 }
-_COMPUTED: dict[str, tuple[Any, ...]] = {
+_COMPUTED: dict[str, tuple[object, ...]] = {
     "rms_norm_eps": (1e-6,),
     "hidden_activation": ("gelu_pytorch_tanh",),
     "hidden_act": ("gelu_pytorch_tanh", None),
@@ -72,7 +71,7 @@ _COMPUTED: dict[str, tuple[Any, ...]] = {
     "pruned_heads": ({}, None),
     "quantization_config": (None,),
 }
-_ROPE: dict[str, tuple[Any, ...]] = {
+_ROPE: dict[str, tuple[object, ...]] = {
     "rope_type": ("default",),
     "type": ("default",),
     "partial_rotary_factor": (1.0, None),
@@ -117,7 +116,7 @@ def known_architecture(name: str) -> Architecture | None:
     return architecture_of(values, Path(name)) if values else None
 
 
-def architecture_of(values: dict[str, Any], path: Path) -> Architecture:
+def architecture_of(values: JsonObject, path: Path) -> Architecture:
     """The architecture that the fields of a config.json describe; `path` is named in errors.
 
     Raises:
@@ -168,14 +167,14 @@ def architecture_of(values: dict[str, Any], path: Path) -> Architecture:
     )
 
 
-def _is_same(value: Any, computed: Any) -> bool:
+def _is_same(value: object, computed: object) -> bool:
     """Whether a field has a value, numbers up to float32, in which some tools keep them."""
     if type(value) is float and type(computed) is float:
         return math.isclose(value, computed, rel_tol=1e-6)
     return value == computed
 
 
-def _check_sizes(path: Path, values: dict[str, Any]) -> None:
+def _check_sizes(path: Path, values: JsonObject) -> None:
     missing = [name for name in _SIZES if name not in values]
     if missing:
         raise UserError(f"{path}: lacks {', '.join(missing)}; is it a Gemma 2 or 3?")
@@ -197,7 +196,7 @@ def _check_sizes(path: Path, values: dict[str, Any]) -> None:
         refuse(path, "num_key_value_heads", kv_heads, f"what divides the {heads} heads")
 
 
-def _check_rope(path: Path, values: dict[str, Any]) -> None:
+def _check_rope(path: Path, values: JsonObject) -> None:
     """Refuses other rotary embeddings for Gemma 2 than those of angle 10,000.
 
     Flat up to transformers 4; from 5 on in `rope_parameters`, which `rope_scaling` overrides.
@@ -218,7 +217,7 @@ def _check_rope(path: Path, values: dict[str, Any]) -> None:
             refuse(path, name, block, "rope_type default")
 
 
-def _gemma3_rope(path: Path, values: dict[str, Any], kind: str) -> tuple[float, float]:
+def _gemma3_rope(path: Path, values: JsonObject, kind: str) -> tuple[float, float]:
     """Theta and factor of the rotary embedding of a kind of layer of Gemma 3.
 
     Flat up to transformers 4; from 5 on in a block for each kind of layer. `rope_scaling` is of
@@ -248,7 +247,7 @@ def _gemma3_rope(path: Path, values: dict[str, Any], kind: str) -> tuple[float, 
     return float(theta), float(factor)
 
 
-def _layer_kinds(path: Path, values: dict[str, Any]) -> list[str]:
+def _layer_kinds(path: Path, values: JsonObject) -> list[str]:
     """Kind of each layer: those of Gemma 2 take turns, of Gemma 3 every sixth is usually global."""
     layers, window = values["num_hidden_layers"], values["sliding_window"]
     is_gemma3 = values["model_type"] == "gemma3_text"

@@ -2,12 +2,11 @@
 
 import json
 from pathlib import Path
-from typing import Any
 
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from gemma2_grpo.errors import UserError
-from gemma2_grpo.model.config_json import read_object
+from gemma2_grpo.model.config_json import JsonObject, read_object
 from gemma2_grpo.task.prompts import INSTRUCTION, render_prompt
 
 TEMPLATE_FILE = "chat_template.jinja"
@@ -81,7 +80,7 @@ def makes_other_prompts(directory: Path) -> bool:
     return template is not None and not _is_gemmas(template, settings)
 
 
-def _read_settings(directory: Path) -> dict[str, Any]:
+def _read_settings(directory: Path) -> JsonObject:
     """What tokenizer_config.json holds.
 
     Raises:
@@ -91,12 +90,12 @@ def _read_settings(directory: Path) -> dict[str, Any]:
     return read_object(path, "not readable ({}); put the model's own there")
 
 
-def _write_settings(folder: Path, settings: dict[str, Any]) -> None:
+def _write_settings(folder: Path, settings: JsonObject) -> None:
     text = json.dumps(settings, indent=2, ensure_ascii=False) + "\n"
     (folder / "tokenizer_config.json").write_text(text, encoding="utf-8")
 
 
-def _find_templates(directory: Path, settings: dict[str, Any]) -> dict[str, str]:
+def _find_templates(directory: Path, settings: JsonObject) -> dict[str, str]:
     """Templates by name, as transformers finds them: files come before tokenizer_config.json."""
     files = {path.stem: path for path in sorted((directory / TEMPLATE_FOLDER).glob("*.jinja"))}
     if (directory / TEMPLATE_FILE).is_file():
@@ -117,7 +116,7 @@ def _copy_templates(folder: Path, named: dict[str, str]) -> None:
         path.write_text(template, encoding="utf-8")
 
 
-def _is_gemmas(template: str, settings: dict[str, Any]) -> bool:
+def _is_gemmas(template: str, settings: JsonObject) -> bool:
     """Whether a template renders a prompt as `render_prompt` does."""
 
     def refuse(message: str) -> None:

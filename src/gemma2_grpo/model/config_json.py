@@ -8,6 +8,9 @@ from typing import Any, NoReturn
 
 from gemma2_grpo.errors import UserError
 
+JsonObject = dict[str, Any]
+"""Fields of a JSON file of a model."""
+
 GENERATION_FIELDS = frozenset(
     (
         "assistant_confidence_threshold assistant_early_exit assistant_lookbehind bad_words_ids "
@@ -51,7 +54,7 @@ EMPTY = (None, "", [], {})
 """Values of a field that say nothing."""
 
 
-def read_config(directory: Path) -> dict[str, Any]:
+def read_config(directory: Path) -> JsonObject:
     """Reads config.json.
 
     Raises:
@@ -60,7 +63,7 @@ def read_config(directory: Path) -> dict[str, Any]:
     return read_object(directory / "config.json", "not a readable model configuration ({})")
 
 
-def read_object(path: Path, fault: str) -> dict[str, Any]:
+def read_object(path: Path, fault: str) -> JsonObject:
     """Reads a JSON object from a file of a model.
 
     Args:
@@ -79,7 +82,7 @@ def read_object(path: Path, fault: str) -> dict[str, Any]:
     return values
 
 
-def check_known(path: Path, values: dict[str, Any], checked: Set[str]) -> None:
+def check_known(path: Path, values: JsonObject, checked: Set[str]) -> None:
     """Refuses a field that is neither checked elsewhere nor known to change nothing.
 
     Raises:
@@ -94,7 +97,7 @@ def check_known(path: Path, values: dict[str, Any], checked: Set[str]) -> None:
             )
 
 
-def refuse(path: Path, name: str, value: Any, only: str) -> NoReturn:
+def refuse(path: Path, name: str, value: object, only: str) -> NoReturn:
     """Refuses a value, saying which ones are computed here.
 
     Raises:

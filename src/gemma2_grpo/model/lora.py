@@ -85,12 +85,16 @@ def _add_adapter(
         setattr(module, f"{name}_lora_{letter}", nnx.LoRAParam(placed, out_sharding=tuple(spec)))
 
 
-def adapters_of(policy: Model) -> dict[str, Any]:
+PureState = dict[str, Any]
+"""Arrays by the nested names of their variables."""
+
+
+def adapters_of(policy: Model) -> PureState:
     """The adapters of a policy as nested values, as checkpoints hold them."""
     return nnx.to_pure_dict(nnx.state(policy, nnx.LoRAParam))
 
 
-def set_adapters(policy: Model, values: dict[str, Any]) -> None:
+def set_adapters(policy: Model, values: PureState) -> None:
     """Puts adapters back that `adapters_of` gave."""
     state = nnx.state(policy, nnx.LoRAParam)
     nnx.replace_by_pure_dict(state, values)

@@ -5,7 +5,6 @@ import math
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import jax
 import ml_dtypes
@@ -18,7 +17,7 @@ from safetensors.numpy import save_file
 from gemma2_grpo.config import ModelConfig
 from gemma2_grpo.errors import UserError
 from gemma2_grpo.model.chat_template import write_chat_template
-from gemma2_grpo.model.config_json import GENERATION_FIELDS, read_config
+from gemma2_grpo.model.config_json import GENERATION_FIELDS, JsonObject, read_config
 from gemma2_grpo.model.layout import all_weights, tensor_shapes
 from gemma2_grpo.model.load import open_tensors
 from gemma2_grpo.model.lora import adapter_pairs, weight_change
@@ -81,7 +80,7 @@ def write_tokenizer(folder: Path, source: Path) -> str:
     return write_chat_template(folder, source)
 
 
-def _token_ids(tokenizer: Tokenizer) -> dict[str, Any]:
+def _token_ids(tokenizer: Tokenizer) -> JsonObject:
     """Special tokens as transformers has them; a run stops at either of the stop tokens."""
     return {
         "bos_token_id": tokenizer.bos,
@@ -187,7 +186,7 @@ def _to_host(variable: nnx.Variable) -> np.ndarray:
     return np.asarray(jax.device_get(variable.get_value()), np.float32)
 
 
-def write_json(path: Path, values: Any) -> None:
+def write_json(path: Path, values: object) -> None:
     """Writes an object as transformers lays its files out."""
     path.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
 

@@ -150,7 +150,7 @@ class TunixEngine:
         del first_row  # Such an engine draws a whole batch with one key.
         # `RLCluster.generate` hands an engine the same seed at every call; here each call has its
         # own. Tunix's sampler is greedy only if it is given neither top-p nor top-k.
-        changes: dict[str, Any] = {"temperature": 0.0, "top_p": None, "top_k": None}
+        changes: dict[str, object] = {"temperature": 0.0, "top_p": None, "top_k": None}
         settings = replace(self._settings, seed=key, **(changes if greedy else {}))
         repeated = [prompt for prompt in prompts for _ in range(group)]
         with on_mesh(self._mesh):

@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from enum import IntEnum
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import numpy as np
@@ -14,7 +14,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Bool, Float, Int
 
 from gemma2_grpo.config import OWN_ENGINES, Config
-from gemma2_grpo.model.lora import adapters_of, set_adapters
+from gemma2_grpo.model.lora import PureState, adapters_of, set_adapters
 from gemma2_grpo.model.tokenizer import Tokenizer
 from gemma2_grpo.model.weights import Model
 from gemma2_grpo.runtime.processes import gather, gather_rows, share
@@ -224,14 +224,14 @@ class Learner:
         if self._tunix:
             self._tunix.update_weights(self.policy)
 
-    def state(self) -> dict[str, Any]:
+    def state(self) -> PureState:
         """Everything that training changes: adapters and optimizer."""
         return {
             "lora": adapters_of(self.policy),
             "optimizer": nnx.to_pure_dict(nnx.state(self.optimizer)),
         }
 
-    def set_state(self, state: dict[str, Any]) -> None:
+    def set_state(self, state: PureState) -> None:
         """Puts back a state that `state` gave."""
         set_adapters(self.policy, state["lora"])
         optimizer = nnx.state(self.optimizer)

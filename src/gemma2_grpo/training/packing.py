@@ -17,8 +17,9 @@ _LONGEST_PER_ROW = 2
 
 
 # NumPy arrays on the host, JAX arrays on the devices.
-_Ids = Int[Any, "R W"]
-_Values = Float[Any, "R W"]
+_Array = Any
+_Ids = Int[_Array, "R W"]
+_Values = Float[_Array, "R W"]
 
 
 class MicroBatch(NamedTuple):
@@ -36,7 +37,7 @@ class MicroBatch(NamedTuple):
     """Position of each input, counted from the start of its prompt."""
     segment_ids: _Ids
     """Completion that each token belongs to, or -1 for padding, which comes last."""
-    prompts: Int[Any, " R"]
+    prompts: Int[_Array, " R"]
     """Index of each row's prompt."""
     rollout_logps: _Values
     """Log-probability with which each target was drawn; NaN where that is not known."""
@@ -56,9 +57,9 @@ class MicroBatch(NamedTuple):
 class PromptBatch(NamedTuple):
     """Prompts and the micro-batches of their completions."""
 
-    prompts: Int[Any, "B P"]
+    prompts: Int[_Array, "B P"]
     """Token ids without the last of each prompt, right-padded."""
-    lengths: Int[Any, " B"]
+    lengths: Int[_Array, " B"]
     """Tokens of each prompt that are not padding."""
     micro: list[MicroBatch]
 

@@ -3,10 +3,11 @@
 import re
 import tomllib
 from importlib import resources
-from typing import Any
+
+from gemma2_grpo.model.config_json import JsonObject
 
 _HUB_ID = re.compile(r"google/gemma-([23])-")
-_CONFIGS: dict[str, dict[str, Any]] = tomllib.loads(
+_CONFIGS: dict[str, JsonObject] = tomllib.loads(
     (resources.files("gemma2_grpo.model.hub") / "google.toml").read_text(encoding="utf-8")
 )
 
@@ -21,7 +22,7 @@ def google_family(name: str) -> str | None:
     return f"gemma-{found[1]}" if found else None
 
 
-def known_config(name: str) -> dict[str, Any] | None:
+def known_config(name: str) -> JsonObject | None:
     """Fields of the config.json of one of Google's text models, by any name that contains its own.
 
     Args:
