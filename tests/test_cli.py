@@ -281,6 +281,12 @@ def _help(*words: str) -> str:
     return _python(f"from gemma2_grpo.cli import main; main({[*words, '-h']!r})").stdout
 
 
+def test_a_command_that_takes_the_options_of_another_explains_them() -> None:
+    text = _help("sft")
+    for own in ("An existing run there is resumed", "Also write the whole model"):
+        assert own in text
+
+
 def test_docstrings_fill_the_lines_of_the_help() -> None:
     """Each line but the last of a paragraph has no room for the next word."""
     text = _help("train")

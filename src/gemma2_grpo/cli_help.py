@@ -56,8 +56,11 @@ def _help(kind: type, name: str) -> str | None:
 def _docstrings(kind: type) -> dict[str, str]:
     import docstring_parser
 
-    params = docstring_parser.parse_from_object(kind).params
-    return {each.arg_name: " ".join((each.description or "").split()) for each in params}
+    found = {}
+    for each in reversed(kind.__mro__[:-1]):  # A command may take the options of another.
+        for param in docstring_parser.parse_from_object(each).params:
+            found[param.arg_name] = " ".join((param.description or "").split())
+    return found
 
 
 @REGISTRY.primitive_rule

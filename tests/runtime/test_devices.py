@@ -205,3 +205,18 @@ def test_started_devices_leave_jaxs_log_as_it_was() -> None:
     heard: list[str] = []
     start_jax(heard.append)
     assert heard == [] and (logger.level, list(logger.filters)) == before
+
+
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [
+        ("Unable to initialize backend 'proxy': The 'proxy' backend requires an address.", []),
+        ("Unable to initialize backend 'cuda': no driver", ["no driver"]),
+    ],
+)
+def test_what_jax_says_of_devices_that_nobody_asked_for_is_not_told(
+    text: str, told: list[str]
+) -> None:
+    with devices._heard() as lines:
+        logging.getLogger("jax._src.xla_bridge").info(text)
+    assert lines == told
