@@ -63,6 +63,7 @@ def test_it_is_a_run_whose_loss_falls(trained: tuple[Path, Path, str]) -> None:
     assert [step for step, _ in held_out] == [0, 6, 12]
     assert held_out[2][1] < 0.9 * held_out[0][1]
     assert f"loss {held_out[2][1]:.4f}" in text
+    assert "12 updates on 4 worked solutions each" in text
     result = RunResult.read(run)
     assert result is not None and result.rises == ()
     for name in (ADAPTER, "report.html", "checkpoints/step_000012", "config.toml"):

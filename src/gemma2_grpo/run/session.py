@@ -232,10 +232,11 @@ def _describe_sampling(config: Config, window: int | None) -> str:
 
 
 def _describe_steps(config: Config, finished: int) -> str:
-    rollout, grpo = config.rollout, config.grpo
+    rollout, grpo, steps = config.rollout, config.grpo, config.run.max_steps
     text = (
-        f"{config.run.max_steps} of {rollout.prompts_per_step} prompts x "
-        f"{rollout.num_generations} completions, {grpo.num_iterations} update"
-        f"{'s' if grpo.num_iterations > 1 else ''} each"
+        f"{steps} of {rollout.prompts_per_step} prompts x {rollout.num_generations} completions, "
+        f"{grpo.num_iterations} update{'s' if grpo.num_iterations > 1 else ''} each"
     )
+    if rollout.engine == "solutions":
+        text = f"{steps} updates on {rollout.prompts_per_step} worked solutions each"
     return f"{text}; {finished} done, resuming" if finished else text
