@@ -35,7 +35,8 @@ def warm_start(place: str, to: Path, dtype: str, note: Callable[[str], None]) ->
     source = _find(place)
     if (to / "config.json").is_file():
         return str(to)
-    from gemma2_grpo.model.save import save_model, write_settings
+    from gemma2_grpo.export.export import write_merged
+    from gemma2_grpo.model.save import MAX_SHARD_BYTES
     from gemma2_grpo.run.source import open_source
     from gemma2_grpo.runtime.atomic import check_target, staged
     from gemma2_grpo.runtime.devices import start_jax
@@ -44,10 +45,8 @@ def warm_start(place: str, to: Path, dtype: str, note: Callable[[str], None]) ->
     start_jax(note)
     note(f"merging {source.title} into {to}")
     opened = open_source(replace(source, config=replaced(source.config, dtype=dtype)))
-    assert opened.policy is not None  # A run and an adapter both have one.
     with staged(to) as folder:
-        write_settings(folder, opened.files.directory, dtype)
-        save_model(opened.policy, folder, dtype, lora_scale=opened.config.model.lora_scale)
+        write_merged(folder, opened, dtype, MAX_SHARD_BYTES)
     return str(to)
 
 

@@ -140,28 +140,36 @@ def _write(folder: Path, opened: Opened, wanted: Wanted) -> tuple[float, str]:
     Returns:
         What `save_model` and `write_tokenizer` return.
     """
-    from gemma2_grpo.model.layout import tensor_shapes
-    from gemma2_grpo.model.save import (
-        check_written,
-        save_model,
-        save_peft,
-        write_settings,
-        write_tokenizer,
-    )
+    from gemma2_grpo.model.save import check_written, save_peft, write_tokenizer
 
+    if wanted.format == "merged":
+        return write_merged(folder, opened, wanted.dtype, wanted.max_shard_bytes)
     assert opened.policy is not None  # A run has one.
     model = opened.config.model
-    if wanted.format == "peft":
-        shapes = save_peft(opened.policy, folder, model, wanted.dtype, base=wanted.base_path)
-        check_written(folder, shapes)
-        return 0.0, write_tokenizer(folder, opened.files.directory)
-    chat = write_settings(folder, opened.files.directory, wanted.dtype)
+    shapes = save_peft(opened.policy, folder, model, wanted.dtype, base=wanted.base_path)
+    check_written(folder, shapes)
+    return 0.0, write_tokenizer(folder, opened.files.directory)
+
+
+def write_merged(
+    folder: Path, opened: Opened, dtype: str, max_shard_bytes: int
+) -> tuple[float, str]:
+    """Writes a whole model, the adapters added to its base, and reads it back.
+
+    Returns:
+        What `save_model` and `write_settings` return.
+    """
+    from gemma2_grpo.model.layout import tensor_shapes
+    from gemma2_grpo.model.save import check_written, save_model, write_settings
+
+    assert opened.policy is not None  # A run and a saved adapter both have one.
+    chat = write_settings(folder, opened.files.directory, dtype)
     rounding = save_model(
         opened.policy,
         folder,
-        wanted.dtype,
-        lora_scale=model.lora_scale,
-        max_shard_bytes=wanted.max_shard_bytes,
+        dtype,
+        lora_scale=opened.config.model.lora_scale,
+        max_shard_bytes=max_shard_bytes,
     )
     check_written(folder, tensor_shapes(opened.policy.config))
     return rounding, chat
